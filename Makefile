@@ -1,0 +1,30 @@
+# Everything runs in .venv, which `setup` makes. COMFYUI_PATH=<checkout> uses your own ComfyUI.
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test style quality clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+setup:  ## .venv with pinned requirements, a ComfyUI in .cache; at once where done
+	@$(PYTHON) -m dev.setup
+
+demo: setup  ## the tiny world, unprotected and protected, in a real ComfyUI
+	@$(BIN)/python -m dev.demo
+
+test: setup  ## all tests (PYTEST_ARGS="-k rotation" for some)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+style: setup  ## fix and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+quality: setup  ## what `style` would change, without changing it
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean:  ## remove what set-up, builds and tests made
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,92 @@
+"""What an installation holds: three packages, their data, one command, and no word about torch."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from dev.comfyui import ROOT, copy_pack, pack_files
+
+FOLDERS = {"saferope_core": "saferope_core", "training": "saferope_training", "tinyworld": "tinyworld"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: setuptools leaves a build folder, from which files deleted since would come back."""
+    source, out = copy_pack(tmp_path_factory.mktemp("source") / "saferope"), tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, source]
+    subprocess.run(command, check=True)
+    (file,) = out.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+def metadata(wheel):
+    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return Parser().parsestr(wheel.read(name).decode())
+
+
+def test_wheel_has_three_packages(wheel):
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(FOLDERS.values())
+
+
+def test_wheel_has_every_file_of_them(wheel):
+    """Also of sub-packages and data, which setuptools takes only when told."""
+    files = [file for file in pack_files() if file.parts[0] in FOLDERS]
+    expected = {Path(FOLDERS[file.parts[0]], *file.parts[1:]).as_posix() for file in files}
+    assert len(expected) > 20
+    assert expected - set(wheel.namelist()) == set()
+
+
+def test_licence_is_in_the_wheel(wheel):
+    assert metadata(wheel)["License-Expression"] == "Apache-2.0"
+    assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_torch_is_never_asked_for(wheel):
+    """An installer could replace the user's CUDA build. And both lists that users install from say the same."""
+    wanted = metadata(wheel).get_all("Requires-Dist")
+    assert not [line for line in wanted if re.match(r"torch\b", line)]
+    listed = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in wanted if "extra ==" not in line] == listed
+
+
+def test_versions_agree(wheel):
+    from saferope_core.version import __version__
+
+    assert metadata(wheel)["Version"] == __version__
+
+
+def test_pins_meet_the_ranges(wheel):
+    """What the tests run with is within what users are told they may install."""
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "dev" / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("#")[0].strip().split("==") for line in lines if "==" in line)
+    ranges = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist")]
+    assert [str(r) for r in ranges if r.name != "saferope" and not r.specifier.contains(pins[r.name])] == []
+
+
+def test_command_runs_from_anywhere(tmp_path):
+    command = Path(sysconfig.get_path("scripts")) / "saferope"
+    done = subprocess.run([command, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+def test_installed_project_does_not_shadow_comfyui(tmp_path):
+    """ComfyUI's own module is called `nodes`; a `tests` or `training` on everybody's path would be as rude."""
+    code = "from importlib.util import find_spec; print([n for n in ('nodes', 'tests', 'training') if find_spec(n)])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    present = code.replace("'nodes', 'tests', 'training'", "'saferope_core', 'saferope_training', 'tinyworld'")
+    done = subprocess.run([sys.executable, "-c", present], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert len(done.stdout.split(",")) == 3
