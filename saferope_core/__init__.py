@@ -1,0 +1,46 @@
+"""SafeRoPE without a host: concepts, their files, and the rotation of queries and keys.
+
+Imports inside are relative, so that every host may reach the core under its own name.
+
+Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 planes, N safety-critical heads.
+"""
+
+from .calibration import calibrate_gate, fixed_generator
+from .concept import Concept
+from .concept_file import ConceptFileError, load_concepts, save_concepts, sha256
+from .geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
+from .protection import Protection
+from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
+from .rotation import fold, planes, rotate_by_generator, skew, turn
+from .subspace import GramSum, contrastive_basis, orthonormal, unsafe_basis
+from .version import __version__
+
+__all__ = [
+    "BLOCK_TYPES",
+    "DOUBLE",
+    "FLUX1",
+    "SINGLE",
+    "Concept",
+    "ConceptFileError",
+    "Geometry",
+    "GramSum",
+    "Protection",
+    "__version__",
+    "calibrate_gate",
+    "contrastive_basis",
+    "discrimination",
+    "fixed_generator",
+    "fold",
+    "gated",
+    "head_discrimination_score",
+    "latent_risk_score",
+    "load_concepts",
+    "orthonormal",
+    "planes",
+    "rotate_by_generator",
+    "save_concepts",
+    "sha256",
+    "skew",
+    "turn",
+    "unsafe_basis",
+]

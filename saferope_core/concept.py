@@ -1,0 +1,224 @@
+"""A concept: everything that is known about what to suppress, checked once, then never changed.
+
+Axes: N safety-critical heads, D head dimension, R subspace rank, H heads of a block.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .geometry import BLOCK_TYPES, SLUG, Geometry
+from .risk import THRESHOLD
+
+ACTS_ON = ("qk", "q", "k")
+MODES = ("learned", "fixed", "random")
+
+LONGEST_NAME = 200  # characters: fits a menu
+LONGEST_TEXT = 20_000  # characters of a description
+LARGEST_ANGLE = 100.0  # radians; beyond it float32 no longer resolves an angle to 1e-5
+LARGEST_STRENGTH = 100.0
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """One concept. Tensors are taken over as float32 copies on the CPU (`heads`: int32), out of anybody's reach.
+
+    Raises ValueError, saying what was found and what was expected, unless every field is in its documented range.
+    """
+
+    slug: str  # [a-z0-9-]+, the prefix of its tensors in a file
+    name: str  # for people; one printable line
+    description: str
+    geometry: Geometry
+    heads: Tensor  # int32 [N, 3]: block type (DOUBLE, SINGLE), block, head; sorted, unique
+    basis_q: Tensor  # [N, D, R], orthonormal columns: the unsafe subspace of queries
+    basis_k: Tensor  # [N, D, R], of keys
+    generator_text: Tensor  # [N, R, R], skew: how text tokens turn, q and k alike
+    generator_image: Tensor  # [N, R, R], skew: how image tokens turn; zero where they do not
+    discrimination: Tensor  # [blocks, H] in [-1, 1]: Δ of every head, double blocks first
+    threshold: float = THRESHOLD  # gate of every head that has no own gate, in [0, 1]
+    gate_q: Tensor | None = None  # [N] in [0, 1]: the LRS above which a query turns
+    gate_k: Tensor | None = None  # [N] in [0, 1], for keys
+    strength: float = 1.0  # factor on every angle; 0 = off, 1 = as trained
+    acts_on: str = "qk"  # which vectors turn: "qk", "q" or "k"
+    mode: str = "learned"  # where the generators come from: "learned", "fixed" or "random"
+    training: dict = field(default_factory=dict)  # what is needed to repeat it, as JSON
+    singular_values: Tensor | None = None  # [N, R] >= 0
+
+    def __post_init__(self):
+        _check_words(self)
+        _check_numbers(self)
+        _take(self, "training", _as_json(self.training))
+        _take(self, "heads", _taken_heads(self.heads, self.geometry))
+        for name, (shape, low, high) in _layout(self).items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                _take(self, name, _taken(name, value, shape, low, high))
+        for name in ("basis_q", "basis_k"):
+            require_orthonormal(name, getattr(self, name))
+        for name in ("generator_text", "generator_image"):
+            require_skew(name, getattr(self, name))
+
+    @property
+    def rank(self) -> int:
+        """R, the dimension of the unsafe subspace of every head."""
+        return self.basis_q.shape[-1]
+
+    def basis(self, role: str) -> Tensor:
+        """U [N, D, R] of the role 'q' or 'k'."""
+        return {"q": self.basis_q, "k": self.basis_k}[role]
+
+    def gate(self, role: str) -> Tensor:
+        """Gates [N] of the role 'q' or 'k': the heads' own, else the concept's threshold."""
+        own = {"q": self.gate_q, "k": self.gate_k}[role]
+        return torch.full((len(self.heads),), self.threshold) if own is None else own
+
+
+_OPTIONAL = ("gate_q", "gate_k", "singular_values")
+
+
+def require_orthonormal(name: str, basis: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Raise ValueError unless the columns of basis [N, D, R] are orthonormal as far as `dtype` can tell."""
+    rank = basis.shape[-1]
+    error = (basis.mT.double() @ basis.double() - torch.eye(rank, dtype=torch.float64)).abs().max().item()
+    allowed = 10 * rank * torch.finfo(dtype).eps
+    if not error <= allowed:
+        raise ValueError(
+            f"{name}: columns are not orthonormal, UᵀU differs from I by {error:.2g}, expected at most {allowed:.2g}:"
+            f" the basis is damaged or was never orthonormalised"
+        )
+
+
+def require_skew(name: str, generator: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Raise ValueError unless generator [N, R, R] equals minus its transpose as far as `dtype` can tell."""
+    error = (generator + generator.mT).abs().max().item()
+    allowed = 10 * torch.finfo(dtype).eps * max(1.0, generator.abs().max().item())
+    if not error <= allowed:
+        raise ValueError(
+            f"{name}: not skew, A + Aᵀ reaches {error:.2g}, expected at most {allowed:.2g}:"
+            f" take its skew part, (A − Aᵀ) / 2, before it becomes a concept"
+        )
+
+
+def _layout(concept: Concept) -> dict[str, tuple[tuple[int, ...], float, float]]:
+    """Shape and range of every float tensor; N comes from `heads`, R from `basis_q`, the rest from the geometry."""
+    geometry, count = concept.geometry, len(concept.heads)
+    rank = _rank_of(concept.basis_q, geometry.head_dim)
+    basis, generator = (count, geometry.head_dim, rank), (count, rank, rank)
+    return {
+        "basis_q": (basis, -1.0, 1.0),
+        "basis_k": (basis, -1.0, 1.0),
+        "generator_text": (generator, -LARGEST_ANGLE, LARGEST_ANGLE),
+        "generator_image": (generator, -LARGEST_ANGLE, LARGEST_ANGLE),
+        "discrimination": ((geometry.blocks, geometry.heads), -1.0, 1.0),
+        "gate_q": ((count,), 0.0, 1.0),
+        "gate_k": ((count,), 0.0, 1.0),
+        "singular_values": ((count, rank), 0.0, torch.finfo(torch.float32).max),
+    }
+
+
+def _rank_of(basis: Tensor, head_dim: int) -> int:
+    if not isinstance(basis, Tensor) or basis.ndim != 3:
+        found = tuple(basis.shape) if isinstance(basis, Tensor) else type(basis).__name__
+        raise ValueError(f"basis_q: got {found}, expected a tensor of shape [heads, head dimension, rank]")
+    rank = basis.shape[-1]
+    if not 2 <= rank <= head_dim:
+        raise ValueError(f"rank is {rank}, expected 2 (one plane) to {head_dim} (the head dimension)")
+    return rank
+
+
+def _taken(name: str, value: Tensor, shape: tuple[int, ...], low: float, high: float) -> Tensor:
+    """`value` as a float32 copy on the CPU, of this shape, finite and in [low, high] up to rounding."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        found = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: got {found}, expected a tensor of floating point numbers")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: shape is {tuple(value.shape)}, expected {shape}")
+    taken = _copy(value, torch.float32)
+    if not taken.isfinite().all():
+        raise ValueError(f"{name}: holds NaN or infinity, expected finite numbers: the concept is damaged")
+    rounding = 10 * torch.finfo(torch.float32).eps
+    if taken.min() < low - rounding or taken.max() > high + rounding:
+        raise ValueError(f"{name}: reaches from {taken.min():.4g} to {taken.max():.4g}, expected {low:g} to {high:g}")
+    return taken
+
+
+def _taken_heads(value: Tensor, geometry: Geometry) -> Tensor:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        found = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"heads: got {found}, expected an int32 tensor")
+    if value.ndim != 2 or value.shape[1] != 3 or len(value) == 0:
+        raise ValueError(
+            f"heads: shape is {tuple(value.shape)}, expected (N, 3) with at least one head: a concept without"
+            f" safety-critical heads protects from nothing"
+        )
+    rows = [tuple(row) for row in value.tolist()]
+    for block_type, block, head in rows:
+        _check_head(block_type, block, head, geometry)
+    if rows != sorted(set(rows)):
+        raise ValueError("heads: rows are not sorted or not unique, expected ascending (block type, block, head)")
+    return _copy(value, torch.int32)
+
+
+def _check_head(block_type: int, block: int, head: int, geometry: Geometry) -> None:
+    counts = (geometry.double_blocks, geometry.single_blocks)
+    if block_type not in range(len(BLOCK_TYPES)) or block not in range(counts[block_type]):
+        raise ValueError(f"heads: no block {(block_type, block)} (0 double, 1 single) in {geometry.describe()}")
+    if head not in range(geometry.heads):
+        raise ValueError(f"heads: no head {head} in {geometry.describe()}")
+
+
+def _check_words(concept: Concept) -> None:
+    if not isinstance(concept.slug, str) or not SLUG.fullmatch(concept.slug) or len(concept.slug) > LONGEST_NAME:
+        raise ValueError(f"slug is {concept.slug!r}, expected small letters, digits and hyphens: [a-z0-9-]+")
+    _check_text("name", concept.name, LONGEST_NAME)
+    if not concept.name.strip():
+        raise ValueError("name is empty, expected a name for people to choose by")
+    _check_text("description", concept.description, LONGEST_TEXT, also="\n\t")
+    for what, choices in (("acts_on", ACTS_ON), ("mode", MODES)):
+        if getattr(concept, what) not in choices:
+            raise ValueError(f"{what} is {getattr(concept, what)!r}, expected one of {choices}")
+
+
+def _check_text(what: str, text: str, longest: int, also: str = "") -> None:
+    if not isinstance(text, str) or len(text) > longest:
+        found = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
+        raise ValueError(f"{what}: got {found}, expected text of at most {longest} characters")
+    # control characters and invisible ones, such as those that reverse the reading direction
+    strange = sorted({character for character in text if not character.isprintable()} - set(also))
+    if strange:
+        raise ValueError(f"{what}: holds control characters {strange[:5]}, expected printable text")
+
+
+def _check_numbers(concept: Concept) -> None:
+    if not isinstance(concept.geometry, Geometry):
+        raise ValueError(f"geometry: got {type(concept.geometry).__name__}, expected a Geometry")
+    for what, high in (("threshold", 1.0), ("strength", LARGEST_STRENGTH)):
+        value = getattr(concept, what)
+        if type(value) not in (int, float) or not 0 <= value <= high:  # NaN is not in any range
+            raise ValueError(f"{what} is {value!r:.40}, expected a number from 0 to {high:g}")
+        _take(concept, what, float(value))
+
+
+def _as_json(training: dict) -> dict:
+    """A deep copy of `training` as a file would give it back: string keys, lists, finite numbers."""
+    if not isinstance(training, dict):
+        raise ValueError(f"training: got {type(training).__name__}, expected a dict")
+    try:
+        return json.loads(json.dumps(training, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"training: cannot be written as JSON ({error}), expected plain finite values") from None
+
+
+def _copy(value: Tensor, dtype: torch.dtype) -> Tensor:
+    # ComfyUI runs nodes in inference mode, and a tensor born there could never take part in training
+    with torch.inference_mode(False), torch.no_grad():
+        return value.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _take(concept: Concept, name: str, value) -> None:
+    object.__setattr__(concept, name, value)

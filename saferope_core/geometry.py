@@ -1,0 +1,75 @@
+"""The shape of a model as a concept sees it: how many blocks of each type, how many heads, how wide."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+DOUBLE, SINGLE = 0, 1  # codes of the block types in a concept's `heads`
+BLOCK_TYPES = ("double", "single")  # the hosts' names, in the order of the codes
+
+SLUG = re.compile(r"[a-z0-9-]+")
+_LARGEST = 1024  # far above every known model; keeps numbers from a file from asking for absurd tables
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Blocks and heads of a model whose attention vectors a concept was measured on.
+
+    Raises ValueError where a number is not an integer in its range or the family is not [a-z0-9-]+.
+    """
+
+    double_blocks: int  # blocks with separate text and image streams
+    single_blocks: int  # blocks with one sequence, text first
+    heads: int
+    head_dim: int
+    family: str = "flux"
+
+    def __post_init__(self):
+        lowest = {"double_blocks": 0, "single_blocks": 0, "heads": 1, "head_dim": 2}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= _LARGEST:
+                raise ValueError(f"geometry: {name} is {value!r}, expected an integer from {low} to {_LARGEST}")
+        if self.blocks == 0:
+            raise ValueError("geometry: 0 double and 0 single blocks, expected at least one block")
+        if not isinstance(self.family, str) or not SLUG.fullmatch(self.family):
+            raise ValueError(f"geometry: family is {self.family!r}, expected letters, digits and hyphens: [a-z0-9-]+")
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of both types: the rows of a head map."""
+        return self.double_blocks + self.single_blocks
+
+    def row(self, block_type: str, block_index: int) -> int:
+        """Row of a block in a head map: double blocks first, then single blocks. Both counts start at 0.
+
+        Raises ValueError for a block type or index this geometry does not have.
+        """
+        if block_type not in BLOCK_TYPES:
+            raise ValueError(f"block type {block_type!r}, expected one of {BLOCK_TYPES}")
+        count = self.double_blocks if block_type == "double" else self.single_blocks
+        if not 0 <= block_index < count:
+            raise ValueError(f"{block_type} block {block_index} asked for, but the model is {self.describe()}")
+        return block_index if block_type == "double" else self.double_blocks + block_index
+
+    def describe(self) -> str:
+        """One line for messages: 'flux: 19 double + 38 single blocks x 24 heads x 128'."""
+        return (
+            f"{self.family}: {self.double_blocks} double + {self.single_blocks} single blocks"
+            f" x {self.heads} heads x {self.head_dim}"
+        )
+
+    def require(self, other: Geometry, what: str) -> None:
+        """Raise ValueError unless `other`, the geometry of `what`, is this one.
+
+        A concept's bases are positions of one model's heads: nothing of it carries over to another geometry.
+        """
+        if other != self:
+            raise ValueError(
+                f"{what} was made for {other.describe()}, but the model is {self.describe()}."
+                f" Use a model of the first kind, or a concept trained for the second."
+            )
+
+
+FLUX1 = Geometry(double_blocks=19, single_blocks=38, heads=24, head_dim=128)  # FLUX.1 dev and schnell

@@ -1,0 +1,224 @@
+"""The one object both hosts ask, block by block: q or k and the token spans in, the rotated vectors out.
+
+Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 planes, N safety-critical heads.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .concept import Concept
+from .geometry import Geometry
+from .risk import gated, risk_of
+from .rotation import exact, fold, turn, wide
+
+ROLES = ("q", "k")
+STREAMS = ("text", "image")
+
+
+class _Part(NamedTuple):
+    """What one concept does to the heads of one plan. A head it leaves alone has directions, θ and gate 0: LRS 0."""
+
+    directions: Tensor  # [H, D, R], from fold
+    theta: Tensor  # [H, P], strength included
+    gate: Tensor  # [H]
+
+
+class _Plan(NamedTuple):
+    """All rotations of one block, role and stream: the heads that any concept turns, and the concepts in order."""
+
+    heads: Tensor  # int64 [H]
+    parts: list[_Part]
+
+
+class Protection:
+    """Rotates a model's queries and keys away from concepts, one after the other. Safe to share between threads.
+
+    strengths: one factor per concept, multiplied with the concept's own; 0 switches it off (default 1 each).
+    thresholds: per concept one gate in [0, 1] for all its heads, or None for the concept's gates (default None each).
+    Raises ValueError where a concept was made for another geometry, and for lists or numbers that do not fit.
+    """
+
+    def __init__(
+        self,
+        concepts: Sequence[Concept],
+        geometry: Geometry,
+        strengths: Sequence[float] | None = None,
+        thresholds: Sequence[float | None] | None = None,
+    ):
+        self.concepts = tuple(concepts)
+        self.geometry = geometry
+        for concept in self.concepts:
+            geometry.require(concept.geometry, f"concept {concept.slug!r}")
+        self.strengths = _per_concept("strengths", strengths, 1.0, self.concepts, _finite, "a finite number")
+        self.thresholds = _per_concept("thresholds", thresholds, None, self.concepts, _share, "0 to 1, or None")
+        self._covered = {row for concept, strength, _ in self._active() for row in _moving_rows(concept)}
+        self._plans: dict[torch.device, dict[tuple[int, str, str], _Plan]] = {}
+        self._lock = threading.Lock()
+
+    def covers(self, block_type: str, block_index: int) -> bool:
+        """Whether any vector of this block can turn. Raises ValueError for a block the geometry does not have."""
+        return self.geometry.row(block_type, block_index) in self._covered
+
+    def rotate(
+        self, x: Tensor, role: str, block_type: str, block_index: int, text: tuple[int, int], image: tuple[int, int]
+    ) -> Tensor:
+        """R(x) x for the queries or keys x [B, H, L, D] of one block, taken after QK-norm and before RoPE.
+
+        role 'q' or 'k'; text and image are half-open, disjoint token spans (start, stop), empty where there is none.
+        Text tokens turn by generator_text, image tokens by generator_image, and every concept takes its LRS from the
+        unrotated vector. Float32 inside (float64 for float64), x's dtype out; x itself is never written to, and is
+        returned as the same object where there is nothing to do. Heads that are not safety-critical, tokens outside
+        the spans and tokens not above the gate come back bit for bit.
+        """
+        row = self.geometry.row(block_type, block_index)
+        if row not in self._covered:
+            return x
+        plans, result = self._plans_on(x.device), x
+        for stream, span in zip(STREAMS, (text, image), strict=True):
+            plan = plans.get((row, role, stream))
+            if plan is not None and span[0] < span[1]:
+                assert 0 <= span[0] and span[1] <= x.shape[2], f"{stream} span {span} in {x.shape[2]} tokens"
+                result = _rotate_span(x, result, plan, *span)
+        return result
+
+    def clear(self) -> None:
+        """Drop the tensors prepared per device; the next `rotate` makes them anew."""
+        with self._lock:
+            self._plans = {}
+
+    def _active(self) -> list[tuple[Concept, float, float | None]]:
+        """(concept, angle factor, threshold or None) of the concepts that turn anything."""
+        factors = [concept.strength * strength for concept, strength in zip(self.concepts, self.strengths, strict=True)]
+        return [each for each in zip(self.concepts, factors, self.thresholds, strict=True) if each[1] != 0]
+
+    def _plans_on(self, device: torch.device) -> dict[tuple[int, str, str], _Plan]:
+        plans = self._plans.get(device)
+        if plans is None:
+            with self._lock:
+                plans = self._plans.get(device)
+                if plans is None:
+                    plans = self._plans[device] = _all_plans(self._active(), self.geometry, device)
+        return plans
+
+
+def _rotate_span(x: Tensor, result: Tensor, plan: _Plan, start: int, stop: int) -> Tensor:
+    """`result` with the tokens start to stop of the plan's heads replaced by their rotation; x where nothing turns."""
+    with exact(x):
+        vectors = wide(x[:, :, start:stop].index_select(1, plan.heads))
+        coordinates = [torch.einsum("bhld,hdr->bhlr", vectors, p.directions.to(vectors)) for p in plan.parts]
+        scales = [gated(risk_of(c, vectors), p.gate) for c, p in zip(coordinates, plan.parts, strict=True)]
+    if not _gathers(x.device):
+        turned = _turned(vectors, plan.parts, scales, coordinates[0])
+        result = x.clone() if result is x else result
+        result[:, :, start:stop].index_copy_(1, plan.heads, turned.to(x.dtype))
+        return result
+    hot = _above_gates(scales)
+    if len(hot) == 0:
+        return result
+    turned = _turned(vectors[:, :, hot], plan.parts, [s[:, :, hot] for s in scales], coordinates[0][:, :, hot])
+    result = x.clone() if result is x else result
+    result[:, plan.heads[:, None], start + hot] = turned.to(x.dtype)
+    return result
+
+
+def _turned(vectors: Tensor, parts: list[_Part], scales: list[Tensor], known: Tensor | None) -> Tensor:
+    """vectors [B, H, L, D] turned by one concept after the other; `known` are their coordinates for the first."""
+    for part, scale in zip(parts, scales, strict=True):
+        vectors = turn(vectors, part.directions, part.theta, scale, known)
+        known = None  # the next concept meets vectors that have moved
+    return vectors
+
+
+def _gathers(device: torch.device) -> bool:
+    """Whether to turn only the tokens above a gate. They are few words, so this saves nearly all the work; but to find
+    them on a GPU would cost a synchronisation per block and shapes that depend on the data."""
+    return device.type == "cpu"
+
+
+def _above_gates(scales: list[Tensor]) -> Tensor:
+    """Token positions at which any head of any batch entry passes its gate for any concept; scales are [B, H, L]."""
+    return torch.stack(scales).ne(0).flatten(0, 2).any(0).nonzero()[:, 0]
+
+
+def _all_plans(
+    active: list[tuple[Concept, float, float | None]], geometry: Geometry, device: torch.device
+) -> dict[tuple[int, str, str], _Plan]:
+    """Plans by (row, role, stream), for those that turn something."""
+    # not inference tensors, even if first asked for in inference mode: gradients may pass through them later
+    with torch.inference_mode(False), torch.no_grad():
+        found = defaultdict(list)
+        for concept, strength, threshold in active:
+            for role in concept.acts_on:
+                for stream in STREAMS:
+                    for row, heads, part in _parts_of(concept, strength, threshold, role, stream):
+                        found[row, role, stream].append((heads, part))
+        return {key: _merged(parts, geometry, device) for key, parts in found.items()}
+
+
+def _parts_of(concept: Concept, strength: float, threshold: float | None, role: str, stream: str):
+    """(row, heads, part) of every block of one concept, without the heads whose generator is zero."""
+    moving = _moving(concept, stream)
+    if not moving.any():
+        return
+    theta, directions = fold(concept.basis(role), _generator(concept, stream))
+    gate = concept.gate(role) if threshold is None else torch.full((len(concept.heads),), threshold)
+    rows = _rows(concept)
+    for row in rows[moving].unique().tolist():
+        mine = moving & (rows == row)
+        yield row, concept.heads[mine, 2].long(), _Part(directions[mine], strength * theta[mine], gate[mine])
+
+
+def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch.device) -> _Plan:
+    """One plan over the union of the heads of several concepts."""
+    heads = torch.cat([heads for heads, _ in parts]).unique()
+
+    def placed(values: Tensor, own: Tensor) -> Tensor:
+        full = values.new_zeros(geometry.heads, *values.shape[1:])
+        full[own] = values
+        return full[heads].to(device)
+
+    return _Plan(heads.to(device), [_Part(*(placed(values, own) for values in part)) for own, part in parts])
+
+
+def _generator(concept: Concept, stream: str) -> Tensor:
+    return {"text": concept.generator_text, "image": concept.generator_image}[stream]
+
+
+def _moving(concept: Concept, stream: str) -> Tensor:
+    """bool [N]: heads whose generator is not zero."""
+    return _generator(concept, stream).ne(0).flatten(1).any(1)
+
+
+def _rows(concept: Concept) -> Tensor:
+    """Row in the head map of every head's block, [N]."""
+    return concept.heads[:, 0] * concept.geometry.double_blocks + concept.heads[:, 1]
+
+
+def _moving_rows(concept: Concept) -> list[int]:
+    return _rows(concept)[_moving(concept, "text") | _moving(concept, "image")].tolist()
+
+
+def _per_concept(what: str, values, default, concepts: tuple[Concept, ...], fits, expected: str) -> tuple:
+    values = (default,) * len(concepts) if values is None else tuple(values)
+    if len(values) != len(concepts):
+        raise ValueError(f"{what}: got {len(values)}, expected one for each of the {len(concepts)} concepts")
+    for value, concept in zip(values, concepts, strict=True):
+        if not fits(value):
+            raise ValueError(f"{what}: got {value!r} for concept {concept.slug!r}, expected {expected}")
+    return values
+
+
+def _finite(value) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _share(value) -> bool:
+    return value is None or 0 <= value <= 1

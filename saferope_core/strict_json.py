@@ -1,0 +1,46 @@
+"""JSON from files nobody vouches for: limited depth, no duplicate keys, finite numbers only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+MAX_DEPTH = 16  # of nested lists and objects
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON with sorted keys: equal values give equal text. Raises ValueError for NaN and infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def loads(what: str, text: str | bytes) -> Any:
+    """The value of a JSON text (bytes: UTF-8). Raises ValueError, naming `what` was read, unless it is strict JSON."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"duplicate keys {', '.join(twice)}")
+        return dict(pairs)
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant}, expected finite numbers")
+
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        if (deepest := depth(text)) > MAX_DEPTH:
+            raise ValueError(f"nested {deepest} deep, expected at most {MAX_DEPTH}")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"{what}: not the JSON expected here: {error}") from None
+
+
+def depth(text: str) -> int:
+    """Deepest nesting of brackets outside of strings. Counted without recursion, since the parser itself recurses."""
+    unescaped = re.sub(r"\\.", "", text, flags=re.DOTALL)
+    level = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", re.sub(r'"[^"]*"', "", unescaped)):
+        level += 1 if bracket in "[{" else -1
+        deepest = max(deepest, level)
+    return deepest

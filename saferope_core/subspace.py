@@ -1,0 +1,85 @@
+"""The unsafe subspace of every head, from Gram matrices that are summed up as vectors stream by.
+
+The eigenvectors of the Gram matrix X Xᵀ are the left singular vectors of X, and sums of Gram matrices are Gram
+matrices of all the vectors together: one pass, constant memory, exact across batches and processes.
+
+Axes: n vectors, H heads, D head dimension, R subspace rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class GramSum:
+    """A running sum of x xᵀ per head, in float64.
+
+    .gram [H, D, D] float64 and .count [H] int64 say what has been added so far. `a + b` is the sum over both streams.
+    """
+
+    def __init__(self, heads: int, head_dim: int, device: torch.device | str = "cpu"):
+        self.gram = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64, device=device)
+        self.count = torch.zeros(heads, dtype=torch.int64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add vectors x [n, H, D] of any floating dtype and device."""
+        x = x.detach().to(self.gram)
+        self.gram += torch.einsum("nhd,nhe->hde", x, x)
+        self.count += len(x)
+
+    def __add__(self, other: GramSum) -> GramSum:
+        heads, head_dim, _ = self.gram.shape
+        total = GramSum(heads, head_dim, self.gram.device)
+        total.gram = self.gram + other.gram.to(self.gram)
+        total.count = self.count + other.count.to(self.count)
+        return total
+
+
+def unsafe_basis(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U: the leading `rank` left singular vectors of a head's unsafe vectors, from their Gram matrix.
+
+    gram [H, D, D] -> basis [H, D, R], orthonormal columns in descending order, and singular_values [H, R]; float64.
+    Where fewer than R independent vectors were seen, the last singular values are about 0 and their columns are an
+    arbitrary completion. Raises ValueError for a rank that does not fit and for a Gram matrix that is not finite.
+    """
+    values, vectors = _leading(gram, rank)
+    return vectors, values.clamp(min=0.0).sqrt()
+
+
+def contrastive_basis(unsafe_gram: Tensor, safe_gram: Tensor, rank: int) -> Tensor:
+    """Directions in which unsafe vectors have the larger share of their energy than safe ones.
+
+    The leading `rank` eigenvectors of G_unsafe / tr G_unsafe − G_safe / tr G_safe; both [H, D, D] -> [H, D, R]
+    float64, orthonormal columns, descending. Raises ValueError as `unsafe_basis`, and for a Gram matrix of trace 0.
+    """
+    return _leading(_share(unsafe_gram, "unsafe") - _share(safe_gram, "safe"), rank)[1]
+
+
+def orthonormal(basis: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns (the polar factor) to basis [..., D, R]; same dtype."""
+    left, _, right = torch.linalg.svd(basis.double(), full_matrices=False)
+    return (left @ right).to(basis.dtype)
+
+
+def _share(gram: Tensor, name: str) -> Tensor:
+    gram = gram.double()
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    if not (trace > 0).all():
+        raise ValueError(f"contrastive basis: the {name} Gram matrix of a head has trace 0 or NaN, expected > 0")
+    return gram / trace[:, None, None]
+
+
+def _leading(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The `rank` largest eigenvalues [H, R] and their eigenvectors [H, D, R] of [H, D, D], descending."""
+    width = symmetric.shape[-1]
+    if not 1 <= rank <= width:
+        raise ValueError(f"rank is {rank}, expected 1 to {width}, the head dimension")
+    if not symmetric.isfinite().all():
+        raise ValueError("a Gram matrix holds NaN or infinity: the vectors it was summed from are damaged")
+    values, vectors = torch.linalg.eigh(symmetric.double())
+    values, vectors = values.flip(-1)[:, :rank], vectors.flip(-1)[..., :rank]
+    # The sign of an eigenvector is the solver's choice, but a fixed generator turns column 1 towards column 2: make
+    # the entry of largest magnitude positive, so that every machine turns the same way.
+    peak = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
+    return values, vectors * peak.sign()

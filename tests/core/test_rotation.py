@@ -1,0 +1,253 @@
+"""The rotation: laws of orthogonal maps, the paper's formula in loops, and numbers found by hand."""
+
+import math
+
+import pytest
+import torch
+
+from saferope_core import fixed_generator, fold, planes, rotate_by_generator, skew, turn
+
+HEADS, WIDTH = 3, 32
+RANKS = (2, 5, 8)
+TIGHT = 1e-10  # float64; torch.matrix_exp itself is off by 1e-11 for single matrices of norm 0.01 to 0.05
+
+
+def bits(x):
+    """The bit patterns of x, so that -0.0 differs from 0.0 and NaN equals itself."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def example(rank, dtype=torch.float64, tokens=6, batch=2):
+    """x, basis, generator, scale, in the letters of the functions."""
+    basis = torch.linalg.qr(torch.randn(HEADS, WIDTH, rank, dtype=torch.float64))[0].to(dtype)
+    generator = skew(torch.randn(HEADS, rank, rank, dtype=dtype))
+    x = torch.randn(batch, HEADS, tokens, WIDTH, dtype=dtype)
+    return x, basis, generator, torch.rand(batch, HEADS, tokens, dtype=dtype)
+
+
+def turned(x, basis, generator, scale):
+    theta, directions = fold(basis, generator)
+    return turn(x, directions, theta, scale)
+
+
+FORMS = pytest.mark.parametrize("form", [turned, rotate_by_generator], ids=["planes", "matrix_exp"])
+
+
+def orthogonality_error(matrix):
+    return (matrix.mT @ matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype)).abs().max().item()
+
+
+@FORMS
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rotation_is_orthogonal(form, rank, dtype):
+    _, basis, generator, _ = example(rank, dtype)
+    identity = torch.eye(WIDTH, dtype=dtype).expand(1, HEADS, WIDTH, WIDTH)
+    matrix = form(identity, basis, generator, torch.full((1, HEADS, WIDTH), 0.8, dtype=dtype))
+    allowed = 10 * WIDTH * torch.finfo(dtype).eps
+    assert orthogonality_error(matrix) < allowed
+    # control: the first two terms of the series are not a rotation, and the check sees it
+    series = torch.eye(WIDTH, dtype=dtype) + 0.8 * basis @ generator @ basis.mT
+    assert orthogonality_error(series) > 100 * allowed
+
+
+@FORMS
+@pytest.mark.parametrize("rank", RANKS)
+def test_equals_the_formula_in_loops(form, rank, naive_turn):
+    x, basis, generator, scale = example(rank)
+    expected = naive_turn(x, basis, generator, scale)
+    torch.testing.assert_close(form(x, basis, generator, scale), expected, rtol=0, atol=TIGHT)
+    assert (form(x, basis, -generator, scale) - expected).abs().max() > 0.1  # control: the sense of rotation matters
+
+
+@FORMS
+def test_quarter_turn_by_hand(form):
+    """U = (e1, e2), A e1 = π/2 e2. At scale 1: e1 becomes e2, e2 becomes −e1, e3 stays; at 1/3 it is 30 degrees."""
+    basis = torch.eye(WIDTH, dtype=torch.float64)[None, :, :2]
+    generator = fixed_generator(2, math.pi / 2, 1).double()
+    x = torch.eye(WIDTH, dtype=torch.float64)[None, None, :3]
+    full = form(x, basis, generator, torch.ones(1, 1, 3, dtype=torch.float64))[0, 0]
+    torch.testing.assert_close(full, torch.stack((x[0, 0, 1], -x[0, 0, 0], x[0, 0, 2])))
+    third = form(x, basis, generator, torch.full((1, 1, 3), 1 / 3, dtype=torch.float64))[0, 0, 0]
+    torch.testing.assert_close(third[:2], torch.tensor([math.sqrt(3) / 2, 0.5], dtype=torch.float64))
+
+
+@FORMS
+def test_keeps_norms(form):
+    x, basis, generator, scale = example(5, torch.float32)
+    result = form(x, basis, generator, scale)
+    torch.testing.assert_close(result.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
+    assert (result - x).abs().max() > 0.1
+
+
+@FORMS
+def test_inverse_generator_undoes(form):
+    x, basis, generator, scale = example(5)
+    there = form(x, basis, generator, scale)
+    torch.testing.assert_close(form(there, basis, -generator, scale), x, rtol=0, atol=TIGHT)
+
+
+@FORMS
+def test_vector_orthogonal_to_the_basis_returns_bit_for_bit(form):
+    """In coordinates where orthogonal means exact zeros, so that rounding plays no part."""
+    x, _, generator, _ = example(5, torch.float32)
+    basis = torch.zeros(HEADS, WIDTH, 5)
+    basis[:, :5] = torch.linalg.qr(torch.randn(HEADS, 5, 5))[0]
+    x[..., :5] = 0
+    scale = torch.ones(x.shape[:3])
+    assert torch.equal(bits(form(x, basis, generator, scale)), bits(x))
+    x[..., 0] = 1
+    assert not (form(x, basis, generator, scale) == x).all(-1).any()
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_scale_0_returns_bit_for_bit(form, dtype):
+    x, basis, generator, scale = example(5, torch.float32)
+    x = x.to(dtype)
+    x[0, 0, 0, :3] = torch.tensor([-0.0, float("inf"), float("nan")])  # what x + 0 * anything would not survive
+    scale[:, :, ::2] = 0
+    result = form(x, basis, generator, scale)
+    assert torch.equal(bits(result[:, :, ::2]), bits(x[:, :, ::2]))
+    assert not (result[:, :, 1::2] == x[:, :, 1::2]).all(-1).any()
+
+
+def test_generator_form_without_any_token_to_turn():
+    x, basis, generator, scale = example(5)
+    assert torch.equal(rotate_by_generator(x, basis, generator, 0 * scale), x)
+
+
+@FORMS
+def test_nan_is_not_hidden_and_does_not_spread(form):
+    x, basis, generator, scale = example(5, torch.float32)
+    x[0, 1, 2, 3] = float("nan")
+    broken = form(x, basis, generator, scale).isnan().any(-1)
+    assert broken[0, 1, 2] and broken.sum() == 1
+
+
+@FORMS
+def test_batch_and_tokens_permute_through(form):
+    x, basis, generator, scale = example(5)
+    order = torch.randperm(x.shape[2])
+    result = form(x.flip(0)[:, :, order], basis, generator, scale.flip(0)[:, :, order])
+    torch.testing.assert_close(result, form(x, basis, generator, scale).flip(0)[:, :, order], rtol=0, atol=TIGHT)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_float32_result_rounded(form, dtype):
+    x, basis, generator, scale = example(5, torch.float32)
+    x = x.to(dtype)
+    result = form(x, basis, generator, scale)
+    assert result.dtype == dtype
+    assert (result - form(x.float(), basis, generator, scale).to(dtype)).abs().max() == 0.0
+    coarse = form(x, basis.to(dtype), generator.to(dtype), scale.to(dtype))
+    assert (result - coarse).abs().max() > 0  # control: half precision anywhere inside would show
+
+
+def test_float64_stays_float64():
+    x, basis, generator, scale = example(5)
+    assert turned(x, basis.float(), generator.float(), scale).dtype == torch.float64
+
+
+@FORMS
+def test_autocast_and_inference_mode_change_nothing(form):
+    x, basis, generator, scale = example(5, torch.float32)
+    expected = form(x, basis, generator, scale)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x[0, 0] @ basis[0]).dtype == torch.bfloat16  # control: autocast is at work
+        assert torch.equal(form(x, basis, generator, scale), expected)
+    with torch.inference_mode():
+        assert torch.equal(form(x, basis, generator, scale), expected)
+
+
+def test_odd_rank_leaves_one_direction_unturned():
+    _, basis, generator, scale = example(5)
+    theta, directions = fold(basis, generator)
+    assert theta.shape == (HEADS, 2) and directions.shape == (HEADS, WIDTH, 5)
+    left_over = directions[..., 4].expand(2, 6, HEADS, WIDTH).transpose(1, 2)
+    torch.testing.assert_close(turn(left_over, directions, theta, scale), left_over, rtol=0, atol=1e-14)
+    in_a_plane = directions[..., 0].expand(2, 6, HEADS, WIDTH).transpose(1, 2)
+    assert (turn(in_a_plane, directions, theta, scale) - in_a_plane).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_folded_directions_are_another_basis_of_the_same_subspace(rank):
+    x, basis, generator, scale = example(rank)
+    theta, directions = fold(basis, generator)
+    torch.testing.assert_close(directions @ directions.mT, basis @ basis.mT, rtol=0, atol=1e-14)
+    known = torch.einsum("bhld,hdr->bhlr", x, directions)
+    torch.testing.assert_close(turn(x, directions, theta, scale, known), turn(x, directions, theta, scale))
+
+
+def test_skew_is_exact():
+    w = torch.randn(4, 7, 7)
+    assert torch.equal(skew(w), -skew(w).mT) and not torch.equal(w, -w.mT)
+    torch.testing.assert_close(skew(w) + (w + w.mT) / 2, w)
+
+
+def generator_of(angles, rank):
+    """A skew generator with these angles in random orthogonal planes."""
+    blocks = torch.zeros(rank, rank, dtype=torch.float64)
+    for p, angle in enumerate(angles):
+        blocks[2 * p + 1, 2 * p], blocks[2 * p, 2 * p + 1] = angle, -angle
+    frame = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))[0]
+    return frame @ blocks @ frame.T
+
+
+# Equal angles make the planes ambiguous; angles of 0, or small beside the others, mix the eigenvectors of +θ and −θ.
+@pytest.mark.parametrize(
+    ("angles", "rank"),
+    [
+        ((2.0, 0.7), 4),
+        ((2.0, 0.7), 5),
+        ((2.1, 2.1, 2.1), 6),
+        ((2.1, 2.1, 2.1), 7),
+        ((1.5, 0.0, 0.0), 6),
+        ((1.5, 0.0), 5),
+        ((0.0, 0.0), 5),
+        ((0.0,), 2),
+        ((1.0, 1e-9, 1e-10), 6),
+        ((1e-20, 1e-20), 5),
+        ((), 1),
+    ],
+)
+def test_planes_hold_the_generator(angles, rank):
+    generator = generator_of(angles, rank)
+    theta, a, b = planes(generator[None])
+    expected = torch.tensor(angles, dtype=torch.float64)
+    torch.testing.assert_close(theta[0], expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(generator @ a[0], theta[0] * b[0], rtol=0, atol=1e-14)
+    torch.testing.assert_close(generator @ b[0], -theta[0] * a[0], rtol=0, atol=1e-14)
+    frame = torch.cat((a[0], b[0]), dim=-1)
+    assert frame.shape == (rank, 2 * (rank // 2))
+    if rank > 1:
+        assert orthogonality_error(frame) < 1e-14
+
+
+def test_planes_read_the_skew_part_only():
+    generator = generator_of((2.0, 0.7), 5)[None]
+    symmetric = torch.randn(5, 5, dtype=torch.float64)
+    theta, _, _ = planes(generator + symmetric + symmetric.T)
+    torch.testing.assert_close(theta, planes(generator)[0])
+
+
+def test_generator_form_passes_gradcheck():
+    basis = torch.linalg.qr(torch.randn(2, 4, 3, dtype=torch.float64))[0].requires_grad_()
+    w = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(1, 2, 2, dtype=torch.float64)
+    scale[..., 1] = 0  # not gathered; a constant, so that finite differences do not cross the jump of the gather
+    assert torch.autograd.gradcheck(lambda x, u, w: rotate_by_generator(x, u, skew(w), scale), (x, basis, w))
+    inside = scale.clamp(min=0.1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: rotate_by_generator(x, basis, skew(w), s), (inside,))
+
+
+def test_both_forms_pass_the_same_gradient_to_x():
+    x, basis, generator, scale = example(5)
+    x.requires_grad_()
+    gradients = []
+    for form in (turned, rotate_by_generator):
+        (gradient,) = torch.autograd.grad(form(x, basis, generator, scale).pow(3).sum(), x)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients, rtol=0, atol=TIGHT)

@@ -1,0 +1,107 @@
+"""Subspaces from Gram matrices against the SVD of the vectors themselves."""
+
+import pytest
+import torch
+
+from saferope_core import GramSum, contrastive_basis, orthonormal, unsafe_basis
+
+HEADS, WIDTH, RANK = 2, 16, 5
+
+
+def projector(basis):
+    return basis @ basis.mT
+
+
+def streamed(x, batches):
+    total = GramSum(HEADS, WIDTH)
+    for part in x.chunk(batches):
+        total.add(part)
+    return total
+
+
+def spread_vectors(count=200):
+    """Vectors [n, H, D] whose directions differ in size, so that the leading subspace is well defined."""
+    sizes = torch.linspace(3, 0.2, WIDTH, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(HEADS, WIDTH, WIDTH, dtype=torch.float64))[0]
+    return torch.einsum("hde,nhe->nhd", turn, torch.randn(count, HEADS, WIDTH, dtype=torch.float64) * sizes)
+
+
+def test_basis_equals_the_svd_of_all_vectors_together():
+    x = spread_vectors()
+    basis, values = unsafe_basis(streamed(x, 7).gram, RANK)
+    for h in range(HEADS):
+        left, sizes, _ = torch.linalg.svd(x[:, h].T, full_matrices=False)
+        torch.testing.assert_close(values[h], sizes[:RANK])
+        torch.testing.assert_close(projector(basis[h]), projector(left[:, :RANK]))
+        torch.testing.assert_close((basis[h] * left[:, :RANK]).sum(0).abs(), torch.ones(RANK, dtype=torch.float64))
+        trailing = left[:, -RANK:]
+        assert (projector(basis[h]) - projector(trailing)).abs().max() > 0.1  # control
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(RANK, dtype=torch.float64).expand(HEADS, -1, -1))
+
+
+def test_sign_of_the_columns_is_fixed():
+    """A fixed generator turns column 1 towards column 2: on every machine the same way."""
+    basis, _ = unsafe_basis(streamed(spread_vectors(), 1).gram, RANK)
+    peaks = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+    assert (peaks > 0).all()
+
+
+def test_gram_is_the_sum_however_the_vectors_arrive():
+    x = spread_vectors()
+    whole = streamed(x, 1)
+    torch.testing.assert_close(streamed(x, 9).gram, whole.gram)
+    merged = streamed(x[:120], 2) + streamed(x[120:], 3)
+    torch.testing.assert_close(merged.gram, whole.gram)
+    assert merged.count.tolist() == whole.count.tolist() == [200, 200]
+    assert merged.gram.dtype == torch.float64
+
+
+def test_gram_sums_half_precision_in_float64():
+    x = spread_vectors().bfloat16().requires_grad_()
+    total = streamed(x, 4)
+    torch.testing.assert_close(total.gram, streamed(x.detach().double(), 1).gram)
+    assert not total.gram.requires_grad
+
+
+def test_too_few_vectors_show_in_the_singular_values():
+    basis, values = unsafe_basis(streamed(spread_vectors(3), 1).gram, RANK)
+    assert (values[:, :3] > 0.1).all() and (values[:, 3:] < 1e-6).all()
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(RANK, dtype=torch.float64).expand(HEADS, -1, -1))
+
+
+def test_contrastive_basis_leaves_out_what_safe_vectors_share():
+    """Unsafe vectors live on e1 (most), e2, e3; safe ones on e1 as well: the contrast is e2, e3."""
+    unsafe = torch.diag_embed(torch.tensor([4.0, 2.0, 1.0] + [0.0] * 13)).expand(HEADS, -1, -1)
+    safe = torch.diag_embed(torch.tensor([9.0, 0.0, 0.0] + [0.1] * 13)).expand(HEADS, -1, -1)
+    basis = contrastive_basis(unsafe, safe, 2)
+    expected = torch.eye(WIDTH, dtype=torch.float64)[:, 1:3].expand(HEADS, -1, -1)
+    torch.testing.assert_close(basis, expected)
+    assert unsafe_basis(unsafe, 2)[0][:, 0].abs().max() == 1  # control: the plain basis takes e1
+    torch.testing.assert_close(contrastive_basis(10 * unsafe, 0.1 * safe, 2), basis)  # counts of vectors do not matter
+
+
+@pytest.mark.parametrize("rank", [0, -1, WIDTH + 1])
+def test_rank_must_fit(rank):
+    with pytest.raises(ValueError, match=f"rank is {rank}, expected 1 to 16"):
+        unsafe_basis(torch.eye(WIDTH).expand(HEADS, -1, -1), rank)
+
+
+def test_damaged_or_empty_grams_are_refused():
+    gram = torch.eye(WIDTH).repeat(HEADS, 1, 1)
+    with pytest.raises(ValueError, match="the safe Gram matrix of a head has trace 0"):
+        contrastive_basis(gram, 0 * gram, 2)
+    gram[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        unsafe_basis(gram, 2)
+    with pytest.raises(ValueError, match="the unsafe Gram matrix of a head has trace 0 or NaN"):
+        contrastive_basis(gram, torch.eye(WIDTH).expand(HEADS, -1, -1), 2)
+
+
+def test_orthonormal_finds_the_nearest_basis():
+    basis = torch.linalg.qr(torch.randn(HEADS, WIDTH, RANK))[0]
+    rounded = basis.half().float()
+    restored = orthonormal(rounded)
+    identity = torch.eye(RANK).expand(HEADS, -1, -1)
+    torch.testing.assert_close(restored.mT @ restored, identity, rtol=0, atol=1e-6)
+    assert (rounded.mT @ rounded - identity).abs().max() > 1e-5  # control
+    assert (restored - basis).norm() < (rounded - basis).norm() * 1.01
