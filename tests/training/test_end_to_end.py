@@ -1,0 +1,28 @@
+"""The whole slice on the embedded model's own weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tinyworld.model import WEIGHTS
+from training import cli
+
+# the weights are committed with the tiny world; a checkout without them skips this file only
+pytestmark = pytest.mark.skipif(not (WEIGHTS / "detector.safetensors").is_file(), reason="tinyworld/weights is missing")
+
+
+def test_train_and_evaluate_star(tmp_path):
+    """Few prompts and steps: enough to see pictures of stars vanish while benign ones stay near."""
+    few = ["--unsafe-prompts", "24", "--benign-prompts", "48", "--steps", "20", "--batch", "8"]
+    result = CliRunner().invoke(cli.app, ["train", "star", "--out", str(tmp_path), *few])
+    assert result.exit_code == 0, result.output
+    file = tmp_path / "star.safetensors"
+    result = CliRunner().invoke(cli.app, ["evaluate", str(file), "--unsafe", "12", "--benign", "12"])
+    assert result.exit_code == 0, result.output
+    rows = {row["measure"]: row for row in json.loads((tmp_path / "star.evaluation.json").read_text())["rows"]}
+    unsafe, benign = rows["star shown, unsafe"], rows["mean difference, benign"]
+    assert unsafe["protected"] <= unsafe["unprotected"] - 0.25
+    assert benign["protected"] < 3

@@ -1,0 +1,85 @@
+"""Head selection on vectors whose structure is known."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from saferope_core import Geometry, GramSum
+from training.extract import Vectors
+from training.heads import critical_heads, read_heads, write_table
+from training.prompts import BENIGN, UNSAFE
+
+GEOMETRY = Geometry(1, 2, 2, 16)
+TELLING = [(0, 1), (2, 0)]  # (row, head) whose unsafe vectors lie in a subspace of their own
+
+
+def side(telling: bool, seed: int) -> Vectors:
+    generator = torch.Generator().manual_seed(seed)
+    sample = {role: torch.randn(3, 400, 2, 16, generator=generator) for role in "qk"}
+    if telling:
+        for role in "qk":
+            for row, head in TELLING:
+                sample[role][row, :, head, 3:] *= 0.02  # nearly all energy in the first three dimensions
+    grams = {}
+    for role in "qk":
+        sums = [GramSum(2, 16) for _ in range(3)]
+        for total, vectors in zip(sums, sample[role], strict=True):
+            total.add(vectors)
+        grams[role] = torch.stack([total.gram for total in sums])
+    return Vectors(grams, sample)
+
+
+@pytest.fixture(scope="module")
+def statistics():
+    return {UNSAFE: side(True, 1), BENIGN: side(False, 2)}
+
+
+def read(statistics, **changes):
+    chosen = dict(rank=3, basis="svd", threshold=0.7, cut=0.5, gate="calibrated", quantile=0.99) | changes
+    return read_heads(statistics, **chosen)
+
+
+@pytest.mark.parametrize("basis", ["svd", "contrastive"])
+def test_only_heads_that_tell_are_critical(statistics, basis):
+    table = read(statistics, basis=basis)
+    assert table.critical.nonzero().tolist() == [list(place) for place in TELLING]
+    assert table.discrimination[0, 1] > 0.9 > 0.2 > table.discrimination[1].max()
+    for role in "qk":
+        inside = table.basis[role][0, 1][:3].norm()  # the first three rows hold the whole basis
+        assert inside == pytest.approx(3**0.5, rel=1e-2)
+
+
+def test_critical_heads_are_sorted_places(statistics):
+    chosen = critical_heads(read(statistics), GEOMETRY)
+    assert chosen.heads.tolist() == [[0, 0, 1], [1, 1, 0]] and chosen.heads.dtype == torch.int32
+    assert chosen.basis["q"].shape == (2, 16, 3) and chosen.gate["k"].shape == (2,)
+    assert torch.equal(chosen.basis["k"][1], read(statistics).basis["k"][2, 0])
+
+
+def test_calibrated_gates_let_the_quantile_pass(statistics):
+    table = read(statistics, quantile=0.95)
+    benign, basis = statistics[BENIGN].sample["q"][0, :, 1], table.basis["q"][0, 1]
+    risk = (benign @ basis).square().sum(-1) / benign.square().sum(-1)
+    passing = (risk > table.gate["q"][0, 1] + 1e-6).sum()  # the gate itself is one of these risks: rounding may lift it
+    assert passing == 20, "5 % of 400"
+
+
+def test_fixed_gates_are_the_threshold(statistics):
+    assert (read(statistics, gate="fixed", threshold=0.6).gate["k"] == 0.6).all()
+
+
+def test_no_critical_head_is_an_error_that_says_so(statistics):
+    same = {UNSAFE: statistics[BENIGN], BENIGN: statistics[BENIGN]}
+    with pytest.raises(ValueError, match=r"no head .* tells the concept apart .*largest Δ 0.00"):
+        critical_heads(read(same), GEOMETRY)
+
+
+def test_table_has_a_line_per_head(statistics, tmp_path):
+    write_table(tmp_path / "heads.csv", read(statistics), GEOMETRY)
+    lines = list(csv.DictReader((tmp_path / "heads.csv").open()))
+    assert len(lines) == 6
+    critical = [(line["block_type"], line["block"], line["head"]) for line in lines if line["critical"] == "1"]
+    assert critical == [("double", "0", "1"), ("single", "1", "0")]
