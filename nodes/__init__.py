@@ -1,0 +1,19 @@
+"""SafeRoPE's nodes. `comfy_entrypoint` is what ComfyUI asks for; this folder is the only one that knows ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply import Apply
+from .concepts import LoadConcept, register_folders
+from .tiny_world import TinyWorld
+
+
+class SafeRoPE(ComfyExtension):
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadConcept, Apply, TinyWorld]
+
+
+async def comfy_entrypoint() -> SafeRoPE:
+    return SafeRoPE()

@@ -1,0 +1,145 @@
+"""What the node tests share: a FLUX of random weights inside a real ComfyUI, concepts that fit it, one way to sample."""
+
+import asyncio
+import importlib
+
+import pytest
+import torch
+
+RANK = 4
+ANGLE = 10  # random vectors have an LRS of about RANK / 128: turn them visibly
+STEPS = 4
+TEXT, SIDE = 5, 8  # tokens of text; latent rows and columns, four of each to an image token
+
+
+@pytest.fixture(scope="session")
+def core(pack):
+    """The pack's own copy of the core: its classes are not those of an installed `saferope_core`."""
+    return importlib.import_module(f"{pack.__name__}.saferope_core")
+
+
+@pytest.fixture(scope="session")
+def node_classes(pack):
+    """The pack's nodes by their ids, as ComfyUI asks for them; its folders are registered."""
+    nodes = importlib.import_module(f"{pack.__name__}.nodes")
+
+    async def load():
+        extension = await nodes.comfy_entrypoint()
+        await extension.on_load()
+        return await extension.get_node_list()
+
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(load())}
+
+
+@pytest.fixture(scope="session")
+def tiny(core):
+    """The geometry of `flux`. ComfyUI knows FLUX by axes of 16, 56 and 56: heads of 128."""
+    return core.Geometry(2, 2, 2, 128)
+
+
+@pytest.fixture(scope="session")
+def make_concept(core, tiny):
+    """make_concept(geometry, slug, seed): random planes in the first head of every block; gates open, every token turns."""
+
+    def make(geometry=tiny, slug="star", seed=0, **changes):
+        torch.manual_seed(seed)
+        rows = [(0, i) for i in range(geometry.double_blocks)] + [(1, i) for i in range(geometry.single_blocks)]
+        heads = torch.tensor([(kind, index, 0) for kind, index in rows], dtype=torch.int32)
+        bases = torch.linalg.qr(torch.randn(2, len(heads), geometry.head_dim, RANK))[0]
+        generators = [core.skew(ANGLE * torch.randn(len(heads), RANK, RANK)) for _ in range(2)]
+        fields = {
+            "slug": slug,
+            "name": slug,
+            "description": "random",
+            "geometry": geometry,
+            "heads": heads,
+            "basis_q": bases[0],
+            "basis_k": bases[1],
+            "generator_text": generators[0],
+            "generator_image": generators[1],
+            "discrimination": torch.zeros(geometry.blocks, geometry.heads),
+            "threshold": 0.0,
+        }
+        return core.Concept(**fields | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def concept(make_concept):
+    return make_concept()
+
+
+@pytest.fixture(scope="session")
+def flux(comfy, tiny):
+    """A FLUX ModelPatcher of random weights, as ComfyUI's loaders make it."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.supported_models
+
+    config = comfy.supported_models.Flux(
+        {
+            "image_model": "flux",
+            "in_channels": 16,
+            "out_channels": 16,
+            "vec_in_dim": 16,
+            "context_in_dim": 32,
+            "hidden_size": tiny.heads * tiny.head_dim,
+            "mlp_ratio": 1.0,
+            "num_heads": tiny.heads,
+            "depth": tiny.double_blocks,
+            "depth_single_blocks": tiny.single_blocks,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "patch_size": 2,
+            "qkv_bias": True,
+            "guidance_embed": True,
+            "txt_ids_dims": [],
+        }
+    )
+    config.set_inference_dtype(torch.float32, None)
+    config.custom_operations = comfy.ops.manual_cast
+    model = comfy.model_base.Flux(config, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=0.06)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+@pytest.fixture(scope="session")
+def apply(node_classes):
+    """apply(model, [concept], strength, ...) -> the protected model."""
+    node = node_classes["SafeRoPE_Apply"]
+    return lambda *args, **kwargs: node.execute(*args, **kwargs)[0]
+
+
+@pytest.fixture(scope="session")
+def plain(flux, sample):
+    """What the unprotected model samples."""
+    return sample(flux)
+
+
+@pytest.fixture(scope="session")
+def sample(comfy):
+    """sample(model) -> latents [1, 16, 8, 8] after a few Euler steps from fixed noise, text and pooled vector."""
+    import comfy.samplers
+
+    def run(model, steps=STEPS, cfg=1.0, text=TEXT):
+        random = torch.Generator().manual_seed(1)
+
+        def conditioning():
+            hidden, pooled = (torch.randn(shape, generator=random) for shape in ((1, text, 32), (1, 16)))
+            return [[hidden, {"pooled_output": pooled}]]
+
+        noise = torch.randn(1, 16, SIDE, SIDE, generator=random)
+        sampler = comfy.samplers.KSampler(
+            model, steps, torch.device("cpu"), "euler", "simple", model_options=model.model_options
+        )
+        with torch.inference_mode():
+            return sampler.sample(
+                noise, conditioning(), conditioning(), cfg=cfg, latent_image=torch.zeros_like(noise), disable_pbar=True
+            )
+
+    return run

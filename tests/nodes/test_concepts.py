@@ -1,0 +1,78 @@
+"""Concept files in ComfyUI: which are listed, which are refused, when one is read again."""
+
+import importlib
+import os
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="session")
+def node(node_classes):
+    return node_classes["SafeRoPE_LoadConcept"]
+
+
+@pytest.fixture
+def folder(pack, tmp_path, monkeypatch):
+    """An empty folder, the only one in which concept files are looked for."""
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "saferope", ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+@pytest.fixture
+def star(folder, core, concept):
+    core.save_concepts(folder / "star.safetensors", [concept])
+    return folder / "star.safetensors"
+
+
+def test_reads_a_file(node, star, concept):
+    [loaded], text = node.execute("star.safetensors").args
+    assert torch.equal(loaded.basis_k, concept.basis_k)
+    assert "star: random" in text and "4 safety-critical heads" in text and concept.geometry.describe() in text
+
+
+def test_lists_safetensors_only(pack, node, star):
+    (star.parent / "evil.pt").write_bytes(b"")
+    node_class = importlib.import_module(f"{pack.__name__}.nodes.concepts").LoadConcept
+    assert node_class.define_schema().inputs[0].options == ["star.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["gone.safetensors", "../star.safetensors", "/etc/passwd", "evil.pt", ""])
+def test_any_other_name_is_refused(node, star, name):
+    (star.parent / "evil.pt").write_bytes(b"")
+    with pytest.raises(
+        FileNotFoundError, match=r"was not found\. Expected one of \['star\.safetensors'\].* Put the file"
+    ):
+        node.execute(name)
+
+
+def test_a_broken_file_is_refused_with_its_path(node, star):
+    star.write_bytes(star.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"star\.safetensors: .*damaged or cut short"):
+        node.execute("star.safetensors")
+
+
+def test_the_content_decides_whether_it_is_read_again(node, star, core, make_concept):
+    first = node.fingerprint_inputs("star.safetensors")
+    os.utime(star, (0, 0))
+    assert node.fingerprint_inputs("star.safetensors") == first
+    core.save_concepts(star, [make_concept(seed=1)])
+    assert node.fingerprint_inputs("star.safetensors") != first
+
+
+def test_registering_finds_the_users_folders_first_and_can_be_repeated(pack, comfy):
+    import folder_paths
+
+    module = importlib.import_module(f"{pack.__name__}.nodes.concepts")
+    module.register_folders()
+    module.register_folders()
+    paths, extensions = folder_paths.folder_names_and_paths["saferope"]
+    ends = [os.path.join("models", "saferope"), os.path.join("output", "saferope")]
+    ends.append(os.path.join("tinyworld", "concepts"))
+    assert [path[-len(end) :] for path, end in zip(paths, ends, strict=True)] == ends
+    assert extensions == {".safetensors"}
