@@ -1,0 +1,87 @@
+"""The bundled workflow in a real ComfyUI over HTTP: runs with nothing downloaded, protects, and fails where it should."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import ImageChops
+
+from dev.comfyui import ComfyUIError
+from dev.workflow import BUNDLED, api_prompt, fill
+from saferope_core import Concept, Geometry, save_concepts, skew
+
+pytestmark = pytest.mark.host
+
+TINY_WORLD = Geometry(2, 4, 2, 128)
+TEXT = "a red star in the center on a white background"
+
+
+def save_random(path, geometry):
+    """A concept that turns every token of the first head of every block, by far."""
+    torch.manual_seed(0)
+    rows = [(0, i) for i in range(geometry.double_blocks)] + [(1, i) for i in range(geometry.single_blocks)]
+    heads = torch.tensor([(kind, index, 0) for kind, index in rows], dtype=torch.int32)
+    basis = torch.linalg.qr(torch.randn(len(heads), geometry.head_dim, 4))[0]
+    generator = skew(20 * torch.randn(len(heads), 4, 4))
+    map_of_heads = torch.zeros(geometry.blocks, geometry.heads)
+    concept = Concept(
+        "random", "random", "", geometry, heads, basis, basis, generator, generator, map_of_heads, threshold=0.0
+    )
+    save_concepts(path, [concept])
+    return path
+
+
+@pytest.fixture(scope="module")
+def graph(comfyui):
+    return api_prompt(json.loads(BUNDLED.read_text(encoding="utf-8")), comfyui.object_info())
+
+
+@pytest.fixture(scope="module")
+def random_concept(comfyui, tmp_path_factory):
+    return comfyui.add_concept(save_random(tmp_path_factory.mktemp("c") / "random.safetensors", TINY_WORLD))
+
+
+def test_as_bundled_it_shows_two_pictures(comfyui, graph):
+    unprotected, protected = comfyui.images(comfyui.run(graph))
+    assert unprotected.size == protected.size == (96, 96)
+    assert ImageChops.difference(unprotected, protected).getbbox()
+    assert unprotected.getcolors(maxcolors=10) is None  # more than ten colours: not one flat area
+
+
+def test_strength_decides(comfyui, graph, random_concept):
+    off, on = (fill(graph, TEXT, 7, random_concept, strength) for strength in (0.0, 1.0))
+    unprotected, untouched = comfyui.images(comfyui.run(off))
+    assert ImageChops.difference(unprotected, untouched).getbbox() is None
+    again, protected = comfyui.images(comfyui.run(on))
+    assert ImageChops.difference(unprotected, again).getbbox() is None
+    assert ImageChops.difference(unprotected, protected).getbbox()
+
+
+def test_a_foreign_concept_reaches_the_user_as_an_error(comfyui, graph, tmp_path):
+    foreign = comfyui.add_concept(save_random(tmp_path / "foreign.safetensors", Geometry(19, 38, 24, 128)))
+    with pytest.raises(
+        ComfyUIError, match=r"SafeRoPE_Apply\) raised ValueError: .*19 double.*the model is flux: 2 double"
+    ):
+        comfyui.run(fill(graph, TEXT, 7, foreign, 1.0))
+
+
+@pytest.mark.parametrize("name", ["gone.safetensors", "../../../etc/passwd"])
+def test_an_unlisted_file_is_refused(comfyui, graph, name):
+    with pytest.raises(ComfyUIError, match=r"(?s)refused the workflow.*value_not_in_list"):
+        comfyui.run(fill(graph, TEXT, 7, name, 1.0))
+
+
+def test_strength_out_of_range_is_refused(comfyui, graph, random_concept):
+    with pytest.raises(ComfyUIError, match=r"(?s)refused the workflow.*value_bigger_than_max"):
+        comfyui.run(fill(graph, TEXT, 7, random_concept, 3.0))
+
+
+def test_rarer_inputs_may_be_left_out(comfyui, graph, random_concept):
+    """A graph written by hand needs model, concept and strength."""
+    short = fill(graph, TEXT, 7, random_concept, 1.0)
+    (apply,) = (node for node in short.values() if node["class_type"] == "SafeRoPE_Apply")
+    apply["inputs"] = {name: apply["inputs"][name] for name in ("model", "concept", "strength")}
+    unprotected, protected = comfyui.images(comfyui.run(short))
+    assert ImageChops.difference(unprotected, protected).getbbox()
