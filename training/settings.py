@@ -38,7 +38,7 @@ class Settings:
     )
     unlearn_scale: float = _choice(4.0, "Velocity change at which unlearning has had enough; the paper's is 1.")
     preserve_weight: float = _choice(3.0, "Weight of the preserving loss against the unlearning one.")
-    text_init: float = _choice(0.3, "Standard deviation of the text generators' first values.")
+    text_init: float = _choice(1.0, "Standard deviation of the text generators' first values.")
     image_init: float = _choice(0.01, "The same for the image generators of the single blocks.")
     regulariser: str = _choice(
         "velocity", "`velocity` (match the base model's, the paper's) or `flow` (flow matching)."

@@ -26,9 +26,15 @@ def test_token_mask_marks_the_subject(model, records):
         assert words_of(model, record.text, mask) == ["star"]
 
 
-def test_token_mask_of_a_whole_prompt_has_every_token_but_padding(model):
+def test_token_mask_of_a_whole_prompt_has_every_word_and_as_many_pads(model):
     (mask,) = token_mask(model, ["a red star , center"], [None])
-    assert words_of(model, "a red star , center", mask) == ["a", "red", "star", ",", "center", "</s>"]
+    words = ["a", "red", "star", ",", "center", "</s>"]
+    assert words_of(model, "a red star , center", mask) == words + ["<pad>"] * len(words)
+
+
+def test_token_mask_of_a_long_prompt_ends_with_the_text(model):
+    (mask,) = token_mask(model, ["red " * 20], [None])
+    assert mask.all() and len(mask) == model.text_length
 
 
 def test_token_mask_refuses_a_span_that_was_cut_off(model):

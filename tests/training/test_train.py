@@ -23,7 +23,7 @@ def critical(model, records, settings):
 
 @pytest.fixture
 def material(model, records):
-    return recipe.material(model, records, seed=0)
+    return recipe.material(model, records, times=(1.0, 0.9, 0.8), seed=0)
 
 
 def concept_of(model, critical, generators, settings):
