@@ -179,14 +179,19 @@ def generate(
     guidance: float = GUIDANCE,
     batch: int = 32,
     progress: Callable[[int], object] | None = None,
+    t5_texts: Sequence[str] | None = None,
 ) -> Tensor:
-    """Pictures [n, 3, 96, 96] in [-1, 1] of n texts with n seeds. `progress` is told the size of each finished batch."""
+    """Pictures [n, 3, 96, 96] in [-1, 1] of n texts with n seeds.
+
+    `t5_texts`: what T5 reads, where that is not what CLIP reads. `progress` is told the size of each finished batch.
+    """
     pictures = []
     for first in range(0, len(texts), batch):
         some = slice(first, first + batch)
         noise = start_noise(seeds[some])
         result = pipeline(
             prompt=list(texts[some]),
+            prompt_2=list((t5_texts or texts)[some]),
             num_inference_steps=steps,
             guidance_scale=guidance,
             latents=pipeline._pack_latents(noise, *noise.shape).to(pipeline.transformer.dtype),
