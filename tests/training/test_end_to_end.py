@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from typer.testing import CliRunner
 
-from tinyworld.model import WEIGHTS
 from training import cli
-
-# the weights are committed with the tiny world; a checkout without them skips this file only
-pytestmark = pytest.mark.skipif(not (WEIGHTS / "detector.safetensors").is_file(), reason="tinyworld/weights is missing")
 
 
 def test_train_and_evaluate_star(tmp_path):
