@@ -1,6 +1,6 @@
 """A real ComfyUI: found, started headless on the CPU with this pack in it, and asked over HTTP.
 
-    with ComfyUI(Path("/tmp/base")) as server:
+    with ComfyUI(Path("base")) as server:
         outputs = server.run(json.loads(Path("workflow_api.json").read_text()))
         server.images(outputs)[0].save("picture.png")
 

@@ -181,6 +181,7 @@ def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch
     heads = torch.cat([heads for heads, _ in parts]).unique()
 
     def placed(values: Tensor, own: Tensor) -> Tensor:
+        """`values` of a concept's own heads in the rows of all the plan's heads, 0 elsewhere."""
         full = values.new_zeros(geometry.heads, *values.shape[1:])
         full[own] = values
         return full[heads].to(device)

@@ -19,12 +19,14 @@ def loads(what: str, text: str | bytes) -> Any:
     """The value of a JSON text (bytes: UTF-8). Raises ValueError, naming `what` was read, unless it is strict JSON."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """The object of these pairs; json alone would silently keep the last of two equal keys."""
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if twice:
             raise ValueError(f"duplicate keys {', '.join(twice)}")
         return dict(pairs)
 
     def refuse(constant: str):
+        """NaN and the infinities, which json reads though JSON has none."""
         raise ValueError(f"{constant}, expected finite numbers")
 
     try:

@@ -1,7 +1,7 @@
 """Makes all weights of the tiny world again, from a seed: text encoders, codec, FLUX, detector.
 
     python -m tinyworld.train                   # about 50 minutes on 2 CPU cores, into tinyworld/weights
-    python -m tinyworld.train --flow-steps 40 --distillation-steps 20 --out /tmp/tiny   # a quick look at the machinery
+    python -m tinyworld.train --flow-steps 40 --distillation-steps 20 --out tiny_weights   # a quick look at the machinery
 
 Interrupt it as you like: it goes on from its last checkpoint in --work. diffusers, transformers and rich are needed.
 """

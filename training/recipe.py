@@ -108,7 +108,20 @@ def _train(place: Workplace, model: Model, records: Sequence[prompts.PromptRecor
         record = {**config, "prompts_sha256": file_sha256(out / PROMPTS), "final": final_errors(log)}
         save_concepts(path, [concept_of(model, critical, delta, generators, s, record)])
 
-    depends = ("acts_on", "steps", "phase", "batch", "learning_rate", "unlearn_at", "unlearn_scale", "preserve_weight", "text_init", "image_init", "regulariser", "seed")
+    depends = (
+        "acts_on",
+        "steps",
+        "phase",
+        "batch",
+        "learning_rate",
+        "unlearn_at",
+        "unlearn_scale",
+        "preserve_weight",
+        "text_init",
+        "image_init",
+        "regulariser",
+        "seed",
+    )
     place.stage("train", depends, (PROMPTS, HEADS), (path.name, LOG, CURVE), make)
     return path
 
