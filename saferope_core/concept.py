@@ -1,6 +1,10 @@
 """A concept: everything that is known about what to suppress, checked once, then never changed.
 
-Axes: N safety-critical heads, D head dimension, R subspace rank, H heads of a block.
+Axes: N safety-critical heads, D head dimension, R subspace rank, S reach, H heads of a block.
+
+Risk is measured in the unsafe subspace, the first R columns of a basis. A rotation may need to leave it: a key that all
+pictures look at cannot be turned away from them within directions that they all look at. The last S columns, the
+reach, are such directions outside: never part of the risk, but of the space that is turned. S = 0 is the paper.
 """
 
 from __future__ import annotations
@@ -35,10 +39,10 @@ class Concept:
     description: str
     geometry: Geometry
     heads: Tensor  # int32 [N, 3]: block type (DOUBLE, SINGLE), block, head; sorted, unique
-    basis_q: Tensor  # [N, D, R], orthonormal columns: the unsafe subspace of queries
-    basis_k: Tensor  # [N, D, R], of keys
-    generator_text: Tensor  # [N, R, R], skew: how text tokens turn, q and k alike
-    generator_image: Tensor  # [N, R, R], skew: how image tokens turn; zero where they do not
+    basis_q: Tensor  # [N, D, R + S], orthonormal columns: the unsafe subspace of queries, then the reach
+    basis_k: Tensor  # [N, D, R + S], of keys
+    generator_text: Tensor  # [N, R + S, R + S], skew: how text tokens turn, q and k alike
+    generator_image: Tensor  # [N, R + S, R + S], skew: how image tokens turn; zero where they do not
     discrimination: Tensor  # [blocks, H] in [-1, 1]: Δ of every head, double blocks first
     threshold: float = THRESHOLD  # gate of every head that has no own gate, in [0, 1]
     gate_q: Tensor | None = None  # [N] in [0, 1]: the LRS above which a query turns
@@ -48,6 +52,7 @@ class Concept:
     mode: str = "learned"  # where the generators come from: "learned", "fixed" or "random"
     training: dict = field(default_factory=dict)  # what is needed to repeat it, as JSON
     singular_values: Tensor | None = None  # [N, R] >= 0
+    reach: int = 0  # S, how many of the bases' last columns are outside the unsafe subspace
 
     def __post_init__(self):
         _check_words(self)
@@ -66,10 +71,10 @@ class Concept:
     @property
     def rank(self) -> int:
         """R, the dimension of the unsafe subspace of every head."""
-        return self.basis_q.shape[-1]
+        return self.basis_q.shape[-1] - self.reach
 
     def basis(self, role: str) -> Tensor:
-        """U [N, D, R] of the role 'q' or 'k'."""
+        """The space that is turned, [N, D, R + S], for the role 'q' or 'k'; its first R columns are U."""
         return {"q": self.basis_q, "k": self.basis_k}[role]
 
     def gate(self, role: str) -> Tensor:
@@ -105,10 +110,14 @@ def require_skew(name: str, generator: Tensor, dtype: torch.dtype = torch.float3
 
 
 def _layout(concept: Concept) -> dict[str, tuple[tuple[int, ...], float, float]]:
-    """Shape and range of every float tensor; N comes from `heads`, R from `basis_q`, the rest from the geometry."""
+    """Shape and range of every float tensor; N comes from `heads`, R + S from `basis_q`, the rest from the geometry."""
     geometry, count = concept.geometry, len(concept.heads)
-    rank = _rank_of(concept.basis_q, geometry.head_dim)
-    basis, generator = (count, geometry.head_dim, rank), (count, rank, rank)
+    width = _width_of(concept.basis_q, geometry.head_dim)
+    if type(concept.reach) is not int or not 0 <= concept.reach < width:
+        raise ValueError(
+            f"reach is {concept.reach!r:.40}, expected 0 to {width - 1}: of {width} columns one at least tells the risk"
+        )
+    basis, generator = (count, geometry.head_dim, width), (count, width, width)
     return {
         "basis_q": (basis, -1.0, 1.0),
         "basis_k": (basis, -1.0, 1.0),
@@ -117,18 +126,18 @@ def _layout(concept: Concept) -> dict[str, tuple[tuple[int, ...], float, float]]
         "discrimination": ((geometry.blocks, geometry.heads), -1.0, 1.0),
         "gate_q": ((count,), 0.0, 1.0),
         "gate_k": ((count,), 0.0, 1.0),
-        "singular_values": ((count, rank), 0.0, torch.finfo(torch.float32).max),
+        "singular_values": ((count, width - concept.reach), 0.0, torch.finfo(torch.float32).max),
     }
 
 
-def _rank_of(basis: Tensor, head_dim: int) -> int:
+def _width_of(basis: Tensor, head_dim: int) -> int:
     if not isinstance(basis, Tensor) or basis.ndim != 3:
         found = tuple(basis.shape) if isinstance(basis, Tensor) else type(basis).__name__
         raise ValueError(f"basis_q: got {found}, expected a tensor of shape [heads, head dimension, rank]")
-    rank = basis.shape[-1]
-    if not 2 <= rank <= head_dim:
-        raise ValueError(f"rank is {rank}, expected 2 (one plane) to {head_dim} (the head dimension)")
-    return rank
+    width = basis.shape[-1]
+    if not 2 <= width <= head_dim:
+        raise ValueError(f"rank is {width}, expected 2 (one plane) to {head_dim} (the head dimension)")
+    return width
 
 
 def _taken(name: str, value: Tensor, shape: tuple[int, ...], low: float, high: float) -> Tensor:

@@ -36,8 +36,8 @@ LICENSE_UNSTATED = "NOASSERTION"  # SPDX's word for it
 
 _PICKLES = (b"PK\x03\x04", b"\x80")  # how the files of torch.save begin: a zip archive, or a bare pickle
 _METADATA = {"format", "format_version", "concepts", "geometry", "created", "saferope_version", "license"}
-_FACTS = ("slug", "name", "description", "rank", "threshold", "strength", "acts_on", "mode", "training")
-_FACTS_OPTIONAL = {"description": "", "strength": 1.0, "training": {}}
+_FACTS = ("slug", "name", "description", "rank", "reach", "threshold", "strength", "acts_on", "mode", "training")
+_FACTS_OPTIONAL = {"description": "", "reach": 0, "strength": 1.0, "training": {}}
 _NARROW = ("basis_q", "basis_k", "generator_text", "generator_image")  # what float16 files hold as float16
 _TENSORS = ("heads", *_NARROW, "discrimination")
 _TENSORS_OPTIONAL = ("gate_q", "gate_k", "singular_values")
@@ -233,7 +233,9 @@ def _concept(entry: dict, geometry: Geometry, tensors: dict[str, Tensor]) -> Con
     except ValueError as error:
         raise ValueError(f"concept {slug!r}: {error}") from None
     if entry["rank"] != concept.rank:
-        raise ValueError(f"concept {slug!r}: rank says {entry['rank']!r}, its bases have {concept.rank} columns")
+        raise ValueError(
+            f"concept {slug!r}: rank says {entry['rank']!r}, its bases have {concept.rank} columns besides the reach"
+        )
     return concept
 
 

@@ -1,6 +1,7 @@
 """The one object both hosts ask, block by block: q or k and the token spans in, the rotated vectors out.
 
-Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 planes, N safety-critical heads.
+Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, S reach (see `concept`), P = (R + S) // 2 planes,
+N safety-critical heads.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ STREAMS = ("text", "image")
 class _Part(NamedTuple):
     """What one concept does to the heads of one plan. A head it leaves alone has directions, θ and gate 0: LRS 0."""
 
-    directions: Tensor  # [H, D, R], from fold
+    directions: Tensor  # [H, D, R + S], from fold
     theta: Tensor  # [H, P], strength included
     gate: Tensor  # [H]
+    unsafe: Tensor | None  # [H, R + S, R], directionsᵀ U: the unsafe subspace seen from the directions; None if S = 0
 
 
 class _Plan(NamedTuple):
@@ -114,7 +116,7 @@ def _rotate_span(x: Tensor, result: Tensor, plan: _Plan, start: int, stop: int) 
     with exact(x):
         vectors = wide(x[:, :, start:stop].index_select(1, plan.heads))
         coordinates = [torch.einsum("bhld,hdr->bhlr", vectors, p.directions.to(vectors)) for p in plan.parts]
-        scales = [gated(risk_of(c, vectors), p.gate) for c, p in zip(coordinates, plan.parts, strict=True)]
+        scales = [gated(_risk(c, vectors, p), p.gate) for c, p in zip(coordinates, plan.parts, strict=True)]
     if not _gathers(x.device):
         turned = _turned(vectors, plan.parts, scales, coordinates[0])
         result = x.clone() if result is x else result
@@ -127,6 +129,13 @@ def _rotate_span(x: Tensor, result: Tensor, plan: _Plan, start: int, stop: int) 
     result = x.clone() if result is x else result
     result[:, plan.heads[:, None], start + hot] = turned.to(x.dtype)
     return result
+
+
+def _risk(coordinates: Tensor, vectors: Tensor, part: _Part) -> Tensor:
+    """LRS [B, H, L] from the coordinates [B, H, L, R + S] in the part's directions."""
+    if part.unsafe is not None:
+        coordinates = torch.einsum("bhlp,hpr->bhlr", coordinates, part.unsafe.to(coordinates))
+    return risk_of(coordinates, vectors)
 
 
 def _turned(vectors: Tensor, parts: list[_Part], scales: list[Tensor], known: Tensor | None) -> Tensor:
@@ -169,19 +178,26 @@ def _parts_of(concept: Concept, strength: float, threshold: float | None, role: 
     if not moving.any():
         return
     theta, directions = fold(concept.basis(role), _generator(concept, stream))
+    unsafe = (directions.mT.double() @ concept.basis(role)[..., : concept.rank].double()).float()
     gate = concept.gate(role) if threshold is None else torch.full((len(concept.heads),), threshold)
     rows = _rows(concept)
     for row in rows[moving].unique().tolist():
         mine = moving & (rows == row)
-        yield row, concept.heads[mine, 2].long(), _Part(directions[mine], strength * theta[mine], gate[mine])
+        yield (
+            row,
+            concept.heads[mine, 2].long(),
+            _Part(directions[mine], strength * theta[mine], gate[mine], unsafe[mine] if concept.reach else None),
+        )
 
 
 def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch.device) -> _Plan:
     """One plan over the union of the heads of several concepts."""
     heads = torch.cat([heads for heads, _ in parts]).unique()
 
-    def placed(values: Tensor, own: Tensor) -> Tensor:
+    def placed(values: Tensor | None, own: Tensor) -> Tensor | None:
         """`values` of a concept's own heads in the rows of all the plan's heads, 0 elsewhere."""
+        if values is None:
+            return None
         full = values.new_zeros(geometry.heads, *values.shape[1:])
         full[own] = values
         return full[heads].to(device)

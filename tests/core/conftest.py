@@ -93,7 +93,7 @@ def protect_in_loops(concepts, x, role, block, text, image, strengths=None, thre
                 for b in range(x.shape[0]):
                     for t in range(*span):
                         vector = original[b, head, t]
-                        risk = (u.T @ vector).norm() ** 2 / vector.norm() ** 2
+                        risk = (u[:, : concept.rank].T @ vector).norm() ** 2 / vector.norm() ** 2
                         if risk > gate:
                             inside = u.T @ result[b, head, t]
                             turned = torch.matrix_exp(strength * risk * generator) @ inside

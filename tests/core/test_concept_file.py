@@ -13,7 +13,19 @@ from saferope_core import ConceptFileError, Geometry, concept_file, load_concept
 
 TENSORS = ("heads", "basis_q", "basis_k", "generator_text", "generator_image", "discrimination")
 OPTIONAL = ("gate_q", "gate_k", "singular_values")
-FACTS = ("slug", "name", "description", "threshold", "strength", "acts_on", "mode", "training", "geometry", "rank")
+FACTS = (
+    "slug",
+    "name",
+    "description",
+    "threshold",
+    "strength",
+    "acts_on",
+    "mode",
+    "training",
+    "geometry",
+    "rank",
+    "reach",
+)
 
 
 @pytest.fixture
@@ -45,7 +57,7 @@ def assert_same(found, expected):
 
 
 def test_round_trip_bit_for_bit(path, concept, make_concept):
-    plain = make_concept("zappy-2", rank=4)
+    plain = make_concept("zappy-2", rank=4, reach=1)
     save_concepts(path, [concept, plain])
     found = load_concepts(path)
     assert len(found) == 2

@@ -1,5 +1,6 @@
 """Protection: the object both hosts ask, against the paper's equations written out in loops."""
 
+import dataclasses
 import sys
 import threading
 
@@ -57,6 +58,18 @@ def test_several_concepts_one_after_another(path, make_concept, geometry, naive_
     assert (swapped - result).abs().max() > 1e-3  # control: overlapping rotations do not commute
     gating_by_rotated = rotate(Protection([second], geometry), rotate(Protection([first], geometry), x))
     assert (gating_by_rotated - result).abs().max() > 1e-3  # control: two patches in a row are something else
+
+
+def test_reach_turns_but_is_no_risk(path, make_concept, geometry, naive_protection):
+    """Beside a concept of another width, in heads that both and only one of them turn."""
+    concept = make_concept(rank=7, reach=3, threshold=0.1)
+    other = make_concept("zappy", rank=4, heads=[(1, 1, 0), (1, 1, 1)])
+    x = vectors()
+    result = rotate(Protection([concept, other], geometry), x)
+    expected = naive_protection([concept, other], x, "q", (1, 1), TEXT, IMAGE)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
+    whole = dataclasses.replace(concept, reach=0)
+    assert (rotate(Protection([whole, other], geometry), x) - result).abs().max() > 1e-3, "control: risk in all columns"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
