@@ -12,7 +12,7 @@ from .geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
 from .protection import Protection
 from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
 from .rotation import fold, planes, rotate_by_generator, skew, turn
-from .subspace import GramSum, contrastive_basis, orthonormal, unsafe_basis
+from .subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
 from .version import __version__
 
 __all__ = [
@@ -27,8 +27,10 @@ __all__ = [
     "Protection",
     "__version__",
     "calibrate_gate",
+    "contrast",
     "contrastive_basis",
     "discrimination",
+    "extended",
     "fixed_generator",
     "fold",
     "gated",

@@ -50,10 +50,32 @@ def unsafe_basis(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def contrastive_basis(unsafe_gram: Tensor, safe_gram: Tensor, rank: int) -> Tensor:
     """Directions in which unsafe vectors have the larger share of their energy than safe ones.
 
-    The leading `rank` eigenvectors of G_unsafe / tr G_unsafe − G_safe / tr G_safe; both [H, D, D] -> [H, D, R]
-    float64, orthonormal columns, descending. Raises ValueError as `unsafe_basis`, and for a Gram matrix of trace 0.
+    The leading `rank` eigenvectors of `contrast`; both [H, D, D] -> [H, D, R] float64, orthonormal columns, descending.
+    Raises ValueError as `unsafe_basis`, and for a Gram matrix of trace 0.
     """
-    return _leading(_share(unsafe_gram, "unsafe") - _share(safe_gram, "safe"), rank)[1]
+    return _leading(contrast(unsafe_gram, safe_gram), rank)[1]
+
+
+def contrast(unsafe_gram: Tensor, safe_gram: Tensor) -> Tensor:
+    """G_unsafe / tr G_unsafe − G_safe / tr G_safe: where unsafe vectors have the larger share of their energy. [H, D, D]."""
+    return _share(unsafe_gram, "unsafe") - _share(safe_gram, "safe")
+
+
+def extended(basis: Tensor, symmetric: Tensor, count: int) -> Tensor:
+    """`basis` [H, D, R] and `count` more orthonormal columns outside it: [H, D, R + count] float64.
+
+    They are the leading eigenvectors of P M P, with P = I − U Uᵀ and M [H, D, D] symmetric: a Gram matrix of what is to be
+    added, or a difference of two. Raises ValueError where there is no room for them and where M is not finite.
+    """
+    basis = basis.double()
+    width, rank = basis.shape[-2:]
+    if not 0 <= count <= width - rank:
+        raise ValueError(f"{count} more columns beside {rank}, expected 0 to {width - rank} in {width} dimensions")
+    if count == 0:
+        return basis
+    outside = torch.eye(width, dtype=torch.float64, device=basis.device) - basis @ basis.mT
+    _, added = _leading(outside @ symmetric.double() @ outside, count)
+    return torch.cat([basis, orthonormal(outside @ added)], dim=-1)
 
 
 def orthonormal(basis: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from saferope_core import Geometry
@@ -48,6 +49,24 @@ def geometry_of(transformer: nn.Module) -> Geometry:
     """The geometry a concept must have to fit this FluxTransformer2DModel."""
     config = transformer.config
     return Geometry(config.num_layers, config.num_single_layers, config.num_attention_heads, config.attention_head_dim)
+
+
+def positioned(transformer: nn.Module, image_ids: Tensor) -> Callable[[Tensor, Span, Span], Tensor]:
+    """A function that applies RoPE to x [B, H, L, D] with the spans that visitors get, as this transformer's attention does.
+
+    Text tokens stand at position 0 (FLUX.1), where RoPE turns nothing; image tokens stand at `image_ids` [L, 3].
+    """
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    frequencies = transformer.pos_embed(image_ids)
+
+    def apply(x: Tensor, text: Span, image: Span) -> Tensor:
+        if image[0] == image[1]:
+            return x
+        turned = apply_rotary_emb(x[:, :, image[0] : image[1]], frequencies, sequence_dim=2)
+        return torch.cat([x[:, :, : image[0]], turned, x[:, :, image[1] :]], dim=2)
+
+    return apply
 
 
 @contextmanager

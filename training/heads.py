@@ -1,9 +1,10 @@
-"""Which heads tell the concept apart, in which subspace, and above which risk they are to turn."""
+"""Which heads tell the concept apart, in which subspace, above which risk they are to turn, and where to."""
 
 from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,21 +14,44 @@ from saferope_core import (
     BLOCK_TYPES,
     Geometry,
     calibrate_gate,
+    contrast,
     contrastive_basis,
     discrimination,
+    extended,
     head_discrimination_score,
     latent_risk_score,
     unsafe_basis,
 )
 
 from .attach import ROLES
-from .extract import Vectors
+from .extract import Statistics
+from .models import PADDING, SUBJECT, WORDS
 from .prompts import BENIGN, UNSAFE
+
+SIDES = {UNSAFE: ((UNSAFE, SUBJECT),), BENIGN: ((BENIGN, WORDS), (BENIGN, PADDING))}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Dimensions of a head's space: of the subject, of padding and other words that took the concept up, and the reach.
+
+    The first three together are the unsafe subspace, R; the reach, S, is only turned in. The paper has 5, 0, 0, 0.
+    """
+
+    subject: int
+    padding: int = 0
+    words: int = 0
+    reach: int = 0
+
+    @property
+    def risk(self) -> int:
+        """R."""
+        return self.subject + self.padding + self.words
 
 
 @dataclass(frozen=True)
 class HeadTable:
-    """Every head's reading. All fp32. Per role: basis [blocks, H, D, R], gate [blocks, H], mean LRS of both sides [blocks, H]."""
+    """Every head's reading. All fp32. Per role: basis [blocks, H, D, R + S], gate [blocks, H], mean LRS by side [blocks, H]."""
 
     discrimination: Tensor
     critical: Tensor
@@ -35,54 +59,42 @@ class HeadTable:
     gate: dict[str, Tensor]
     risk: dict[str, dict[str, Tensor]]
     singular_values: Tensor
+    reach: int
 
 
 @dataclass(frozen=True)
 class CriticalHeads:
-    """The safety-critical heads alone: heads int32 [N, 3] and, per role, basis [N, D, R] and gate [N]."""
+    """The safety-critical heads alone: heads int32 [N, 3] and, per role, basis [N, D, R + S] and gate [N]."""
 
     heads: Tensor
     basis: dict[str, Tensor]
     gate: dict[str, Tensor]
     singular_values: Tensor
+    reach: int = 0
 
 
 def read_heads(
-    statistics: dict[str, Vectors], rank: int, basis: str, threshold: float, cut: float, gate: str, quantile: float
+    statistics: Statistics, ranks: Ranks, basis: str, threshold: float, cut: float, gate: str, quantile: float
 ) -> HeadTable:
-    """Bases, discrimination Δ (over queries and keys together) and gates of every head.
+    """Bases, gates and discrimination Δ (over queries and keys together) of every head.
 
-    `basis` is "svd" or "contrastive"; `gate` is "calibrated" to the quantile of LRS on benign tokens, or "fixed" at the
-    threshold.
+    `basis` is "svd" or "contrastive", for the subject; `gate` is "calibrated" to the quantile of LRS on benign tokens, or
+    "fixed" at the threshold. Δ is the share of subject vectors above the head's gate less that of benign vectors.
     """
-    unsafe, benign = statistics[UNSAFE], statistics[BENIGN]
-    rows = range(len(unsafe.gram["q"]))
-    bases, values = {}, {}
-    for role in ROLES:
-        pairs = [_basis(unsafe.gram[role][row], benign.gram[role][row], rank, basis) for row in rows]
-        bases[role], values[role] = (torch.stack(part) for part in zip(*pairs, strict=True))
+    bases = {role: _bases(statistics, role, ranks, basis) for role in ROLES}
     risks = {
-        role: {
-            name: torch.stack([_risks(statistics[name].sample[role][row], bases[role][row]) for row in rows])
-            for name in (UNSAFE, BENIGN)
-        }
-        for role in ROLES
+        role: {name: _risks(statistics, name, role, bases[role][..., : ranks.risk]) for name in SIDES} for role in ROLES
     }
-    delta = torch.stack(
-        [
-            discrimination(
-                *(torch.cat([risks[role][name][row] for role in ROLES]) for name in (UNSAFE, BENIGN)), threshold
-            )
-            for row in rows
-        ]
-    )
+    gates = {role: _gates(risks[role][BENIGN], threshold, gate, quantile) for role in ROLES}
+    delta = _discrimination(risks, gates)
     return HeadTable(
         delta,
         head_discrimination_score(delta, cut),
         bases,
-        {role: _gates(risks[role][BENIGN], threshold, gate, quantile) for role in ROLES},
+        gates,
         {role: {name: risk.mean(1) for name, risk in risks[role].items()} for role in ROLES},
-        values["k"],
+        _energies(statistics, bases["k"][..., : ranks.risk]),
+        ranks.reach,
     )
 
 
@@ -90,7 +102,7 @@ def critical_heads(table: HeadTable, geometry: Geometry) -> CriticalHeads:
     """Picks the heads with a discrimination score of 1, doubles first. ValueError where there is none."""
     if not table.critical.any():
         raise ValueError(
-            f"no head of {geometry.describe()} tells the concept apart (largest Δ {table.discrimination.max():.2f}); "
+            f"no head of {geometry.describe()} tells the concept apart; heads by Δ: {_histogram(table.discrimination)}; "
             "give more prompts, check that their spans mark the concept's word, or lower the cut"
         )
     row, head = table.critical.nonzero(as_tuple=True)
@@ -101,6 +113,7 @@ def critical_heads(table: HeadTable, geometry: Geometry) -> CriticalHeads:
         {role: table.basis[role][row, head] for role in ROLES},
         {role: table.gate[role][row, head] for role in ROLES},
         table.singular_values[row, head],
+        table.reach,
     )
 
 
@@ -121,16 +134,34 @@ def write_table(path: Path, table: HeadTable, geometry: Geometry) -> None:
                 writer.writerow([BLOCK_TYPES[single], block, head, delta, int(table.critical[row, head]), *others])
 
 
-def _basis(unsafe_gram: Tensor, safe_gram: Tensor, rank: int, kind: str) -> tuple[Tensor, Tensor]:
-    basis, values = unsafe_basis(unsafe_gram, rank)
+def _bases(statistics: Statistics, role: str, ranks: Ranks, kind: str) -> Tensor:
+    """[blocks, H, D, R + S]: the subject's directions, those of padding and words against benign ones, the reach."""
+    rows = range(len(statistics.met[role]))
+    return torch.stack([_basis(statistics, role, row, ranks, kind) for row in rows]).float()
+
+
+def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str) -> Tensor:
+    def gram(*which: str) -> Tensor:
+        return statistics.vectors[which].gram[role][row]
+
+    benign = gram(BENIGN, WORDS) + gram(BENIGN, PADDING)
     if kind == "contrastive":
-        basis = contrastive_basis(unsafe_gram, safe_gram, rank)
-    return basis.float(), values.float()
+        basis = contrastive_basis(gram(UNSAFE, SUBJECT), benign, ranks.subject)
+    else:
+        basis = unsafe_basis(gram(UNSAFE, SUBJECT), ranks.subject)[0]
+    for token, rank in ((PADDING, ranks.padding), (WORDS, ranks.words)):
+        if rank:
+            basis = extended(basis, contrast(gram(UNSAFE, token), gram(BENIGN, token)), rank)
+    return extended(basis, statistics.met[role][row], ranks.reach)
 
 
-def _risks(vectors: Tensor, basis: Tensor) -> Tensor:
-    """LRS [n, H] of vectors [n, H, D] in a block's bases [H, D, R]."""
-    return latent_risk_score(vectors.transpose(0, 1), basis).T
+def _risks(statistics: Statistics, name: str, role: str, bases: Tensor) -> Tensor:
+    """LRS [blocks, n, H] of a side's sampled vectors in the unsafe subspaces [blocks, H, D, R]."""
+    samples = torch.cat([statistics.vectors[each].sample[role] for each in SIDES[name]], dim=1)
+    risks = (
+        latent_risk_score(vectors.float().transpose(0, 1), basis) for vectors, basis in zip(samples, bases, strict=True)
+    )
+    return torch.stack([risk.T for risk in risks])
 
 
 def _gates(risks: Tensor, threshold: float, kind: str, quantile: float) -> Tensor:
@@ -138,3 +169,29 @@ def _gates(risks: Tensor, threshold: float, kind: str, quantile: float) -> Tenso
     if kind == "fixed":
         return torch.full((risks.shape[0], risks.shape[2]), threshold)
     return torch.stack([calibrate_gate(block, quantile) for block in risks])
+
+
+def _discrimination(risks: dict[str, dict[str, Tensor]], gates: dict[str, Tensor]) -> Tensor:
+    """Δ [blocks, H]: LRS less its gate, above 0 or not, compared between the sides."""
+    above = {
+        name: torch.cat([risks[role][name] - gates[role][:, None] for role in ROLES], dim=1)
+        for name in (UNSAFE, BENIGN)
+    }
+    return torch.stack(
+        [discrimination(unsafe, benign, 0.0) for unsafe, benign in zip(above[UNSAFE], above[BENIGN], strict=True)]
+    )
+
+
+def _energies(statistics: Statistics, bases: Tensor) -> Tensor:
+    """‖Uᵀ X‖ of every column of U, [blocks, H, R], X the subject's keys: the singular values where U is their SVD's."""
+    gram = statistics.vectors[UNSAFE, SUBJECT].gram["k"].double()
+    bases = bases.double()
+    return torch.einsum("bhdr,bhde,bher->bhr", bases, gram, bases).clamp(min=0).sqrt().float()
+
+
+def _histogram(delta: Tensor) -> str:
+    """How many heads have which Δ, for an error message."""
+    edges = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.01)
+    ranges = [(low, high, ((delta >= low) & (delta < high)).sum().item()) for low, high in pairwise(edges)]
+    filled = [f"{low:g} to {min(high, 1):g}: {count}" for low, high, count in ranges if count]
+    return f"{', '.join(filled)} (largest {delta.max():.2f})"

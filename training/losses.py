@@ -1,4 +1,7 @@
-"""The two losses as pure functions of velocities, `[B, L, C]` of any float dtype; computed in fp32, returned as a scalar."""
+"""The losses as pure functions of velocities, `[B, L, C]` of any float dtype; computed in fp32, returned per prompt, [B].
+
+Per prompt, so that a mean over them does not depend on how a batch is split over passes or processes.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from torch import Tensor
 
 
 def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of the squared differences, >= 0, in fp32 whatever autocast says."""
-    return (a.float() - b.float()).square().mean()
+    """Mean of every prompt's squared differences, [B], >= 0, in fp32 whatever autocast says."""
+    return (a.float() - b.float()).square().flatten(1).mean(1)
 
 
 def unlearning_loss(rotated: Tensor, base: Tensor, scale: float = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,17 +16,22 @@ from torch import Tensor, nn
 from saferope_core import Geometry
 
 from .attach import geometry_of
+from .encoders import EmbeddingCache, EncoderSource
 
 TINYWORLD = "tinyworld"
+SUBJECT, WORDS, PADDING = "subject", "words", "padding"  # kinds of text tokens
 GUIDANCE = 3.5  # FLUX.1-dev's default
-TEXT_LENGTH = 512  # FLUX.1-dev's
-LATENT_SIDE = 64  # 512 x 512 pictures: statistics and rotations do not depend on resolution, time does
+STEPS = 28  # diffusers' default for FLUX.1-dev
 _ENCODE_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Model:
-    """A frozen pipeline in eval mode. `latent_side`: height and width of the unpacked latents."""
+    """A frozen pipeline in eval mode. `latent_side`: height and width of the unpacked latents.
+
+    `guidance` and `steps` are what it is sampled with. `source` gives the text encoders where the pipeline has none yet,
+    `cache` keeps their embeddings on disk.
+    """
 
     name: str
     pipe: object
@@ -34,6 +39,9 @@ class Model:
     text_length: int
     latent_side: int
     guidance: float = GUIDANCE
+    steps: int = STEPS
+    source: EncoderSource | None = None
+    cache: EmbeddingCache | None = None
 
     @property
     def transformer(self) -> nn.Module:
@@ -42,6 +50,12 @@ class Model:
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
+
+    @property
+    def image_ids(self) -> Tensor:
+        """RoPE positions [L, 3] of the image tokens."""
+        side = self.latent_side // 2
+        return self.pipe._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -56,73 +70,95 @@ class Text:
         return Text(self.states[index], self.pooled[index])
 
 
-def load_model(name: str, device: str = "cpu") -> Model:
-    """The embedded model (`tinyworld`) or a folder laid out like a diffusers FLUX pipeline.
-
-    ValueError where the folder is none.
-    """
-    if name == TINYWORLD:
-        return _tiny_world(device)
-    from diffusers import FluxPipeline
-
-    if not (Path(name) / "model_index.json").is_file():
-        raise ValueError(
-            f"model {name!r}: got no folder with a model_index.json, expected `{TINYWORLD}` or a diffusers FLUX "
-            "pipeline; download one first and name its folder"
-        )
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    pipe = FluxPipeline.from_pretrained(name, torch_dtype=dtype, local_files_only=True).to(device)
-    return from_pipeline(name, pipe, TEXT_LENGTH, LATENT_SIDE)
-
-
-def from_pipeline(name: str, pipe, text_length: int, latent_side: int, guidance: float = GUIDANCE) -> Model:
-    """Freezes the pipeline and wraps it."""
+def from_pipeline(
+    name: str,
+    pipe,
+    text_length: int,
+    latent_side: int,
+    guidance: float = GUIDANCE,
+    steps: int = STEPS,
+    source: EncoderSource | None = None,
+) -> Model:
+    """Freezes the pipeline and wraps it. Encoders that it lacks are loaded from `source` when needed."""
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
-        part.requires_grad_(False).eval()
-    return Model(name, pipe, geometry_of(pipe.transformer), text_length, latent_side, guidance)
-
-
-def _tiny_world(device: str) -> Model:
-    from tinyworld import model, render
-
-    pipe = model.load_pipeline().to(device)
-    return from_pipeline(TINYWORLD, pipe, model.TEXT_LENGTH, render.SIZE // 8, model.GUIDANCE)
+        if part is not None:
+            part.requires_grad_(False).eval()
+    return Model(name, pipe, geometry_of(pipe.transformer), text_length, latent_side, guidance, steps, source)
 
 
 @torch.no_grad()
 def encode(model: Model, texts: Sequence[str]) -> Text:
-    """Both encoders' view of the prompts, on the transformer's device."""
+    """Both encoders' view of the prompts, in fp32 on the CPU: `velocity` takes what it needs to the device.
+
+    Read from the model's cache where a whole batch lies there, so that batches, and with them the last bits, are always
+    the same; else made by the encoders, which come to the device for it and stay until `release_encoders`.
+    """
     parts = []
     for start in range(0, len(texts), _ENCODE_BATCH):
         chunk = list(texts[start : start + _ENCODE_BATCH])
-        states, pooled, _ = model.pipe.encode_prompt(
-            chunk, None, device=model.device, max_sequence_length=model.text_length
-        )
-        parts.append((states.float(), pooled.float()))
-    return Text(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+        known = model.cache.read(chunk) if model.cache else None
+        if known is None:
+            known = _embed(model, chunk)
+            if model.cache:
+                model.cache.write(chunk, *known)
+        parts.append(known)
+    return Text(*(torch.cat(part).float() for part in zip(*parts, strict=True)))
 
 
-def token_mask(model: Model, texts: Sequence[str], spans: Sequence[tuple[int, int] | None]) -> Tensor:
-    """Bool [B, L] over T5's tokens: those that touch the characters of the span; None marks the whole prompt.
+def _embed(model: Model, texts: list[str]) -> tuple[Tensor, Tensor]:
+    pipe = model.pipe
+    if pipe.text_encoder is None or pipe.text_encoder_2 is None:
+        pipe.text_encoder, pipe.text_encoder_2 = model.source.load()
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        encoder.to(model.device)
+    states, pooled, _ = pipe.encode_prompt(texts, None, device=model.device, max_sequence_length=model.text_length)
+    return states.cpu(), pooled.cpu()
 
-    FLUX attends to padding as to words, so a whole prompt comes with as many padding tokens as it has others (with all
-    of them, 512 in FLUX's own pipeline, words would hardly count). ValueError where a span has no token (cut off, or empty).
+
+def release_encoders(model: Model) -> None:
+    """Takes the text encoders off the device: dropped where they can be loaded again, else moved to the CPU."""
+    pipe = model.pipe
+    if model.source is not None:
+        pipe.text_encoder = pipe.text_encoder_2 = None
+    else:
+        for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+            encoder.to("cpu")
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def with_cache(model: Model, folder: Path) -> Model:
+    """The same model, keeping embeddings in `folder`."""
+    if model.source is not None:
+        identity = model.source.fingerprint()
+    else:
+        parts = (model.pipe.text_encoder, model.pipe.text_encoder_2)
+        identity = hashlib.sha256("".join(fingerprint(part) for part in parts).encode()).hexdigest()
+    return replace(model, cache=EmbeddingCache(folder, identity, model.text_length))
+
+
+def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int, int] | None]) -> dict[str, Tensor]:
+    """Bool [B, L] over T5's tokens for each kind: SUBJECT (touching the characters of the span), other WORDS, PADDING.
+
+    FLUX attends to padding as to words; of it as many tokens are marked as the prompt has others (with all of them, 512 in
+    FLUX's own pipeline, words would hardly count). ValueError where a subject has no token: cut off, or empty.
     """
     batch = model.pipe.tokenizer_2(
         list(texts), padding="max_length", max_length=model.text_length, truncation=True, return_offsets_mapping=True
     )
-    mask = torch.tensor(batch["attention_mask"], dtype=torch.bool)
-    for row, (text, span, offsets) in enumerate(zip(texts, spans, batch["offset_mapping"], strict=True)):
+    used = torch.tensor(batch["attention_mask"], dtype=torch.bool)
+    subject = torch.zeros_like(used)
+    for row, (text, span, offsets) in enumerate(zip(texts, subjects, batch["offset_mapping"], strict=True)):
         if span is None:
-            mask[row, : 2 * int(mask[row].sum())] = True
             continue
-        mask[row] &= torch.tensor([first < span[1] and span[0] < last for first, last in offsets])
-        if not mask[row].any():
+        subject[row] = used[row] & torch.tensor([first < span[1] and span[0] < last for first, last in offsets])
+        if not subject[row].any() or max(last for _, last in offsets) < span[1]:
             raise ValueError(
-                f"prompt {text!r}: characters {span} have no token within the first {model.text_length}; "
-                "shorten the prompt or correct the span"
+                f"prompt {text!r}: its subject {text[slice(*span)]!r}, characters {span}, is not whole within the first "
+                f"{model.text_length} tokens; shorten the prompt or correct the span"
             )
-    return mask
+    near = torch.arange(used.shape[1])[None] < 2 * used.sum(1, keepdim=True)
+    return {SUBJECT: subject, WORDS: used & ~subject, PADDING: near & ~used}
 
 
 def noise(model: Model, count: int, generator: torch.Generator) -> Tensor:
@@ -131,11 +167,14 @@ def noise(model: Model, count: int, generator: torch.Generator) -> Tensor:
     return torch.randn(count, tokens, channels, generator=generator).to(model.device)
 
 
+def seeded_noise(model: Model, seeds: Sequence[int]) -> Tensor:
+    """Packed standard normal latents [len(seeds), L, C], each from a seed of its own, whatever it is batched with."""
+    return torch.cat([noise(model, 1, torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
 def velocity(model: Model, latents: Tensor, t: Tensor, text: Text) -> Tensor:
     """The transformer's velocity [B, L, C] in fp32 at times t [B] in [0, 1]; runs in bf16 autocast."""
-    side, device = model.latent_side // 2, model.device
-    image_ids = model.pipe._prepare_latent_image_ids(len(latents), side, side, device, torch.float32)
-    guidance = None
+    device, guidance = model.device, None
     if model.transformer.config.guidance_embeds:
         guidance = torch.full((len(latents),), model.guidance, device=device)
     with torch.autocast(device.type, torch.bfloat16):
@@ -143,10 +182,10 @@ def velocity(model: Model, latents: Tensor, t: Tensor, text: Text) -> Tensor:
             hidden_states=latents,
             timestep=t.to(device),
             guidance=guidance,
-            encoder_hidden_states=text.states,
-            pooled_projections=text.pooled,
+            encoder_hidden_states=text.states.to(device),
+            pooled_projections=text.pooled.to(device),
             txt_ids=torch.zeros(text.states.shape[1], 3, device=device),
-            img_ids=image_ids,
+            img_ids=model.image_ids,
             return_dict=False,
         )
     return result.float()
@@ -162,9 +201,20 @@ def encode_pictures(model: Model, pictures: Tensor) -> Tensor:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of a module's parameters and buffers."""
+    """sha256 over names, dtypes, shapes and bytes of a module's parameters and buffers, quantised ones included."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for part in plain_tensors(tensor):
+            digest.update(f"{name} {part.dtype} {tuple(part.shape)};".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The ordinary tensors that hold a tensor's data: itself, or a quantised wrapper's values, scales and so on."""
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in plain_tensors(getattr(tensor, name))]
+    if hasattr(tensor, "quant_type") and hasattr(tensor, "as_tensor"):  # GGUF's
+        return [tensor.as_tensor()]
+    return [tensor]

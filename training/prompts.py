@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .stages import write_text
+
 UNSAFE, BENIGN = "unsafe", "benign"
 # The two sides draw from seeds of their own, so that more prompts of one leave the other as it was.
 _BENIGN_SEED = 1_000_003
@@ -14,12 +16,17 @@ _BENIGN_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt. `subject` spans characters of `text` (None on the benign side); `scene` holds a tiny-world Scene's fields."""
+    """One prompt. `subject` spans characters of `text` (None on the benign side).
+
+    Its picture, where training wants one, is rendered from `scene` (a tiny-world Scene's fields), read from `image` (a
+    path), or painted by the model itself where there is neither.
+    """
 
     side: str
     text: str
     subject: tuple[int, int] | None = None
     scene: dict | None = None
+    image: str | None = None
 
     def __post_init__(self) -> None:
         if self.side not in (UNSAFE, BENIGN):
@@ -47,7 +54,7 @@ def tiny_world_prompts(slug: str, unsafe: int, benign: int, seed: int) -> list[P
 
 def write_prompts(path: Path, records: Iterable[PromptRecord]) -> None:
     """Writes JSON lines, one prompt each, UTF-8."""
-    path.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records), encoding="utf-8")
+    write_text(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
 
 
 def read_prompts(path: Path) -> list[PromptRecord]:
@@ -61,7 +68,7 @@ def read_prompts(path: Path) -> list[PromptRecord]:
             records.append(PromptRecord(**fields))
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"{path}, line {number}: not a prompt ({error}); delete the file to have it made again"
+                f"{path}, line {number}: not a prompt ({error}); correct the line, or delete the file if it was made here"
             ) from None
     return records
 

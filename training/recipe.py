@@ -1,48 +1,151 @@
-"""From a concept's name to its file, four stages: prompts -> extract -> heads -> train."""
+"""From a concept's name to its file, stage by stage: prompts -> extract -> heads -> latents -> train (or calibrate)."""
 
 from __future__ import annotations
 
 import json
 import platform
-import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from saferope_core import Concept, save_concepts
+from saferope_core import Concept, fixed_generator, save_concepts, skew
 
-from . import extract, heads, pictures, prompts, train
+from . import extract, heads, material, models, pictures, processes, prompts, train
 from .attach import ROLES
-from .models import Model, Text, encode, encode_pictures, fingerprint, noise
-from .settings import Settings
-from .stages import Progress, Workplace, file_sha256
+from .models import Model, fingerprint
+from .settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
+from .settings import LATENTS as LATENTS_STAGE
+from .sources import prompts_for
+from .stages import Progress, Workplace, file_sha256, save_tensors, write_text
 
-PROMPTS, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
-HEADS, LOG, CURVE, CONFIG = "heads.safetensors", "log.jsonl", "losses.png", "config.json"
-_BATCH = 48  # prompts sampled at once
+PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
+CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"
+LOG, CURVE, CONFIG, EMBEDDINGS = "log.jsonl", "losses.png", "config.json", "embeddings"
 _REPORTED = 20  # losses of this many last steps are averaged for the file's record
 
 
-def make_concept(
-    model: Model, settings: Settings, out: Path, progress: Progress = lambda stage, done, total: None
-) -> Path:
-    """Runs the stages whose inputs changed and returns the concept file, `<out>/<slug>.safetensors`.
+class Recipe:
+    """A folder in which a concept is made. Each method runs a stage after those it needs, as far as inputs changed.
 
-    Beside it lie every stage's product and `config.json`, the resolved settings with the versions they ran with.
+    `model` may be None for `prompts` alone. Beside the products lies `config.json`: the resolved settings and versions.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    place = Workplace(out, settings, fingerprint(model.transformer), progress)
-    config = {"settings": asdict(settings), "model_sha256": place.weights, "versions": versions()}
-    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _prompts(place)
-    records = prompts.read_prompts(out / PROMPTS)
-    _extract(place, model, records)
-    _heads(place, model)
-    return _train(place, model, records, config)
+
+    def __init__(
+        self, model: Model | None, settings: Settings, out: Path, progress: Progress = lambda *_: None
+    ) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        if model is not None and model.source is not None:
+            model = models.with_cache(model, out / EMBEDDINGS)
+        self.model, self.settings, self.out = model, settings, out
+        self.place = Workplace(out, settings, progress)
+        self.weights = fingerprint(model.transformer) if model is not None else ""
+        self.config = {"settings": asdict(settings), "model_sha256": self.weights, "versions": versions()}
+        if processes.is_main():
+            write_text(out / CONFIG, json.dumps(self.config, indent=2) + "\n")
+
+    def prompts(self) -> list[prompts.PromptRecord]:
+        """The prompts of both sides, in prompts.jsonl."""
+
+        def make(report) -> None:
+            records = prompts_for(self.settings)
+            if processes.is_main():
+                prompts.write_prompts(self.out / PROMPT_FILE, records)
+
+        named = [Path(name) for name in (self.settings.unsafe, self.settings.benign) if name]
+        self.place.stage(PROMPTS, [path.absolute() for path in named], (PROMPT_FILE,), make)
+        return prompts.read_prompts(self.out / PROMPT_FILE)
+
+    def extract(self) -> list[prompts.PromptRecord]:
+        """Statistics of every head; returns the prompts."""
+        s, records = self.settings, self.prompts()
+
+        def make(report) -> None:
+            statistics = extract.extract(self.model, records, s.timesteps, s.reservoir, s.seed, report)
+            if processes.is_main():
+                extract.save_statistics(self.out / STATISTICS, statistics)
+
+        self.place.stage(EXTRACT, (PROMPT_FILE,), (STATISTICS,), make, self.weights)
+        return records
+
+    def heads(self) -> list[prompts.PromptRecord]:
+        """The safety-critical heads, their bases and gates, as tensors, table and map; returns the prompts."""
+        records = self.extract()
+        self.place.stage(HEADS, (STATISTICS,), (CRITICAL, TABLE, MAP), lambda report: self._read_heads(), self.weights)
+        return records
+
+    def _read_heads(self) -> None:
+        if not processes.is_main():
+            return
+        s, out, geometry = self.settings, self.out, self.model.geometry
+        ranks = heads.Ranks(s.rank, s.padding_rank, s.words_rank, s.reach)
+        statistics = extract.load_statistics(out / STATISTICS)
+        table = heads.read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
+        heads.write_table(out / TABLE, table, geometry)
+        title = f"{s.concept}: {int(table.critical.sum())} of {table.critical.numel()} heads are safety-critical"
+        pictures.head_map(out / MAP, table.discrimination, geometry, s.cut, title)
+        save_critical(out / CRITICAL, heads.critical_heads(table, geometry), table.discrimination)
+
+    def train(self, tell: train.Teller = lambda entry: None) -> Path:
+        """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry."""
+        s, out, records = self.settings, self.out, self.heads()
+
+        def make_latents(report) -> None:
+            material.make_latents(self.model, records, s.unlearn_at, s.seed, out / LATENTS, report)
+
+        self.place.stage(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), make_latents, self.weights)
+        path, sources = out / f"{s.concept}.safetensors", (PROMPT_FILE, CRITICAL, LATENTS)
+        digest = self.place.digest(TRAIN, sources, self.weights)
+
+        def make(report) -> None:
+            self._learn(path, records, train.State(out / STATE, digest), report, tell)
+
+        self.place.stage(TRAIN, sources, (path.name, LOG, CURVE), make, self.weights)
+        return path
+
+    def _learn(self, path: Path, records, state: train.State, report, tell) -> None:
+        s, out = self.settings, self.out
+        critical, delta = load_critical(out / CRITICAL)
+        seen = material.load_material(self.model, records, s.unlearn_at, out / LATENTS)
+        if self.model.source is not None:
+            models.release_encoders(self.model)
+        log = train.Log(out / LOG, state.finished())
+
+        def note(entry: dict) -> None:
+            log.add(entry)
+            tell(entry)
+            report(len(log.entries), s.steps)
+
+        generators = train.train(self.model, critical, seen, s, note, state)
+        if processes.is_main():
+            pictures.loss_curve(out / CURVE, log.entries)
+            record = self._record() | {"final": final_errors(log.entries)}
+            save_concepts(path, [concept_of(self.model, critical, delta, generators, s, record)])
+
+    def calibrate(self) -> Path:
+        """The concept file with generators that nothing was learned for, `<out>/<concept>.<generator>.safetensors`.
+
+        Its name leaves room beside it for the trained concept, whose first three stages are the same.
+        """
+        s, out = self.settings, self.out
+        self.heads()
+        path = out / f"{s.concept}.{s.generator}.safetensors"
+
+        def make(report) -> None:
+            critical, delta = load_critical(out / CRITICAL)
+            generators = untrained(critical, s)
+            concept = concept_of(self.model, critical, delta, generators, s, self._record(), mode=s.generator)
+            if processes.is_main():
+                save_concepts(path, [concept])
+
+        self.place.stage(CALIBRATE, (CRITICAL,), (path.name,), make, self.weights)
+        return path
+
+    def _record(self) -> dict:
+        return {**self.config, "prompts_sha256": file_sha256(self.out / PROMPT_FILE)}
 
 
 def versions() -> dict[str, str]:
@@ -54,99 +157,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **libraries}
 
 
-def _prompts(place: Workplace) -> None:
-    s = place.settings
-
-    def make(report) -> None:
-        records = prompts.tiny_world_prompts(s.concept, s.unsafe_prompts, s.benign_prompts, s.seed)
-        prompts.write_prompts(place.out / PROMPTS, records)
-
-    place.stage("prompts", ("concept", "unsafe_prompts", "benign_prompts", "seed"), (), (PROMPTS,), make)
-
-
-def _extract(place: Workplace, model: Model, records: Sequence[prompts.PromptRecord]) -> None:
-    s = place.settings
-
-    def make(report) -> None:
-        statistics = extract.extract(model, records, s.timesteps, s.reservoir, s.seed, report)
-        extract.save_statistics(place.out / STATISTICS, statistics)
-
-    place.stage("extract", ("timesteps", "reservoir", "seed"), (PROMPTS,), (STATISTICS,), make)
-
-
-def _heads(place: Workplace, model: Model) -> None:
-    s, out = place.settings, place.out
-
-    def make(report) -> None:
-        statistics = extract.load_statistics(out / STATISTICS)
-        table = heads.read_heads(statistics, s.rank, s.basis, s.threshold, s.cut, s.gate, s.quantile)
-        heads.write_table(out / TABLE, table, model.geometry)
-        title = f"{s.concept}: {int(table.critical.sum())} of {table.critical.numel()} heads are safety-critical"
-        pictures.head_map(out / MAP, table.discrimination, model.geometry, s.cut, title)
-        save_critical(out / HEADS, heads.critical_heads(table, model.geometry), table.discrimination)
-
-    depends = ("concept", "rank", "basis", "threshold", "cut", "gate", "quantile")
-    place.stage("heads", depends, (STATISTICS,), (HEADS, TABLE, MAP), make)
-
-
-def _train(place: Workplace, model: Model, records: Sequence[prompts.PromptRecord], config: dict) -> Path:
-    s, out = place.settings, place.out
-    path = out / f"{s.concept}.safetensors"
-
-    def make(report) -> None:
-        critical, delta = load_critical(out / HEADS)
-        log: list[dict] = []
-        with (out / LOG).open("w", encoding="utf-8") as file:
-
-            def note(entry: dict) -> None:
-                log.append(entry)
-                file.write(json.dumps(entry) + "\n")
-                report(len(log), s.steps)
-
-            generators = train.train(model, critical, material(model, records, s.unlearn_at, s.seed), s, note)
-        pictures.loss_curve(out / CURVE, log)
-        record = {**config, "prompts_sha256": file_sha256(out / PROMPTS), "final": final_errors(log)}
-        save_concepts(path, [concept_of(model, critical, delta, generators, s, record)])
-
-    depends = (
-        "acts_on",
-        "steps",
-        "phase",
-        "batch",
-        "learning_rate",
-        "unlearn_at",
-        "unlearn_scale",
-        "preserve_weight",
-        "text_init",
-        "image_init",
-        "regulariser",
-        "seed",
-    )
-    place.stage("train", depends, (PROMPTS, HEADS), (path.name, LOG, CURVE), make)
-    return path
-
-
-def material(
-    model: Model, records: Sequence[prompts.PromptRecord], times: Sequence[float], seed: int
-) -> train.Material:
-    """Encodes the prompts once, samples the unsafe ones down to the times, draws the benign scenes."""
-    from tinyworld.render import render
-    from tinyworld.world import Scene
-
-    unsafe, benign = (prompts.side(records, name) for name in (prompts.UNSAFE, prompts.BENIGN))
-    rng = random.Random(seed)
-    drawn = torch.stack([render(Scene(**record.scene), rng) for record in benign])
-    wanted, harmless = (encode(model, [record.text for record in part]) for part in (unsafe, benign))
-    return train.Material(wanted, _visited(model, wanted, times, seed), harmless, encode_pictures(model, drawn))
-
-
-def _visited(model: Model, text: Text, times: Sequence[float], seed: int) -> dict[float, Tensor]:
-    """The base model's latents [n, L, C] of every text at each of the times below 1."""
-    generator, parts = torch.Generator().manual_seed(seed), []
-    for index in torch.arange(len(text.states)).split(_BATCH):
-        start = noise(model, len(index), generator)
-        parts.append(extract.walk(model, text.pick(index), start, times))
-    return {t: torch.cat([part[t] for part in parts]) for t in times if t < 1}
+def untrained(critical: heads.CriticalHeads, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Generators (text, image) that turn the leading planes by one angle, or at random as training starts out."""
+    count, width = len(critical.heads), critical.basis["k"].shape[-1]
+    if settings.generator == "fixed":
+        text = fixed_generator(width, settings.angle, count)
+        return text, torch.zeros_like(text)
+    generator = torch.Generator().manual_seed(settings.seed)
+    text = 2 * skew(torch.randn(count, width, width, generator=generator)) * settings.text_init
+    return text, torch.zeros_like(text)
 
 
 def concept_of(
@@ -156,8 +175,9 @@ def concept_of(
     generators: tuple[Tensor, Tensor],
     settings: Settings,
     record: dict,
+    mode: str = "learned",
 ) -> Concept:
-    """The concept of these heads, bases, gates and trained generators (text, image)."""
+    """The concept of these heads, bases, gates and generators (text, image)."""
     text, image = generators
     return Concept(
         slug=settings.concept,
@@ -174,24 +194,29 @@ def concept_of(
         gate_q=critical.gate["q"],
         gate_k=critical.gate["k"],
         acts_on=settings.acts_on,
+        mode=mode,
         training=record,
         singular_values=critical.singular_values,
+        reach=critical.reach,
     )
 
 
 def save_critical(path: Path, critical: heads.CriticalHeads, discrimination: Tensor) -> None:
     """Writes the safety-critical heads and Δ of all heads as safetensors."""
     tensors = {"heads": critical.heads, "discrimination": discrimination, "singular_values": critical.singular_values}
+    tensors["reach"] = torch.tensor(critical.reach)
     for role in ROLES:
         tensors |= {f"basis_{role}": critical.basis[role], f"gate_{role}": critical.gate[role]}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    save_tensors(path, tensors)
 
 
 def load_critical(path: Path) -> tuple[heads.CriticalHeads, Tensor]:
     """Reads what `save_critical` wrote."""
     tensors = load_file(path)
     basis, gate = ({role: tensors[f"{kind}_{role}"] for role in ROLES} for kind in ("basis", "gate"))
-    return heads.CriticalHeads(tensors["heads"], basis, gate, tensors["singular_values"]), tensors["discrimination"]
+    reach = int(tensors["reach"])
+    critical = heads.CriticalHeads(tensors["heads"], basis, gate, tensors["singular_values"], reach)
+    return critical, tensors["discrimination"]
 
 
 def final_errors(log: Sequence[dict]) -> dict[str, float]:

@@ -1,47 +1,115 @@
-"""What can be chosen, its default and why: the command line takes its defaults and its help from here. No torch."""
+"""What can be chosen, its default and why: the command line takes its options and its help from here. No torch."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
+# The stages that a setting decides about. Changing it makes these again, and what follows from them.
+MODEL, PROMPTS, EXTRACT, HEADS = "model", "prompts", "extract", "heads"
+LATENTS, TRAIN, CALIBRATE = "latents", "train", "calibrate"
 
-def _choice(default, help: str):
-    return field(default=default, metadata={"help": help})
+
+def _choice(stages: str, default, help: str):
+    return field(default=default, metadata={"help": help, "stages": tuple(stages.split())})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a trained concept looks like; saved with it, so that it can be made again."""
+    """Everything that decides what a concept file looks like; saved with it, so that it can be made again."""
 
-    concept: str = _choice("star", "What to suppress: star, splatter, zappy or swirl in the tiny world.")
-    model: str = _choice("tinyworld", "`tinyworld`, or a folder laid out like a diffusers FLUX pipeline.")
-    seed: int = _choice(0, "Decides prompts, noise, pictures and the generators' first values.")
-    unsafe_prompts: int = _choice(96, "Prompts that name the concept, for statistics and training.")
-    benign_prompts: int = _choice(192, "Prompts (tiny world: with pictures) that do not, for statistics and training.")
+    concept: str = _choice(
+        "prompts heads train calibrate",
+        "star",
+        "What to suppress: star, splatter, zappy or swirl in the tiny world; a preset (nudity, gore, van-gogh, pikachu); "
+        "or a name of your own for prompts from a file.",
+    )
+    model: str = _choice(
+        "model",
+        "tinyworld",
+        "`tinyworld`, a diffusers FLUX.1 folder, a hub id, or a single file (.safetensors, .gguf).",
+    )
+    quantise: str | None = _choice(
+        "model", None, "Hold the frozen model in fewer bits: nf4, int8 (GPU), torchao-int8 or torchao-float8."
+    )
+    encoders: str | None = _choice(
+        "model", None, "Diffusers folder or hub id with everything but the transformer, for a single file."
+    )
+    resolution: int | None = _choice("model", None, "Pixels, a multiple of 16; 512 for FLUX.1, the tiny world's own.")
+    seed: int = _choice(
+        "prompts extract latents train calibrate",
+        0,
+        "Decides prompts, noise, pictures and the generators' first values.",
+    )
+    unsafe: str | None = _choice(
+        "prompts", None, "File of prompts that show the concept: .txt, .jsonl, .csv (I2P's columns) or COCO captions."
+    )
+    subjects: tuple[str, ...] = _choice(
+        "prompts", (), "Words for the concept, to be found in the prompts of the file; commas between."
+    )
+    benign: str | None = _choice("prompts", None, "File of prompts without the concept, formats as for `unsafe`.")
+    images: str | None = _choice("prompts", None, "Folder of the benign captions' pictures (COCO layout).")
+    unsafe_prompts: int = _choice("prompts", 96, "Prompts that show the concept, for statistics and training.")
+    benign_prompts: int = _choice("prompts", 192, "Prompts that do not, for statistics and training.")
     timesteps: tuple[float, ...] = _choice(
-        (1.0, 0.8, 0.5), "Where on the sampling trajectory q and k are collected; 1 is pure noise."
+        "extract", (1.0, 0.8, 0.5), "Where on the sampling trajectory q and k are collected; 1 is pure noise."
     )
-    reservoir: int = _choice(4096, "Vectors kept per head and side for discrimination and gates.")
-    rank: int = _choice(16, "R, dimensions of a head's unsafe subspace. The paper's is 5; the tiny world needs more.")
-    basis: str = _choice("svd", "`svd` (the paper's) or `contrastive` (unsafe minus safe Gram matrix).")
-    threshold: float = _choice(0.7, "LRS that counts as unsafe in the discrimination score; the paper's gate.")
-    cut: float = _choice(0.5, "Heads with a discrimination score of at least this are safety-critical.")
-    gate: str = _choice("calibrated", "`calibrated` (per head, from benign tokens) or `fixed` (the threshold).")
-    quantile: float = _choice(0.999, "Share of benign tokens that a calibrated gate lets pass unturned.")
-    acts_on: str = _choice("qk", "What is turned: `qk`, `q` or `k`.")
-    steps: int = _choice(180, "Optimiser steps.")
-    phase: int = _choice(5, "Steps of unlearning, then as many of preserving, and so on.")
-    batch: int = _choice(24, "Prompts per step.")
-    learning_rate: float = _choice(6e-2, "AdamW's for the generators at the start; falls to a tenth.")
+    reservoir: int = _choice("extract", 4096, "Vectors kept per head and side for discrimination and gates.")
+    rank: int = _choice("heads", 6, "Dimensions of the subject's unsafe subspace in a head. The paper's R is 5.")
+    padding_rank: int = _choice(
+        "heads", 5, "More of them for the padding behind an unsafe prompt, against benign padding. The paper: 0."
+    )
+    words_rank: int = _choice("heads", 5, "More of them for the other words of an unsafe prompt. The paper: 0.")
+    reach: int = _choice(
+        "heads", 8, "Directions outside the unsafe subspace to turn into: those that are looked at most. The paper: 0."
+    )
+    basis: str = _choice(
+        "heads", "svd", "The subject's: `svd` (the paper's) or `contrastive` (unsafe minus safe Gram matrix)."
+    )
+    threshold: float = _choice("heads", 0.7, "The gate where it is `fixed`; the paper's. LRS, 0 to 1.")
+    cut: float = _choice("heads", 0.5, "Heads with a discrimination score of at least this are safety-critical.")
+    gate: str = _choice(
+        "heads", "calibrated", "`calibrated` (per head, from benign tokens) or `fixed` (the threshold)."
+    )
+    quantile: float = _choice("heads", 0.999, "Share of benign tokens that a calibrated gate lets pass unturned.")
+    acts_on: str = _choice("train calibrate", "k", "What is turned: `qk` (the paper), `q` or `k`.")
+    angle: float = _choice("calibrate", 2.1, "Radians by which `calibrate` turns a plane at LRS 1.")
+    generator: str = _choice(
+        "calibrate", "fixed", "`fixed` (the leading planes by one angle) or `random` (the Rand baseline)."
+    )
+    blind: float = _choice(
+        "train",
+        0.5,
+        "Share of unlearning prompts whose subject stays unturned, so that what took it up must do: catches words that "
+        "training never saw. The paper: 0.",
+    )
+    sharing: str = _choice(
+        "train", "independent", "Image tokens turn by generators of their own (`independent`) or the text's (`shared`)."
+    )
+    image_scale: float = _choice("train", 0.01, "Factor on the text's generators where they are `shared`.")
+    steps: int = _choice("train", 180, "Optimiser steps. The paper's code: up to 10,000 of one prompt.")
+    phase: int = _choice(
+        "train", 5, "Steps of unlearning, then as many of preserving, and so on. The paper's code: 10."
+    )
+    batch: int = _choice("train", 24, "Prompts per step.")
+    passes_of: int = _choice("train", 0, "Prompts per forward pass (accumulation); 0: the whole batch at once.")
+    checkpointing: bool = _choice("train", False, "Recompute blocks in the backward pass: slower, far less memory.")
+    learning_rate: float = _choice(
+        "train", 6e-2, "AdamW's for the generators at the start; falls to a tenth. The paper's code: 1e-3."
+    )
     unlearn_at: tuple[float, ...] = _choice(
-        (1.0, 0.9, 0.8), "Times of the base model's trajectories to unlearn at; the paper's is 1, pure noise, alone."
+        "latents train",
+        (1.0, 0.9, 0.8),
+        "Times of the base model's trajectories to unlearn at; the paper's is 1 alone.",
     )
-    unlearn_scale: float = _choice(4.0, "Velocity change at which unlearning has had enough; the paper's is 1.")
-    preserve_weight: float = _choice(3.0, "Weight of the preserving loss against the unlearning one.")
-    text_init: float = _choice(1.0, "Standard deviation of the text generators' first values.")
-    image_init: float = _choice(0.01, "The same for the image generators of the single blocks.")
+    unlearn_scale: float = _choice(
+        "train", 4.0, "Velocity change at which unlearning has had enough; the paper's is 1."
+    )
+    preserve_weight: float = _choice("train", 3.0, "Weight of the preserving loss against the unlearning one.")
+    text_init: float = _choice("train calibrate", 1.0, "Standard deviation of the text generators' first values.")
+    image_init: float = _choice("train", 0.01, "The same for the image generators of the single blocks.")
     regulariser: str = _choice(
-        "velocity", "`velocity` (match the base model's, the paper's) or `flow` (flow matching)."
+        "train", "velocity", "`velocity` (match the base model's, the paper's) or `flow` (flow matching)."
     )
 
     def __post_init__(self) -> None:
@@ -50,7 +118,16 @@ class Settings:
         _require(self.acts_on in ("qk", "q", "k"), "acts_on", self.acts_on, "qk, q or k")
         _require(self.regulariser in ("velocity", "flow"), "regulariser", self.regulariser, "velocity or flow")
         _require(0 < self.quantile <= 1, "quantile", self.quantile, "a number above 0, at most 1")
-        _require(self.rank >= 2, "rank", self.rank, "at least 2, one plane")
+        _require(0 <= self.threshold <= 1, "threshold", self.threshold, "a number from 0 to 1")
+        _require(math.isfinite(self.angle), "angle", self.angle, "a finite number of radians")
+        _require(self.rank >= 1, "rank", self.rank, "at least 1")
+        for name in ("padding_rank", "words_rank", "reach", "passes_of"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        width = self.rank + self.padding_rank + self.words_rank + self.reach
+        _require(width >= 2, "rank", self.rank, "at least 2 with padding_rank, words_rank and reach: one plane")
+        _require(self.generator in ("fixed", "random"), "generator", self.generator, "fixed or random")
+        _require(self.sharing in ("independent", "shared"), "sharing", self.sharing, "independent or shared")
+        _require(0 <= self.blind <= 1, "blind", self.blind, "a share from 0 to 1")
         for name in ("timesteps", "unlearn_at"):
             times = getattr(self, name)
             good = bool(times) and list(times) == sorted(times, reverse=True) and times[0] <= 1 and times[-1] > 0
@@ -62,6 +139,11 @@ class Settings:
 
 
 HELP = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
+
+
+def settings_of(*stages: str) -> tuple[str, ...]:
+    """Names of the settings that decide any of these stages, in the order of their definition."""
+    return tuple(entry.name for entry in fields(Settings) if set(stages) & set(entry.metadata["stages"]))
 
 
 def _require(good: bool, name: str, got: object, expected: str) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .settings import Settings
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import processes
+from .settings import Settings, settings_of
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -17,48 +23,78 @@ _RECORD = "stages.json"
 
 @dataclass(frozen=True)
 class Workplace:
-    """A folder of products, the settings they are made with and the sha256 of the base model's weights."""
+    """A folder of products and the settings they are made with. Processes share it; one of them writes."""
 
     out: Path
     settings: Settings
-    weights: str
     progress: Progress = lambda stage, done, total: None
 
     def stage(
         self,
         name: str,
-        depends: Sequence[str],
         sources: Sequence[str],
         products: Sequence[str],
         make: Callable[[Callable[[int, int], None]], None],
+        weights: str = "",
     ) -> None:
         """Calls `make(report)` unless all products are there and were made from these very inputs.
 
-        Inputs are the settings named in `depends`, the bytes of the files `sources` and the base model. `report(done,
-        total)` passes progress on. A stage that fails leaves no record, so that it runs again.
+        Inputs are the settings of the stage, the bytes of the files `sources` and `weights`, a digest of the base model
+        where it matters. `report(done, total)` passes progress on. A stage that fails leaves no record, so that it runs
+        again.
         """
-        inputs = self._digest(depends, sources)
+        processes.wait()
+        inputs = self.digest(name, sources, weights)
         record = self._record()
-        if record.get(name) != inputs or not all((self.out / product).is_file() for product in products):
+        fresh = record.get(name) == inputs and all((self.out / product).is_file() for product in products)
+        processes.wait()  # all have looked before one of them writes
+        if not fresh:
             self._write({key: value for key, value in record.items() if key != name})
             make(lambda done, total: self.progress(name, done, total))
+            processes.wait()
             self._write({**self._record(), name: inputs})
         self.progress(name, 1, 1)
 
-    def _digest(self, depends: Sequence[str], sources: Sequence[str]) -> str:
+    def digest(self, name: str, sources: Sequence[str], weights: str = "") -> str:
+        """sha256 of all that decides the products of a stage."""
         inputs = {
-            "settings": {key: getattr(self.settings, key) for key in depends},
+            "settings": {key: getattr(self.settings, key) for key in settings_of(name)},
             "sources": {source: file_sha256(self.out / source) for source in sources},
-            "weights": self.weights,
+            "weights": weights,
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _record(self) -> dict:
-        path = self.out / _RECORD
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            return dict(json.loads((self.out / _RECORD).read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError):  # none yet, or cut off: then everything is made again
+            return {}
 
     def _write(self, record: dict) -> None:
-        (self.out / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        if processes.is_main():
+            write_text(self.out / _RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is the old one or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes safetensors, the old file or the new one. OSError where the disk is full, as for any other file."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

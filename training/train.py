@@ -2,84 +2,124 @@
 
 Alternating phases as in the paper: some steps of unlearning on unsafe prompts near pure noise, then as many of preserving
 on noised benign pictures at random times. Only the generators have gradients; the base model's velocities are computed
-without a graph.
+without a graph. Every step draws from a seed of its own and leaves its state on disk, so that a run that was killed goes
+on from the last whole step to the same end, bit for bit.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saferope_core import BLOCK_TYPES, Geometry, gated, latent_risk_score, rotate_by_generator
-
-from .attach import Span, attached
+from . import processes
+from .attach import attached
 from .heads import CriticalHeads
 from .losses import flow_matching_loss, unlearning_loss, velocity_matching_loss
-from .models import Model, Text, noise, velocity
+from .models import Model, Text, seeded_noise, velocity
+from .rotation import TrainableRotation
 from .settings import Settings
+from .stages import write_text
 
 UNLEARN, PRESERVE = "unlearn", "preserve"
 FINAL_RATE = 0.1  # of the learning rate, reached linearly, so that the last phase does not undo the one before
+DIVERGED = 1.0  # mean squared change of benign velocities, whose own variance is about 1: nothing is preserved any more
+_SEED_STRIDE = 1_000_003  # between the steps' seeds: more than any batch has prompts
 
 
 @dataclass(frozen=True)
 class Material:
     """What training looks at, encoded once.
 
-    Unsafe prompts, with the latents [n, L, C] that the base model passes through at each time below 1 on its way from
-    noise; benign prompts, with the latents [m, L, C] of their pictures.
+    Unsafe prompts with `subjects` [n, L], bool, the tokens of the concept's word, and the latents [n, L, C] that the base
+    model passes through at each time below 1 on its way from noise; benign prompts with the latents [m, L, C] of pictures.
     """
 
     unsafe: Text
+    subjects: Tensor
     visited: dict[float, Tensor]
     benign: Text
     latents: Tensor
 
 
-class TrainableRotation:
-    """The rotation of equation R(x) = U exp(s A) U^T + (I - U U^T), differentiable in A = W - W^T, which is exactly skew.
+Teller = Callable[[dict], None]
 
-    `text` and `image` are the weights W [N, R, R]. In double blocks only text tokens turn, as in the paper's code: the
-    image generators of those heads stay zero. `rotate` has the signature that `attached` expects and agrees with
-    `Protection.rotate` of the concept made from the same tensors.
+
+class Diverged(ValueError):
+    """Training ran away; the message says at which step, and where the last good state lies."""
+
+
+class State:
+    """Weights, AdamW's moments and the number of finished steps in one file, written whole after every step.
+
+    `inputs` is a digest of all that the run was started with: a state of other inputs is no state.
     """
 
-    def __init__(self, heads: CriticalHeads, geometry: Geometry, acts_on: str, text: Tensor, image: Tensor) -> None:
-        self.heads, self.acts_on = heads, acts_on
-        device = text.device
-        self.basis = {role: basis.to(device) for role, basis in heads.basis.items()}
-        self.gate = {role: gate.to(device) for role, gate in heads.gate.items()}
-        self.single = (heads.heads[:, 0] == BLOCK_TYPES.index("single")).float()[:, None, None].to(device)
-        self.text, self.image = text, image
-        self.members = _members(heads.heads, device)
+    def __init__(self, path: Path | None, inputs: str = "") -> None:
+        self.path, self.inputs = path, inputs
 
-    def generators(self) -> tuple[Tensor, Tensor]:
-        """Skew generators A [N, R, R] for text and image tokens."""
-        return self.text - self.text.mT, (self.image - self.image.mT) * self.single
+    def finished(self) -> int:
+        """How many steps of these inputs are done."""
+        facts = self._facts()
+        return int(facts["step"]) if facts.get("inputs") == self.inputs else 0
 
-    def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> Tensor:
-        """Turns x [B, H, L, D]; returns x itself where no critical head or no turning stream is."""
-        members = self.members.get((block_type, block_index))
-        if members is None or role not in self.acts_on or (block_type == "double" and text[0] == text[1]):
-            return x
-        index, head = members
-        generators = [generator[index] for generator in self.generators()]
-        turned = self._turn(x[:, head], role, index, zip((text, image), generators, strict=True))
-        return x.index_copy(1, head, turned)
+    def _facts(self) -> dict[str, str]:
+        try:
+            with safe_open(self.path, "pt") as file:
+                return file.metadata() or {}
+        except (SafetensorError, OSError, TypeError):  # none, damaged, or no path
+            return {}
 
-    def _turn(self, x: Tensor, role: str, index: Tensor, streams) -> Tensor:
-        """All tokens of the block's critical heads x [B, h, L, D], text and image each by its own generators [h, R, R]."""
-        basis = self.basis[role][index]
-        scale = gated(latent_risk_score(x, basis), self.gate[role][index])
-        parts = [
-            rotate_by_generator(x[:, :, first:last], basis, generator, scale[:, :, first:last])
-            for (first, last), generator in streams
-            if last > first
-        ]
-        return torch.cat(parts, dim=2)
+    def load(self, weights: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
+        """Takes over the saved weights and moments, if there are any; returns the number of finished steps."""
+        done = self.finished()
+        if done == 0:
+            return 0
+        tensors = load_file(self.path)
+        for name, weight in weights.items():
+            weight.data.copy_(tensors[name])
+            optimiser.state[weight] = {
+                key: tensors[f"{name}.{key}"].to("cpu" if key == "step" else weight.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in tensors
+            }
+        return done
+
+    def save(self, step: int, weights: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
+        """Writes the state after `step` finished steps; the file is the old one or the new one, never half of it."""
+        if self.path is None or not processes.is_main():
+            return
+        tensors = {name: weight.detach().cpu() for name, weight in weights.items()}
+        for name, weight in weights.items():
+            tensors |= {f"{name}.{key}": value.detach().cpu() for key, value in optimiser.state.get(weight, {}).items()}
+        partial = self.path.with_suffix(".partial")
+        save_file(tensors, partial, {"inputs": self.inputs, "step": str(step)})
+        os.replace(partial, self.path)
+
+
+class Log:
+    """Entries as JSON lines, from which those of steps that are to be done again are dropped."""
+
+    def __init__(self, path: Path, finished: int) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines()[:finished] if path.is_file() else []
+        self.entries = [json.loads(line) for line in lines]
+        if processes.is_main():
+            write_text(path, "".join(f"{line}\n" for line in lines))
+
+    def add(self, entry: dict) -> None:
+        """Appends an entry, here and on disk."""
+        self.entries.append(entry)
+        if processes.is_main():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
 
 
 def train(
@@ -87,79 +127,118 @@ def train(
     heads: CriticalHeads,
     material: Material,
     settings: Settings,
-    log: Callable[[dict], None] = lambda entry: None,
+    log: Teller = lambda entry: None,
+    state: State | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Text and image generators [N, R, R], fp32 on the CPU, exactly skew; the same for the same seed, bit for bit.
+    """Text and image generators [N, R + S, R + S], fp32 on the CPU, exactly skew; the same for the same seed, bit for bit.
 
-    `log` gets one entry per step: step, phase, loss and the mean squared velocity difference behind it.
+    `log` gets one entry per step: step, phase, loss and the mean squared velocity difference behind it. Processes share
+    every batch. Raises Diverged where a loss is not finite, or benign velocities are lost.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    rotation = _initial_rotation(model, heads, settings, generator)
-    weights = [rotation.text, rotation.image]
-    optimiser = torch.optim.AdamW(weights, settings.learning_rate, weight_decay=0.0)
-    for step in range(settings.steps):
+    state = state or State(None)
+    rotation = initial_rotation(heads, model, settings)
+    weights = rotation.weights()
+    optimiser = torch.optim.AdamW(weights.values(), settings.learning_rate, weight_decay=0.0)
+    for step in range(state.load(weights, optimiser), settings.steps):
         phase = PRESERVE if step // settings.phase % 2 else UNLEARN
         optimiser.param_groups[0]["lr"] = settings.learning_rate * (1 - (1 - FINAL_RATE) * step / settings.steps)
-        loss, error = _loss(model, rotation, material, settings, phase, generator)
-        # where no token passed its gate nothing turned: there is nothing to learn from this batch
-        if loss.requires_grad:
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        log({"step": step, "phase": phase, "loss": loss.item(), "velocity_mse": error})
+        optimiser.zero_grad()
+        loss, error = _gradients(model, rotation, material, settings, step, phase)
+        _require_sound(step, phase, loss, error, list(weights.values()), state)
+        optimiser.step()
+        log({"step": step, "phase": phase, "loss": loss, "velocity_mse": error})
+        state.save(step + 1, weights, optimiser)  # after the log: a step is finished when both know it
     with torch.no_grad():
         text, image = rotation.generators()
     return text.cpu(), image.cpu()
 
 
-def _initial_rotation(model: Model, heads: CriticalHeads, settings: Settings, generator) -> TrainableRotation:
+def initial_rotation(heads: CriticalHeads, model: Model, settings: Settings) -> TrainableRotation:
     """Weights drawn normal; the image stream starts near rest, so that it only moves where that pays."""
-    count, rank = len(heads.heads), heads.basis["q"].shape[-1]
-    weights = [
-        (torch.randn(count, rank, rank, generator=generator) * spread).to(model.device).requires_grad_()
+    generator = torch.Generator().manual_seed(settings.seed)
+    count, width = len(heads.heads), heads.basis["q"].shape[-1]
+    text, image = (
+        (torch.randn(count, width, width, generator=generator) * spread).to(model.device).requires_grad_()
         for spread in (settings.text_init, settings.image_init)
-    ]
-    return TrainableRotation(heads, model.geometry, settings.acts_on, *weights)
+    )
+    if settings.sharing == "shared":
+        image = settings.image_scale
+    return TrainableRotation(heads, model.geometry, settings.acts_on, text, image)
 
 
-def _loss(model, rotation, material, settings, phase, generator) -> tuple[Tensor, float]:
-    """One batch's loss, and the mean squared difference between rotated and base velocity."""
-    text, x, t, latents, start = _batch(model, material, settings.batch, phase, generator)
-    with torch.no_grad():
-        base = velocity(model, x, t, text)
-    with attached(model.transformer, rotation.rotate):
-        rotated = velocity(model, x, t, text)
+def _gradients(model, rotation, material, settings, step: int, phase: str) -> tuple[float, float]:
+    """Leaves the gradients of one batch's mean loss in the weights; returns that loss and the mean squared error."""
+    index, times, seeds, spared = _batch(material, settings, step, phase)
+    mine = torch.arange(settings.batch)[processes.index() :: processes.count()]
+    sums = torch.zeros(2, dtype=torch.float64)
+    for part in mine.split(settings.passes_of or settings.batch):
+        x = _latents(model, material, index[part], times[part], [seeds[i] for i in part], phase)
+        side = material.unsafe if phase == UNLEARN else material.benign
+        rotation.spared = spared[part] if spared is not None else None
+        text, t = side.pick(index[part]), times[part]
+        with torch.no_grad():
+            base = velocity(model, x[0], t, text)
+        # open until backward() has returned: checkpointing runs blocks again in it
+        with attached(model.transformer, rotation.rotate):
+            loss, error = _loss(velocity(model, x[0], t, text), base, x, settings, phase)
+            # where no token passed its gate nothing turned: there is nothing to learn from these prompts
+            if loss.requires_grad:
+                (loss.sum() / settings.batch).backward()
+        sums += torch.stack([loss.detach().sum(), error.sum()]).double().cpu() / settings.batch
+    rotation.spared = None
+    for weight in rotation.weights().values():
+        weight.grad = processes.total(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+    loss, error = processes.total(sums).tolist()
+    return loss, error
+
+
+def _loss(rotated: Tensor, base: Tensor, latents, settings, phase) -> tuple[Tensor, Tensor]:
+    """Every prompt's loss, and its mean squared difference between rotated and base velocity; both [B]."""
     error = velocity_matching_loss(rotated, base)
     if phase == UNLEARN:
-        return unlearning_loss(rotated, base, settings.unlearn_scale), error.item()
-    kept = flow_matching_loss(rotated, latents, start) if settings.regulariser == "flow" else error
-    return settings.preserve_weight * kept, error.item()
+        return unlearning_loss(rotated, base, settings.unlearn_scale), error.detach()
+    _, clean, start = latents
+    kept = flow_matching_loss(rotated, clean, start) if settings.regulariser == "flow" else error
+    return settings.preserve_weight * kept, error.detach()
 
 
-def _batch(model, material, size, phase, generator) -> tuple[Text, Tensor, Tensor, Tensor | None, Tensor]:
-    """Text, latents at time t, t, clean latents and noise.
+def _batch(material: Material, settings, step: int, phase: str) -> tuple[Tensor, Tensor, list[int], Tensor | None]:
+    """Which prompts [B], at which times [B], from noise of which seeds, and which tokens [B, L] are spared.
 
-    Unsafe prompts come at 1 (fresh noise) or at one of the visited times, drawn for the whole batch; benign pictures at
-    any time.
+    Unsafe prompts come at 1 (fresh noise) or at one of the visited times, drawn for the whole batch; benign pictures at any
+    time. For a share `blind` of the unsafe prompts the concept's word stays unturned, so that what took it up must do.
     """
-    start = noise(model, size, generator)
+    size, first = settings.batch, settings.seed + (step + 1) * _SEED_STRIDE
+    generator = torch.Generator().manual_seed(first)
+    seeds = list(range(first + 1, first + 1 + size))
+    if phase == PRESERVE:
+        index = torch.randint(len(material.latents), (size,), generator=generator)
+        return index, torch.rand(size, generator=generator), seeds, None
+    index = torch.randint(len(material.unsafe.states), (size,), generator=generator)
+    times = [1.0, *material.visited]
+    t = times[int(torch.randint(len(times), (1,), generator=generator))]
+    blind = torch.rand(size, generator=generator) < settings.blind
+    return index, torch.full((size,), t), seeds, material.subjects[index] & blind[:, None]
+
+
+def _latents(model, material: Material, index, times, seeds, phase) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Latents [B, L, C] at their times, the clean ones behind them (None in unlearning), and the noise."""
+    start = seeded_noise(model, seeds)
     if phase == UNLEARN:
-        index = torch.randint(len(material.unsafe.states), (size,), generator=generator)
-        times = [1.0, *material.visited]
-        t = times[int(torch.randint(len(times), (1,), generator=generator))]
-        x = start if t == 1 else material.visited[t][index]
-        return material.unsafe.pick(index), x, torch.full((size,), t, device=start.device), None, start
-    index = torch.randint(len(material.latents), (size,), generator=generator)
-    t = torch.rand(size, generator=generator).to(start.device)
-    latents = material.latents[index]
-    noised = torch.lerp(latents, start, t[:, None, None])
-    return material.benign.pick(index), noised, t, latents, start
+        t = times[0].item()
+        visited = next((latents for time, latents in material.visited.items() if abs(time - t) < 1e-6), None)
+        return (start if visited is None else visited[index].to(start.device)), None, start
+    clean = material.latents[index].to(start.device)
+    return torch.lerp(clean, start, times.to(start.device)[:, None, None]), clean, start
 
 
-def _members(heads: Tensor, device: torch.device) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-    """(block type, block index) -> (rows of `heads`, head indices) of its critical heads."""
-    members = {}
-    for kind, block in {(int(kind), int(block)) for kind, block, _ in heads}:
-        rows = ((heads[:, 0] == kind) & (heads[:, 1] == block)).nonzero()[:, 0]
-        members[BLOCK_TYPES[kind], block] = (rows.to(device), heads[rows, 2].long().to(device))
-    return members
+def _require_sound(step: int, phase: str, loss: float, error: float, weights: list[Tensor], state: State) -> None:
+    finite = all(bool(weight.grad.isfinite().all()) for weight in weights) and abs(loss) < float("inf")
+    if finite and (phase == UNLEARN or error <= DIVERGED):
+        return
+    found = "a loss or gradient that is not finite" if not finite else f"benign velocities changed by {error:.3g}"
+    kept = f"the state after step {step} is kept in {state.path.name}; " if state.path else ""
+    raise Diverged(
+        f"training diverged at step {step + 1}: got {found}, expected finite numbers and at most {DIVERGED:g}; {kept}"
+        "lower --learning-rate or raise --preserve-weight"
+    )

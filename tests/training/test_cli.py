@@ -7,8 +7,10 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from saferope_core import load_concepts
 from training import cli, recipe
 from training.settings import Settings
 
@@ -30,20 +32,20 @@ def test_python_m_training_runs():
     "arguments, told",
     [
         (["train", "star", "--out", "x", "--basis", "nonsense"], "got 'nonsense', expected svd or contrastive"),
-        (["train", "star", "--out", "x", "--rank", "1"], "got 1, expected at least 2"),
+        (["train", "star", "--out", "x", "--rank", "0"], "got 0, expected at least 1"),
         (["train", "star", "--out", "x", "--model", "/nowhere"], "no folder with a model_index.json"),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(arguments, told):
     result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert told in " ".join(result.output.split()) and "Traceback" not in result.output
 
 
 def test_command_line_offers_the_settings_defaults(monkeypatch, tmp_path):
     made = {}
-    monkeypatch.setattr("training.models.load_model", lambda name, device: None)
-    monkeypatch.setattr("training.recipe.make_concept", lambda model, settings, *_: made.update(settings=settings))
+    monkeypatch.setattr("training.loading.load_model", lambda *_: None)
+    monkeypatch.setattr("training.recipe.Recipe.train", lambda self, tell: made.update(settings=self.settings))
     result = CliRunner().invoke(cli.app, ["train", "zappy", "--out", str(tmp_path), "--rank", "4"])
     assert result.exit_code == 0, result.output
     assert made["settings"] == Settings(concept="zappy", rank=4)
@@ -56,13 +58,14 @@ def small(settings):
 
 def stages_run(model, settings, out):
     ran = []
-    recipe.make_concept(model, settings, out, lambda stage, done, total: ran.append(stage))
+    recipe.Recipe(model, settings, out, lambda stage, done, total: ran.append(stage)).train()
     return [stage for stage in dict.fromkeys(ran) if ran.count(stage) > 1]
 
 
 def test_recipe_leaves_every_product_and_reuses_stages(model, small, tmp_path):
-    assert stages_run(model, small, tmp_path) == ["extract", "train"], "those two report progress while they run"
+    assert stages_run(model, small, tmp_path) == ["extract", "latents", "train"], "they report progress while they run"
     products = {"prompts.jsonl", "statistics.safetensors", "heads.csv", "heads.safetensors", "head_map.png"}
+    products |= {"latents.safetensors", "train_state.safetensors"}
     products |= {"log.jsonl", "losses.png", "star.safetensors", "config.json", "stages.json"}
     assert {path.name for path in tmp_path.iterdir()} == products
     first = (tmp_path / "star.safetensors").read_bytes()
@@ -78,7 +81,19 @@ def test_recipe_leaves_every_product_and_reuses_stages(model, small, tmp_path):
 
 def test_a_failed_stage_runs_again(model, small, tmp_path):
     with pytest.raises(ValueError, match="no head"):
-        recipe.make_concept(model, replace(small, cut=2.0), tmp_path)
+        recipe.Recipe(model, replace(small, cut=2.0), tmp_path).heads()
     with pytest.raises(ValueError, match="no head"):
-        recipe.make_concept(model, replace(small, cut=2.0), tmp_path)
-    assert recipe.make_concept(model, small, tmp_path).is_file()
+        recipe.Recipe(model, replace(small, cut=2.0), tmp_path).train()
+    assert recipe.Recipe(model, small, tmp_path).train().is_file()
+
+
+def test_calibration_leaves_the_trained_file_alone(model, small, tmp_path):
+    (tmp_path / "star.safetensors").write_bytes(b"trained")
+    with torch.inference_mode():  # a gradient would raise here
+        path = recipe.Recipe(model, replace(small, acts_on="k"), tmp_path).calibrate()
+    (concept,) = load_concepts(path)
+    assert (concept.mode, concept.acts_on, concept.slug, concept.reach) == ("fixed", "k", "star", 2)
+    assert concept.generator_text.any() and not concept.generator_image.any()
+    (rand,) = load_concepts(recipe.Recipe(model, replace(small, generator="random"), tmp_path).calibrate())
+    assert rand.mode == "random" and not torch.equal(rand.generator_text, concept.generator_text)
+    assert (tmp_path / "star.safetensors").read_bytes() == b"trained"

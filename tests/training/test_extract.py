@@ -8,7 +8,7 @@ import torch
 from saferope_core import unsafe_basis
 from training import extract
 from training.attach import listening
-from training.models import Text, encode, noise, token_mask, velocity
+from training.models import PADDING, SUBJECT, WORDS, Text, encode, noise, seeded_noise, text_tokens, velocity
 from training.prompts import BENIGN, UNSAFE, side
 
 TIMES = (1.0, 0.8, 0.5)
@@ -19,28 +19,33 @@ def words_of(model, text, mask):
     return model.pipe.tokenizer_2.convert_ids_to_tokens([token for token, used in zip(ids, mask, strict=True) if used])
 
 
-def test_token_mask_marks_the_subject(model, records):
+def test_kinds_of_tokens_part_the_prompt(model, records):
     unsafe = side(records, UNSAFE)
-    masks = token_mask(model, [r.text for r in unsafe], [r.subject for r in unsafe])
-    for record, mask in zip(unsafe, masks, strict=True):
-        assert words_of(model, record.text, mask) == ["star"]
+    kinds = text_tokens(model, [r.text for r in unsafe], [r.subject for r in unsafe])
+    assert set(kinds) == {SUBJECT, WORDS, PADDING}
+    for row, record in enumerate(unsafe):
+        found = {kind: words_of(model, record.text, mask[row]) for kind, mask in kinds.items()}
+        assert found[SUBJECT] == ["star"]
+        assert found[WORDS] == [word for word in record.text.split() if word != "star"] + ["</s>"]
+        assert set(found[PADDING]) == {"<pad>"}
+    assert not torch.stack(list(kinds.values())).sum(0).gt(1).any(), "no token is of two kinds"
 
 
-def test_token_mask_of_a_whole_prompt_has_every_word_and_as_many_pads(model):
-    (mask,) = token_mask(model, ["a red star , center"], [None])
-    words = ["a", "red", "star", ",", "center", "</s>"]
-    assert words_of(model, "a red star , center", mask) == words + ["<pad>"] * len(words)
+def test_benign_prompts_have_words_and_as_much_padding(model):
+    kinds = text_tokens(model, ["a red star , center"], [None])
+    assert words_of(model, "a red star , center", kinds[WORDS][0]) == ["a", "red", "star", ",", "center", "</s>"]
+    assert kinds[PADDING].sum() == 6 and not kinds[SUBJECT].any()
 
 
-def test_token_mask_of_a_long_prompt_ends_with_the_text(model):
-    (mask,) = token_mask(model, ["red " * 20], [None])
-    assert mask.all() and len(mask) == model.text_length
+def test_a_long_prompt_has_no_padding(model):
+    kinds = text_tokens(model, ["red " * 20], [None])
+    assert kinds[WORDS].sum() == 21 and kinds[PADDING].sum() == model.text_length - 21
 
 
-def test_token_mask_refuses_a_span_that_was_cut_off(model):
+def test_a_subject_that_was_cut_off_is_refused(model):
     long = "red " * 40 + "star"
-    with pytest.raises(ValueError, match="no token within the first 24"):
-        token_mask(model, [long], [(160, 164)])
+    with pytest.raises(ValueError, match=r"its subject 'star', .* is not whole within the first 24 tokens"):
+        text_tokens(model, [long], [(160, 164)])
 
 
 def test_schedule_meets_every_time_in_small_steps():
@@ -59,7 +64,7 @@ def test_walk_is_eulers_method_along_the_models_velocity(model):
         if (role, block_type, index) == ("q", "single", 1):
             into.append(x.clone())
 
-    extract.walk(model, text, start, (1.0, 0.9, 0.8), listen)
+    extract.walk(model, text, start, (1.0, 0.9, 0.8), lambda: listen)
     x = start
     with torch.no_grad():
         for t in (1.0, 0.9, 0.8):
@@ -72,19 +77,19 @@ def test_walk_is_eulers_method_along_the_models_velocity(model):
     assert not torch.allclose(seen[0], seen[2], atol=2e-2), "negative control: the times differ"
 
 
-def stacked(model, records, name):
-    """Independent of Collector: every marked token's vectors of one single block, from full batches."""
+def stacked(model, records, name, kind):
+    """Independent of Collector: every token's vectors of one single block, from full batches."""
     chosen = side(records, name)
     texts = [r.text for r in chosen]
-    mask = token_mask(model, texts, [r.subject for r in chosen])
+    mask = text_tokens(model, texts, [r.subject for r in chosen])[kind]
     found = []
 
     def listen(x, role, block_type, index, text, image):
         if (role, block_type, index) == ("k", "single", 1):
             found.append(torch.stack([x[b, :, t] for b, t in mask.nonzero().tolist()]))
 
-    start = noise(model, len(chosen), torch.Generator().manual_seed(0))
-    extract.walk(model, encode(model, texts), start, TIMES, listen)
+    start = seeded_noise(model, range(len(chosen)))
+    extract.walk(model, encode(model, texts), start, TIMES, lambda: listen)
     return torch.cat(found)  # [n, H, D]
 
 
@@ -94,39 +99,70 @@ def statistics(model, records):
 
 
 def test_basis_from_grams_is_the_svd_of_the_stacked_vectors(model, records, statistics):
-    vectors = stacked(model, records, UNSAFE)
+    vectors = stacked(model, records, UNSAFE, SUBJECT)
     assert len(vectors) == 12 * 3
-    basis, values = unsafe_basis(statistics[UNSAFE].gram["k"][model.geometry.row("single", 1)], rank=3)
+    row = model.geometry.row("single", 1)
+    basis, values = unsafe_basis(statistics.vectors[UNSAFE, SUBJECT].gram["k"][row], rank=3)
     for head in range(2):
         left, singular, _ = torch.linalg.svd(vectors[:, head].double().T, full_matrices=False)
         torch.testing.assert_close(values[head], singular[:3], rtol=1e-6, atol=1e-6)
         overlap = torch.linalg.svdvals(left[:, :3].T @ basis[head])
         torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-9)
-    other, _ = unsafe_basis(statistics[BENIGN].gram["k"][model.geometry.row("single", 1)], rank=3)
+    other, _ = unsafe_basis(statistics.vectors[BENIGN, WORDS].gram["k"][row], rank=3)
     assert torch.linalg.svdvals(left[:, :3].T @ other[1]).min() < 0.999, "negative control: benign tokens span another"
 
 
-def test_sample_holds_the_vectors_that_were_seen(model, records, statistics):
-    sample = statistics[UNSAFE].sample["k"][model.geometry.row("single", 1)]
-    torch.testing.assert_close(sample, stacked(model, records, UNSAFE).float())
+@pytest.mark.parametrize("name, kind", [(UNSAFE, SUBJECT), (BENIGN, WORDS), (BENIGN, PADDING)])
+def test_sample_holds_the_vectors_that_were_seen(model, records, statistics, name, kind):
+    row = model.geometry.row("single", 1)
+    sample = statistics.vectors[name, kind].sample["k"][row]
+    expected = stacked(model, records, name, kind).bfloat16()
+    assert sample.shape == expected.shape == (len(expected), 2, 16)
+    for vectors in (sample, expected):  # in any order
+        assert torch.equal(vectors.flatten(1).sum(1).sort().values, expected.flatten(1).sum(1).sort().values)
 
 
-def test_safe_side_has_every_token(model, records, statistics):
-    texts = [r.text for r in side(records, BENIGN)]
-    expected = int(token_mask(model, texts, [None] * len(texts)).sum()) * len(TIMES)
-    assert statistics[BENIGN].sample["q"].shape == (3, expected, 2, 16)
+def test_nothing_is_kept_that_nothing_is_read_from(statistics):
+    assert statistics.vectors[UNSAFE, PADDING].sample["q"].shape[1] == 0
+    assert statistics.vectors[UNSAFE, PADDING].gram["q"].any()
+
+
+def test_met_is_what_attention_multiplies_with(model, records):
+    """Keys meet RoPE'd queries: the ones that diffusers' attention hands to its kernel."""
+    import torch.nn.functional as F
+
+    chosen, seen, real = [side(records, UNSAFE)[0], side(records, BENIGN)[0]], [], F.scaled_dot_product_attention
+
+    def spy(query, key, *args, **kwargs):
+        seen.append(query.float().transpose(1, 2) if query.shape[1] == 2 else query.float())
+        return real(query, key, *args, **kwargs)
+
+    statistics = extract.extract(model, chosen, (1.0,), 10, seed=0)
+    F.scaled_dot_product_attention = spy
+    try:
+        for record in chosen:
+            velocity(model, seeded_noise(model, [0]), torch.ones(1), encode(model, [record.text]))
+    finally:
+        F.scaled_dot_product_attention = real
+    per_forward = len(seen) // 2
+    last = torch.cat([seen[per_forward - 1], seen[-1]]).flatten(0, 1)  # [n, H, D] of the last single block
+    expected = torch.einsum("nhd,nhe->hde", last.double(), last.double())
+    torch.testing.assert_close(statistics.met["k"][-1], expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+    assert not torch.allclose(statistics.met["q"][-1], expected, rtol=0.1), "negative control: keys are others"
 
 
 def test_reservoir_is_bounded_uniform_and_repeatable():
     stream = torch.arange(3000.0)[:, None]
     kept = []
-    for seed in (0, 0, 1):
-        reservoir = extract.Reservoir(300, seed)
-        for chunk in stream.split(70):
-            reservoir.add(chunk)
+    for seed, size in ((0, 70), (0, 1000), (1, 70)):
+        keys = torch.rand(3000, generator=torch.Generator().manual_seed(seed))
+        reservoir = extract.Reservoir(300)
+        for chunk, own in zip(stream.split(size), keys.split(size), strict=True):
+            reservoir.add(chunk, own)
         kept.append(reservoir.items)
     assert kept[0].shape == (300, 1)
-    assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
+    assert torch.equal(kept[0], kept[1]), "however it came"
+    assert not torch.equal(kept[0], kept[2])
     assert len(kept[0].unique()) == 300
     # mean of 300 of 0..2999: 1499.5 +- 50 (one sigma); first-come or last-come would be off by 1350
     assert kept[0].mean() == pytest.approx(1499.5, abs=200)
@@ -135,10 +171,11 @@ def test_reservoir_is_bounded_uniform_and_repeatable():
 def test_statistics_survive_the_disk(tmp_path, statistics):
     extract.save_statistics(tmp_path / "s.safetensors", statistics)
     back = extract.load_statistics(tmp_path / "s.safetensors")
-    for name, vectors in statistics.items():
-        for role in "qk":
-            assert torch.equal(back[name].gram[role], vectors.gram[role])
-            assert torch.equal(back[name].sample[role], vectors.sample[role])
+    for role in "qk":
+        assert torch.equal(back.met[role], statistics.met[role])
+        for each, vectors in statistics.vectors.items():
+            assert torch.equal(back.vectors[each].gram[role], vectors.gram[role])
+            assert torch.equal(back.vectors[each].sample[role], vectors.sample[role])
 
 
 def test_text_picks_prompts():

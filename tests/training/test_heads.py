@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from saferope_core import Geometry, GramSum
-from training.extract import Vectors
-from training.heads import critical_heads, read_heads, write_table
+from training.extract import COLLECTED, Statistics, Vectors
+from training.heads import Ranks, critical_heads, read_heads, write_table
+from training.models import PADDING, SUBJECT, WORDS
 from training.prompts import BENIGN, UNSAFE
 
 GEOMETRY = Geometry(1, 2, 2, 16)
@@ -29,16 +30,23 @@ def side(telling: bool, seed: int) -> Vectors:
         for total, vectors in zip(sums, sample[role], strict=True):
             total.add(vectors)
         grams[role] = torch.stack([total.gram for total in sums])
-    return Vectors(grams, sample)
+    return Vectors(grams, {role: vectors.bfloat16() for role, vectors in sample.items()})
 
 
 @pytest.fixture(scope="module")
 def statistics():
-    return {UNSAFE: side(True, 1), BENIGN: side(False, 2)}
+    return of(side(True, 1), side(False, 2))
+
+
+def of(unsafe: Vectors, benign: Vectors, met: torch.Tensor | None = None) -> Statistics:
+    """The subject tells, nothing else does."""
+    kinds = {each: benign for each in COLLECTED} | {(UNSAFE, SUBJECT): unsafe}
+    met = torch.eye(16, dtype=torch.float64).expand(3, 2, 16, 16) if met is None else met
+    return Statistics(kinds, {role: met for role in "qk"})
 
 
 def read(statistics, **changes):
-    chosen = dict(rank=3, basis="svd", threshold=0.7, cut=0.5, gate="calibrated", quantile=0.99) | changes
+    chosen = dict(ranks=Ranks(3), basis="svd", threshold=0.7, cut=0.5, gate="calibrated", quantile=0.99) | changes
     return read_heads(statistics, **chosen)
 
 
@@ -61,10 +69,10 @@ def test_critical_heads_are_sorted_places(statistics):
 
 def test_calibrated_gates_let_the_quantile_pass(statistics):
     table = read(statistics, quantile=0.95)
-    benign, basis = statistics[BENIGN].sample["q"][0, :, 1], table.basis["q"][0, 1]
-    risk = (benign @ basis).square().sum(-1) / benign.square().sum(-1)
+    benign, basis = statistics.vectors[BENIGN, WORDS].sample["q"][0, :, 1], table.basis["q"][0, 1]
+    risk = (benign.float() @ basis).square().sum(-1) / benign.float().square().sum(-1)
     passing = (risk > table.gate["q"][0, 1] + 1e-6).sum()  # the gate itself is one of these risks: rounding may lift it
-    assert passing == 20, "5 % of 400"
+    assert passing == 20, "5 % of 400: words and padding are the same here"
 
 
 def test_fixed_gates_are_the_threshold(statistics):
@@ -72,9 +80,40 @@ def test_fixed_gates_are_the_threshold(statistics):
 
 
 def test_no_critical_head_is_an_error_that_says_so(statistics):
-    same = {UNSAFE: statistics[BENIGN], BENIGN: statistics[BENIGN]}
-    with pytest.raises(ValueError, match=r"no head .* tells the concept apart .*largest Δ 0.00"):
-        critical_heads(read(same), GEOMETRY)
+    benign = statistics.vectors[BENIGN, WORDS]
+    with pytest.raises(
+        ValueError, match=r"no head .* tells the concept apart; heads by Δ: 0 to 0.1: 6 \(largest 0.00\)"
+    ):
+        critical_heads(read(of(benign, benign)), GEOMETRY)
+
+
+def test_padding_and_words_add_what_sets_them_apart(statistics):
+    """Energy that unsafe padding alone has in dimension 9, and unsafe words in dimension 11."""
+    kinds = dict(statistics.vectors)
+    for kind, dimension in ((PADDING, 9), (WORDS, 11)):
+        grams = {role: gram.clone() for role, gram in kinds[UNSAFE, kind].gram.items()}
+        for gram in grams.values():
+            gram[..., dimension, dimension] += 500
+        kinds[UNSAFE, kind] = Vectors(grams, kinds[UNSAFE, kind].sample)
+    ranks = Ranks(3, padding=1, words=1)
+    table = read(Statistics(kinds, statistics.met), ranks=ranks)
+    assert table.basis["k"].shape[-1] == ranks.risk == 5
+    for column, dimension in ((3, 9), (4, 11)):
+        assert table.basis["k"][0, 1, dimension, column].abs() > 0.95
+    torch.testing.assert_close(table.basis["q"].mT @ table.basis["q"], torch.eye(5).expand(3, 2, 5, 5))
+
+
+def test_reach_is_what_is_met_most_outside_the_subspace(statistics):
+    met = torch.eye(16, dtype=torch.float64).repeat(3, 2, 1, 1)
+    met[..., 12, 12], met[..., 1, 1] = 9.0, 99.0  # dimension 1 is inside the telling heads' subspaces
+    table = read(
+        of(statistics.vectors[UNSAFE, SUBJECT], statistics.vectors[BENIGN, WORDS], met), ranks=Ranks(3, reach=2)
+    )
+    assert table.reach == 2 and table.basis["q"].shape[-1] == 5
+    assert table.basis["q"][0, 1, 12, 3].abs() > 0.95
+    without = read(statistics)
+    for role in "qk":
+        assert torch.equal(table.gate[role], without.gate[role]), "risk knows nothing of the reach"
 
 
 def test_table_has_a_line_per_head(statistics, tmp_path):

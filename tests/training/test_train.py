@@ -8,41 +8,42 @@ import pytest
 import torch
 
 from saferope_core import Protection, load_concepts, save_concepts
-from training import extract, heads, recipe, train
+from training import extract, heads, material, recipe, train
 from training.attach import attached
 from training.models import encode, fingerprint, noise, velocity
+from training.rotation import TrainableRotation
 
 
 @pytest.fixture
 def critical(model, records, settings):
     statistics = extract.extract(model, records, (1.0, 0.5), capacity=500, seed=0)
     s = settings
-    table = heads.read_heads(statistics, s.rank, s.basis, s.threshold, s.cut, s.gate, s.quantile)
+    ranks = heads.Ranks(s.rank, s.padding_rank, s.words_rank, s.reach)
+    table = heads.read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
     return heads.critical_heads(table, model.geometry), table.discrimination
 
 
 @pytest.fixture
-def material(model, records):
-    return recipe.material(model, records, times=(1.0, 0.9, 0.8), seed=0)
+def seen(model, records, tmp_path):
+    material.make_latents(model, records, (1.0, 0.9, 0.8), 0, tmp_path / "latents.safetensors")
+    return material.load_material(model, records, (1.0, 0.9, 0.8), tmp_path / "latents.safetensors")
 
 
 def concept_of(model, critical, generators, settings):
     return recipe.concept_of(model, *critical, generators, settings, record={})
 
 
-def test_same_seed_same_generators_bit_for_bit(model, critical, material, settings):
-    first, again, other = (
-        train.train(model, critical[0], material, replace(settings, seed=seed)) for seed in (0, 0, 1)
-    )
+def test_same_seed_same_generators_bit_for_bit(model, critical, seen, settings):
+    first, again, other = (train.train(model, critical[0], seen, replace(settings, seed=seed)) for seed in (0, 0, 1))
     for a, b, c in zip(first, again, other, strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
 
 
-def test_generators_learn_and_nothing_else_does(model, critical, material, settings):
+def test_generators_learn_and_nothing_else_does(model, critical, seen, settings):
     before = fingerprint(model.transformer)
-    untrained = train.train(model, critical[0], material, replace(settings, learning_rate=0.0))
-    trained = train.train(model, critical[0], material, settings)
+    untrained = train.train(model, critical[0], seen, replace(settings, learning_rate=0.0))
+    trained = train.train(model, critical[0], seen, settings)
     assert fingerprint(model.transformer) == before
     assert all(not torch.equal(a, b) for a, b in zip(untrained, trained, strict=True))
     assert all(parameter.grad is None for parameter in model.transformer.parameters())
@@ -51,31 +52,31 @@ def test_generators_learn_and_nothing_else_does(model, critical, material, setti
     assert fingerprint(model.transformer) != before, "negative control: the fingerprint sees a change"
 
 
-def test_generators_are_skew_and_images_of_double_blocks_at_rest(model, critical, material, settings):
-    text, image = train.train(model, critical[0], material, settings)
+def test_generators_are_skew_and_images_of_double_blocks_at_rest(model, critical, seen, settings):
+    text, image = train.train(model, critical[0], seen, settings)
     assert torch.equal(text, -text.mT) and torch.equal(image, -image.mT)
     single = critical[0].heads[:, 0] == 1
     assert not image[~single].any() and image[single].any()
     assert text[~single].any()
 
 
-def test_log_has_alternating_phases(model, critical, material, settings):
+def test_log_has_alternating_phases(model, critical, seen, settings):
     log = []
-    train.train(model, critical[0], material, settings, log.append)
+    train.train(model, critical[0], seen, settings, log.append)
     assert [entry["phase"] for entry in log] == ["unlearn", "unlearn", "preserve", "preserve"]
     assert all(-1 < entry["loss"] < 0 for entry in log[:2]) and all(entry["loss"] > 0 for entry in log[2:])
 
 
-def test_unlearning_moves_the_velocity(model, critical, material, settings):
+def test_unlearning_moves_the_velocity(model, critical, seen, settings):
     log = []
-    train.train(model, critical[0], material, replace(settings, steps=16, phase=16), log.append)
+    train.train(model, critical[0], seen, replace(settings, steps=16, phase=16), log.append)
     assert log[-1]["velocity_mse"] > 1.2 * log[0]["velocity_mse"]
 
 
-def test_closed_gates_leave_nothing_to_learn(model, critical, material, settings):
+def test_closed_gates_leave_nothing_to_learn(model, critical, seen, settings):
     shut = replace(critical[0], gate={role: torch.ones_like(gate) for role, gate in critical[0].gate.items()})
     log = []
-    train.train(model, shut, material, settings, log.append)
+    train.train(model, shut, seen, settings, log.append)
     assert all(entry["velocity_mse"] == 0 for entry in log)
 
 
@@ -83,8 +84,9 @@ def test_closed_gates_leave_nothing_to_learn(model, critical, material, settings
 def test_training_rotation_is_the_saved_concepts(model, critical, settings, tmp_path, acts_on):
     """The point of it all: what was trained is what Protection does, after a trip through the file."""
     generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(len(critical[0].heads), settings.rank, settings.rank, generator=generator) for _ in "ti"]
-    rotation = train.TrainableRotation(critical[0], model.geometry, acts_on, *weights)
+    width = critical[0].basis["k"].shape[-1]
+    weights = [torch.randn(len(critical[0].heads), width, width, generator=generator) for _ in "ti"]
+    rotation = TrainableRotation(critical[0], model.geometry, acts_on, *weights)
     concept = concept_of(model, critical, rotation.generators(), replace(settings, acts_on=acts_on))
     save_concepts(tmp_path / "c.safetensors", [concept])
     protection = Protection(load_concepts(tmp_path / "c.safetensors"), model.geometry)
@@ -103,12 +105,12 @@ def test_training_rotation_is_the_saved_concepts(model, critical, settings, tmp_
     assert turned == (6 if acts_on == "qk" else 3), "negative control: text of the double, all of the single blocks"
 
 
-def test_velocity_under_training_rotation_is_that_under_protection(model, critical, material, settings):
+def test_velocity_under_training_rotation_is_that_under_protection(model, critical, seen, settings):
     text = encode(model, ["a red star , center"])
     x, t = noise(model, 1, torch.Generator().manual_seed(0)), torch.ones(1)
-    generators = train.train(model, critical[0], material, settings)
+    generators = train.train(model, critical[0], seen, settings)
     concept = concept_of(model, critical, generators, settings)
-    free = train.TrainableRotation(critical[0], model.geometry, "qk", *(g.triu() for g in generators))
+    free = TrainableRotation(critical[0], model.geometry, "qk", *(g.triu() for g in generators))
     protection = Protection([concept], model.geometry)
     results = []
     with torch.no_grad():
@@ -118,3 +120,102 @@ def test_velocity_under_training_rotation_is_that_under_protection(model, critic
     base, ours, theirs = results
     # bf16 autocast rounds; the rotation itself must be larger than that by far
     assert (ours - theirs).abs().mean() < 0.1 * (ours - base).abs().mean()
+
+
+def test_spared_tokens_stay_as_they_are(model, critical):
+    generator = torch.Generator().manual_seed(3)
+    width = critical[0].basis["k"].shape[-1]
+    weights = torch.randn(len(critical[0].heads), width, width, generator=generator)
+    rotation = TrainableRotation(critical[0], model.geometry, "k", weights, 0.5)
+    x = torch.randn(2, 2, 9, 16, generator=generator)
+    free = rotation.rotate(x, "k", "single", 0, (0, 4), (4, 9))
+    rotation.spared = torch.tensor([[False, True, False, False], [False] * 4])
+    spared = rotation.rotate(x, "k", "single", 0, (0, 4), (4, 9))
+    assert torch.equal(spared[0, :, 1], x[0, :, 1]) and not torch.equal(free[0, :, 1], x[0, :, 1])
+    spared[0, :, 1] = free[0, :, 1]
+    assert torch.equal(spared, free), "nothing else is spared"
+
+
+def test_shared_generators_are_the_texts_scaled(model, critical, seen, settings):
+    chosen = replace(settings, sharing="shared", image_scale=0.25)
+    text, image = train.train(model, critical[0], seen, chosen)
+    single = (critical[0].heads[:, 0] == 1)[:, None, None]
+    torch.testing.assert_close(image, torch.where(single, 0.25 * text, 0.0))
+
+
+def test_blind_prompts_spare_their_subject(model, critical, seen, settings, monkeypatch):
+    drawn = []
+    real = train._batch
+    monkeypatch.setattr(train, "_batch", lambda *args: drawn.append(real(*args)) or drawn[-1])
+    train.train(model, critical[0], seen, replace(settings, blind=1.0))
+    for index, _times, _seeds, spared in drawn[:2]:
+        assert torch.equal(spared, seen.subjects[index]) and spared.any(1).all()
+    assert all(spared is None for *_, spared in drawn[2:]), "benign prompts have no subject"
+    drawn.clear()
+    train.train(model, critical[0], seen, replace(settings, blind=0.0))
+    assert not any(spared.any() for *_, spared in drawn[:2])
+
+
+def test_parts_of_a_batch_add_up(model, critical, seen, settings):
+    """Accumulation: the same losses and gradients, up to the order of summation."""
+    logs = []
+    for passes in (0, 1, 3):
+        logs.append([])
+        train.train(model, critical[0], seen, replace(settings, passes_of=passes), logs[-1].append)
+    for log in logs[1:]:
+        for a, b in zip(logs[0], log, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)  # bf16 products depend on the batch
+
+
+def test_checkpointing_changes_memory_alone(model, critical, seen, settings):
+    plain = train.train(model, critical[0], seen, settings)
+    model.transformer.enable_gradient_checkpointing()
+    again = train.train(model, critical[0], seen, settings)
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_a_run_that_was_cut_off_ends_the_same(model, critical, seen, settings, tmp_path, at):
+    expected = train.train(model, critical[0], seen, settings)
+
+    def die(entry):
+        if entry["step"] == at:
+            raise Killed
+
+    state = train.State(tmp_path / "state.safetensors", "inputs")
+    with pytest.raises(Killed):
+        train.train(model, critical[0], seen, settings, die, state)
+    assert state.finished() == at
+    steps = []
+    resumed = train.train(model, critical[0], seen, settings, lambda entry: steps.append(entry["step"]), state)
+    assert steps == list(range(at, 4))
+    assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True)), "bit for bit"
+    assert train.State(state.path, "others").finished() == 0, "a state of other inputs is no state"
+    state.path.write_bytes(state.path.read_bytes()[:100])
+    assert state.finished() == 0, "nor is a damaged one"
+
+
+@pytest.mark.parametrize("phase", ["unlearn", "preserve"])
+def test_divergence_stops_and_keeps_the_last_good_state(model, critical, seen, settings, tmp_path, phase):
+    state = train.State(tmp_path / "state.safetensors", "inputs")
+    if phase == "unlearn":
+        seen.unsafe.states.fill_(float("nan"))
+    else:
+        seen.latents.fill_(float("inf"))
+    finished = 0 if phase == "unlearn" else 2
+    with pytest.raises(train.Diverged, match=rf"diverged at step {finished + 1}: .*not finite.*lower --learning-rate"):
+        train.train(model, critical[0], seen, settings, state=state)
+    assert state.finished() == finished
+
+
+def test_log_drops_what_is_done_again(tmp_path):
+    log = train.Log(tmp_path / "log.jsonl", 0)
+    for step in range(3):
+        log.add({"step": step})
+    assert train.Log(tmp_path / "log.jsonl", 2).entries == [{"step": 0}, {"step": 1}]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2

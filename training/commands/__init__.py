@@ -1,0 +1,1 @@
+"""The subcommands of `saferope`, one file each."""

@@ -1,0 +1,92 @@
+"""`saferope prompts`, `extract`, `heads`, `train`, `calibrate`: making a concept file, stage by stage."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..settings import CALIBRATE, EXTRACT, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
+from .common import Device, Out, command, load, progress_bars
+
+BEFORE_HEADS = (MODEL, PROMPTS, EXTRACT)
+CPU = "cpu"
+
+
+@command(MODEL, PROMPTS)
+def prompts(settings: Settings, out: Out) -> None:
+    """Write the prompts of both sides, as JSON lines with the span of the concept's word."""
+    from ..recipe import PROMPT_FILE, Recipe
+
+    records = Recipe(None, settings, out).prompts()
+    typer.echo(f"{len(records)} prompts: {out / PROMPT_FILE}")
+
+
+@command(*BEFORE_HEADS)
+def extract(settings: Settings, out: Out, device: Device = CPU) -> None:
+    """Collect what every head makes of the concept's words: Gram matrices and samples of queries and keys."""
+    from ..recipe import STATISTICS
+
+    with _recipe(settings, out, device) as recipe:
+        recipe.extract()
+    typer.echo(f"statistics: {out / STATISTICS}")
+
+
+@command(*BEFORE_HEADS, HEADS)
+def heads(settings: Settings, out: Out, device: Device = CPU) -> None:
+    """Find the safety-critical heads, their unsafe subspaces and their gates."""
+    from ..recipe import MAP, TABLE
+
+    with _recipe(settings, out, device) as recipe:
+        recipe.heads()
+    typer.echo(f"table: {out / TABLE}\nmap:   {out / MAP}")
+
+
+@command(*BEFORE_HEADS, HEADS, LATENTS, TRAIN)
+def train(
+    settings: Settings,
+    out: Out,
+    device: Device = CPU,
+    tensorboard: Annotated[bool, typer.Option(help="Write the losses for TensorBoard too.")] = False,
+) -> None:
+    """Make a concept file: prompts -> extract -> heads -> train. What is there and still fits is used again.
+
+    Killed or interrupted at any time, the same command goes on from the last whole step. Several processes:
+    `accelerate launch -m saferope_training train ...` shares every batch among them.
+    """
+    with _recipe(settings, out, device) as recipe, _losses(out / "tensorboard" if tensorboard else None) as tell:
+        path = recipe.train(tell)
+    typer.echo(f"concept file: {path}")
+
+
+@command(*BEFORE_HEADS, HEADS, CALIBRATE)
+def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
+    """Make a concept file without training: extraction and a fixed rotation. Prompts only, no gradient, no picture."""
+    with _recipe(settings, out, device) as recipe:
+        path = recipe.calibrate()
+    typer.echo(f"concept file: {path}")
+
+
+@contextmanager
+def _recipe(settings: Settings, out: Path, device: str):
+    """The recipe of a loaded model, with progress bars; before it loads, the memory plan is printed and checked."""
+    from ..recipe import Recipe
+
+    with progress_bars() as progress:
+        yield Recipe(load(settings, device), settings, out, progress)
+
+
+@contextmanager
+def _losses(folder: Path | None):
+    """What is told every step's entry: TensorBoard's writer, or nobody."""
+    if folder is None:
+        yield lambda entry: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard: got none installed, expected it; run `pip install tensorboard`") from None
+    with SummaryWriter(str(folder)) as writer:
+        yield lambda entry: writer.add_scalar(f"{entry['phase']}/velocity_mse", entry["velocity_mse"], entry["step"])

@@ -1,0 +1,81 @@
+"""Text encoders that come when prompts are to be embedded and go when they are; embeddings that stay on disk.
+
+FLUX.1's encoders weigh as much as a quantised transformer and are needed once. Embeddings lie one file a prompt, under
+a name that hashes the text, the length it is cut to, and the encoders' weights: what fits is read, the rest embedded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .stages import file_sha256
+
+_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """Where CLIP and T5 of a pipeline lie: a diffusers folder, and the dtype they run in."""
+
+    folder: Path
+    dtype: torch.dtype
+
+    def load(self) -> tuple[nn.Module, nn.Module]:
+        """CLIP and T5, frozen, on the CPU."""
+        from transformers import CLIPTextModel, T5EncoderModel
+
+        kinds = zip((CLIPTextModel, T5EncoderModel), _PARTS[:2], strict=True)
+        return tuple(
+            kind.from_pretrained(self.folder, subfolder=part, dtype=self.dtype, use_safetensors=True)
+            .requires_grad_(False)
+            .eval()
+            for kind, part in kinds
+        )
+
+    def fingerprint(self) -> str:
+        """sha256 over the dtype and the bytes of all files of encoders and tokenizers; nothing is loaded."""
+        digest = hashlib.sha256(str(self.dtype).encode())
+        for part in _PARTS:
+            for path in sorted(file for file in (self.folder / part).rglob("*") if file.is_file()):
+                digest.update(f";{path.relative_to(self.folder).as_posix()};{file_sha256(path)}".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class EmbeddingCache:
+    """A folder of embeddings made by encoders of this fingerprint, cut to `text_length` tokens."""
+
+    folder: Path
+    fingerprint: str
+    text_length: int
+
+    def path(self, text: str) -> Path:
+        """Where the embedding of `text` lies, whether or not it is there."""
+        key = f"{self.fingerprint};{self.text_length};{text}"
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """T5's states [B, L, C] and pooled vectors [B, C'] in the encoders' dtype; None unless all are there and whole."""
+        try:
+            files = [load_file(self.path(text)) for text in texts]
+            return tuple(torch.stack([file[part] for file in files]) for part in ("states", "pooled"))
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def write(self, texts: Sequence[str], states: Tensor, pooled: Tensor) -> None:
+        """Keeps the embeddings; a file is whole or not there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for text, state, vector in zip(texts, states, pooled, strict=True):
+            path = self.path(text)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            save_file({"states": state.cpu().contiguous(), "pooled": vector.cpu().contiguous()}, partial)
+            os.replace(partial, path)

@@ -1,0 +1,250 @@
+"""Finds a FLUX.1 model by its name and loads it for training: embedded, folder, hub id or single file, quantised or not.
+
+FLUX.1-dev and FLUX.1-schnell are told apart by the transformer's own configuration: dev has a guidance embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint import SUFFIXES, read_shapes, transformer_config
+from .encoders import EncoderSource
+from .models import GUIDANCE, TINYWORLD, Model, from_pipeline
+from .quantise import quantisation_config, require_library
+
+RESOLUTION = 512  # pixels: statistics and rotations do not depend on resolution, time and memory do
+PIPELINE, TRANSFORMER = "FluxPipeline", "FluxTransformer2DModel"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_PATCH = 16  # pixels per image token and side: eightfold VAE, 2 x 2 packing
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a kind of FLUX.1 is run with: T5 tokens, sampling steps, embedded guidance."""
+
+    text_length: int
+    steps: int
+    guidance: float
+
+
+DEV = Defaults(512, 28, GUIDANCE)  # diffusers' FluxPipeline's
+SCHNELL = Defaults(256, 4, 0.0)  # its model card's
+
+
+def load_model(
+    name: str,
+    device: str = "cpu",
+    quantise: str | None = None,
+    encoders: str | None = None,
+    resolution: int | None = None,
+) -> Model:
+    """A frozen FLUX: `tinyworld`, a diffusers folder, a hub id, or a single-file transformer with `encoders` for the rest.
+
+    `encoders` is a diffusers folder or hub id too. `quantise` is one of `quantise.KINDS`; `resolution` in pixels, a
+    multiple of 16, RESOLUTION unless told. Text encoders of folders are loaded when first asked for, see `encoders`.
+    ValueError or OSError, one line, where there is no such model or it is not a FLUX.1.
+    """
+    if name == TINYWORLD:
+        return _tiny_world(device, quantise, encoders, resolution)
+    resolution = resolution or RESOLUTION
+    if resolution % _PATCH:
+        raise ValueError(f"resolution: got {resolution}, expected a multiple of {_PATCH} pixels")
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    path = Path(name)
+    if path.is_file():
+        if encoders is None:
+            raise ValueError(
+                f"model {name!r}: got a single file, which holds the transformer alone; name the rest with --encoders "
+                "(a diffusers FLUX.1 folder or hub id)"
+            )
+        rest, transformer = find_folder(encoders, transformer=False), _from_file(path, quantise, device, dtype)
+    else:
+        if encoders is not None:
+            raise ValueError(f"encoders {encoders!r}: got a whole model {name!r} beside them; leave them out")
+        rest = find_folder(name, transformer=True)
+        transformer = _from_folder(rest, name, quantise, device, dtype)
+    return _assemble(name, rest, transformer.to(device) if quantise not in ("nf4", "int8") else transformer, resolution)
+
+
+def find_folder(name: str, transformer: bool) -> Path:
+    """The local folder of a diffusers FLUX.1 pipeline: `name` itself, or the hub's, downloaded unless cached.
+
+    `transformer`: whether its transformer is wanted too. OSError where the hub cannot be asked, ValueError else.
+    """
+    folder = Path(name)
+    if not folder.exists() and _HUB_ID.fullmatch(name):
+        folder = _download(name, transformer)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"model {name!r}: got no folder with a model_index.json, expected `{TINYWORLD}`, a diffusers FLUX.1 folder, "
+            f"a single file ({', '.join(SUFFIXES)}) or a hub id such as black-forest-labs/FLUX.1-dev"
+        )
+    parts = _json(index, name)
+    if parts.get("_class_name") != PIPELINE:
+        raise ValueError(
+            f"model {name!r}: got a {parts.get('_class_name')}, expected a {PIPELINE}; name a FLUX.1 model"
+        )
+    for part, (library, _) in ((key, value) for key, value in parts.items() if isinstance(value, list)):
+        if library and not (folder / part).is_dir() and (transformer or part != "transformer"):
+            raise ValueError(f"model {name!r}: got no folder {part!r} in it, expected one; fetch the whole model")
+    return folder
+
+
+def config_of(name: str, encoders: str | None = None) -> dict:
+    """The configuration of the transformer alone; loads no weight. Errors as in `load_model`."""
+    if Path(name).is_file():
+        return transformer_config(read_shapes(Path(name)), name)
+    from tinyworld import model
+
+    folder = model.WEIGHTS if name == TINYWORLD else find_folder(name, transformer=True)
+    return _folder_config(folder, name)
+
+
+def defaults_for(guidance_embeds: bool) -> Defaults:
+    """FLUX.1-dev's where the transformer embeds guidance, else FLUX.1-schnell's."""
+    return DEV if guidance_embeds else SCHNELL
+
+
+def _tiny_world(device: str, quantise: str | None, encoders: str | None, resolution: int | None) -> Model:
+    from tinyworld import model, render
+
+    if encoders is not None or resolution not in (None, render.SIZE):
+        raise ValueError(f"model {TINYWORLD!r}: has its own encoders and {render.SIZE} pixels; leave both out")
+    pipe = model.load_pipeline()
+    if quantise is not None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        pipe.transformer = _from_folder(model.WEIGHTS, TINYWORLD, quantise, device, dtype)
+    pipe.to(device)
+    return from_pipeline(TINYWORLD, pipe, model.TEXT_LENGTH, render.SIZE // 8, model.GUIDANCE, model.STEPS)
+
+
+def _assemble(name: str, folder: Path, transformer, resolution: int) -> Model:
+    """The pipeline around a loaded transformer; the text encoders wait until they are asked for."""
+    from diffusers import FluxPipeline
+
+    with _readable(name):
+        pipe = FluxPipeline.from_pretrained(
+            folder, transformer=transformer, text_encoder=None, text_encoder_2=None, use_safetensors=True
+        )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.to(transformer.device)
+    found = defaults_for(transformer.config.guidance_embeds)
+    length = min(found.text_length, pipe.tokenizer_2.model_max_length)
+    source = EncoderSource(folder, transformer.dtype)
+    side = resolution // 8
+    return from_pipeline(name, pipe, length, side, found.guidance, found.steps, source)
+
+
+def _from_folder(folder: Path, name: str, quantise: str | None, device: str, dtype: torch.dtype):
+    from diffusers import FluxTransformer2DModel
+
+    _folder_config(folder, name)
+    config = quantisation_config(quantise, device, dtype) if quantise else None
+    with _readable(name):
+        transformer, report = FluxTransformer2DModel.from_pretrained(
+            folder,
+            subfolder="transformer",
+            torch_dtype=dtype,
+            quantization_config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    return _whole(transformer, name, report["missing_keys"])
+
+
+def _folder_config(folder: Path, name: str) -> dict:
+    config = _json(folder / "transformer" / "config.json", name)
+    if config.get("_class_name") != TRANSFORMER:
+        raise ValueError(f"model {name!r}: got a transformer {config.get('_class_name')}, expected {TRANSFORMER}")
+    return config
+
+
+def _from_file(path: Path, quantise: str | None, device: str, dtype: torch.dtype):
+    """The transformer of a .safetensors or .gguf file; its configuration comes from the file, never from the hub."""
+    from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
+
+    config = None
+    if path.suffix == ".gguf":
+        require_library("gguf", f"model {str(path)!r}")
+        if quantise:
+            raise ValueError(f"quantisation {quantise!r}: got a .gguf file, which is quantised already; leave it out")
+        config = GGUFQuantizationConfig(compute_dtype=dtype)
+    elif quantise:
+        config = quantisation_config(quantise, device, dtype)
+    shapes = read_shapes(path)
+    geometry = transformer_config(shapes, str(path))
+    _require_names(geometry, shapes, str(path))
+    with tempfile.TemporaryDirectory() as folder, _readable(str(path)):
+        Path(folder, "config.json").write_text(json.dumps({"_class_name": TRANSFORMER, **geometry}))
+        transformer = FluxTransformer2DModel.from_single_file(
+            str(path), config=folder, torch_dtype=dtype, quantization_config=config
+        )
+    return _whole(transformer, str(path), [key for key, value in transformer.named_parameters() if value.is_meta])
+
+
+def _require_names(config: dict, shapes: dict, name: str) -> None:
+    """ValueError where a file in diffusers' layout lacks tensors; diffusers' own words for it help nobody."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        wanted = FluxTransformer2DModel.from_config(config).state_dict()
+    if "x_embedder.weight" in shapes:
+        _require_none(name, sorted(wanted.keys() - shapes.keys()))
+
+
+def _whole(transformer, name: str, missing: list[str]):
+    """The transformer, unless weights were missing: diffusers would go on with random or no values."""
+    _require_none(name, missing)
+    return transformer
+
+
+def _require_none(name: str, missing: list[str]) -> None:
+    if missing:
+        raise ValueError(
+            f"model {name!r}: got no weights for {', '.join(missing[:3])} ..., expected all; fetch it again"
+        )
+
+
+def _download(name: str, transformer: bool) -> Path:
+    from diffusers import FluxPipeline
+
+    skipped = {} if transformer else {"transformer": None}
+    try:
+        return Path(FluxPipeline.download(name, use_safetensors=True, **skipped))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"model {name!r}: got no such folder here, nothing in the hub's cache, and the hub did not give it "
+            f"({_first_line(error)}); go online, check the id, log in with `hf auth login` and accept its licence, or "
+            "name a folder"
+        ) from error
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What diffusers finds wrong with weights, in one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+        raise ValueError(f"model {name!r}: cannot be loaded ({_first_line(error)}); fetch it again") from error
+
+
+def _json(path: Path, name: str) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name!r}: {path.name} is not readable JSON ({error}); fetch it again") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,118 @@
+"""What training looks at: embeddings of both sides, the unsafe prompts' trajectories, latents of benign pictures.
+
+Latents are made once and stay on disk. Benign pictures are rendered (tiny world), read from the caption file's folder, or
+painted by the frozen model from their captions where there is none.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import extract, processes, prompts
+from .models import SUBJECT, Model, encode, encode_pictures, seeded_noise, text_tokens
+from .stages import save_tensors
+from .train import Material
+
+BENIGN_LATENTS, VISITED = "benign", "visited"
+_BATCH = 48  # prompts sampled at once
+_PAINTING = tuple(round(1 - step / 20, 2) for step in range(20))  # times of the model's own pictures; 0 ends them
+
+
+def make_latents(
+    model: Model,
+    records: Sequence[prompts.PromptRecord],
+    times: Sequence[float],
+    seed: int,
+    path: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes the latents of unsafe trajectories at the times below 1 and of benign pictures; processes share the work."""
+    unsafe, benign = (prompts.side(records, name) for name in (prompts.UNSAFE, prompts.BENIGN))
+    total, done = len(unsafe) + len(benign), 0
+    tensors: dict[str, list[Tensor]] = {}
+    for name, chosen in ((VISITED, unsafe), (BENIGN_LATENTS, benign)):
+        for chunk in torch.arange(len(chosen)).split(_BATCH):
+            places = chunk.tolist()
+            part = [chosen[place] for place in places]
+            seeds = [seed + place for place in places]
+            made = _visited(model, part, seeds, times) if name == VISITED else {name: _pictures(model, part, seeds)}
+            for key, latents in made.items():
+                tensors.setdefault(key, []).append(latents.cpu())
+            done += len(places)
+            progress(done, total)
+    if processes.is_main():
+        save_tensors(path, {name: torch.cat(parts) for name, parts in tensors.items()})
+
+
+def load_material(
+    model: Model, records: Sequence[prompts.PromptRecord], times: Sequence[float], path: Path
+) -> Material:
+    """The material of the latents that `make_latents` wrote and of the prompts' embeddings."""
+    tensors = load_file(path)
+    unsafe, benign = (prompts.side(records, name) for name in (prompts.UNSAFE, prompts.BENIGN))
+    texts = [record.text for record in unsafe]
+    subjects = text_tokens(model, texts, [record.subject for record in unsafe])[SUBJECT]
+    visited = {t: tensors[_key(t)] for t in times if t < 1}
+    wanted, harmless = encode(model, texts), encode(model, [record.text for record in benign])
+    return Material(wanted, subjects, visited, harmless, tensors[BENIGN_LATENTS])
+
+
+def _key(t: float) -> str:
+    return f"{VISITED}.{t:g}"
+
+
+def _visited(model: Model, records, seeds: list[int], times: Sequence[float]) -> dict[str, Tensor]:
+    """The base model's latents [n, L, C] of the prompts at each of the times below 1."""
+    text = encode(model, [record.text for record in records])
+    met = extract.walk(model, text, seeded_noise(model, seeds), times)
+    return {_key(t): met[t] for t in times if t < 1}
+
+
+def _pictures(model: Model, records, seeds: list[int]) -> Tensor:
+    """Latents [n, L, C] of the prompts' pictures, in order."""
+    latents: list[Tensor | None] = [None] * len(records)
+    for place, record in enumerate(records):
+        if record.scene is not None:
+            latents[place] = encode_pictures(model, _rendered(record.scene, seeds[place])[None])
+        elif record.image is not None:
+            latents[place] = encode_pictures(model, _read(Path(record.image), 8 * model.latent_side)[None])
+    missing = [place for place, known in enumerate(latents) if known is None]
+    if missing:
+        text = encode(model, [records[place].text for place in missing])
+        painted = _painted(model, text, seeded_noise(model, [seeds[place] for place in missing]))
+        for place, picture in zip(missing, painted, strict=True):
+            latents[place] = picture[None]
+    return torch.cat(latents)
+
+
+def _painted(model: Model, text, start: Tensor) -> Tensor:
+    """The frozen model's own pictures, as latents, by Euler's method."""
+    with torch.no_grad():
+        x = extract.walk(model, text, start, _PAINTING)[_PAINTING[-1]]
+        return x - _PAINTING[-1] * extract.velocity(model, x, torch.full((len(x),), _PAINTING[-1]), text)
+
+
+def _rendered(scene: dict, seed: int) -> Tensor:
+    from tinyworld.render import render
+    from tinyworld.world import Scene
+
+    return render(Scene(**scene), random.Random(seed))
+
+
+def _read(path: Path, side: int) -> Tensor:
+    """A picture [3, side, side] in [-1, 1]: scaled to cover the square, the middle cut out."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"picture {path}: cannot be read ({error}); mend it or take it out of the captions") from error
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(side, side, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1

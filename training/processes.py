@@ -1,0 +1,50 @@
+"""One process or several (`accelerate launch`): who am I, sums over all, and what only one of them writes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def _state():
+    from accelerate import PartialState
+
+    return PartialState()
+
+
+def count() -> int:
+    """How many processes share the work."""
+    return _state().num_processes
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    return _state().process_index
+
+
+def is_main() -> bool:
+    """Whether this one writes files."""
+    return _state().is_main_process
+
+
+def wait() -> None:
+    """Returns when all processes have come here."""
+    _state().wait_for_everyone()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes."""
+    if count() == 1:
+        return x
+    from accelerate.utils import reduce
+
+    device = x.device
+    return reduce(x.to(_state().device), reduction="sum").to(device)
+
+
+def gathered(value) -> list:
+    """Every process's picklable value, in their order."""
+    if count() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])

@@ -1,0 +1,61 @@
+"""Bases held in fewer bits, through diffusers' own configurations. Frozen: generators train on top of them in fp32.
+
+`nf4` and `int8` are bitsandbytes' (loaded on a GPU only), `torchao-*` run anywhere; GGUF files bring their quantisation
+along. The libraries are imported only when asked for.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+KINDS = ("nf4", "int8", "torchao-int8", "torchao-float8")
+_LIBRARY = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao", "torchao-float8": "torchao"}
+
+
+def require_library(library: str, what: str) -> None:
+    """ValueError that says how to get the library where it is not installed."""
+    if find_spec(library) is None:
+        raise ValueError(
+            f"{what}: got no {library} installed, expected it; run `pip install {library}` "
+            "(or install saferope with its extra `quantise`)"
+        )
+
+
+def quantisation_config(kind: str, device: str, dtype: torch.dtype):
+    """diffusers' configuration of one of KINDS; `dtype` is what the model computes in.
+
+    ValueError where the kind is unknown, its library missing or the device not one that it can load to.
+    """
+    if kind not in KINDS:
+        raise ValueError(
+            f"quantisation: got {kind!r}, expected one of {', '.join(KINDS)}, or a .gguf file as the model"
+        )
+    require_library(_LIBRARY[kind], f"quantisation {kind!r}")
+    if _LIBRARY[kind] == "bitsandbytes":
+        return _bitsandbytes(kind, device, dtype)
+    return _torchao(kind)
+
+
+def _bitsandbytes(kind: str, device: str, dtype: torch.dtype):
+    from diffusers import BitsAndBytesConfig
+
+    if device == "cpu":
+        raise ValueError(
+            f"quantisation {kind!r}: got device 'cpu', expected a GPU: diffusers loads bitsandbytes weights there only; "
+            "name one with --device, or take torchao-int8"
+        )
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # normal floats with scales quantised once more: QLoRA (arXiv 2305.14314), section 3
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
+
+
+def _torchao(kind: str):
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig() if kind == "torchao-int8" else Float8WeightOnlyConfig())

@@ -1,0 +1,36 @@
+"""Keeps the subjects that mean what the concept's seed words mean, by sentence embeddings (the paper's filter)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # 23 M parameters; runs on a CPU
+
+
+def similarities(subjects: Sequence[str], seeds: Sequence[str], model: str = MODEL) -> list[float]:
+    """For every subject its largest cosine similarity, in [-1, 1], to one of the seeds.
+
+    `model` is a sentence-transformers folder or hub id. OSError or ValueError where there is none; ImportError's
+    place is taken by a ValueError that says what to install.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ValueError(
+            "subject filter: got no sentence-transformers installed; run `pip install sentence-transformers`"
+        ) from None
+    encoder = SentenceTransformer(model, device="cpu")
+    subject, seed = (
+        encoder.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        for texts in (subjects, seeds)
+    )
+    return (subject @ seed.T).max(1).values.tolist()
+
+
+def filtered(subjects: Sequence[str], seeds: Sequence[str], least: float, model: str = MODEL) -> list[str]:
+    """The subjects with a similarity of at least `least`, in order. ValueError where none is left."""
+    scores = similarities(subjects, seeds, model)
+    kept = [subject for subject, score in zip(subjects, scores, strict=True) if score >= least]
+    if not kept:
+        raise ValueError(f"subject filter: no subject reaches {least:g}, the best {max(scores):.2f}; lower it")
+    return kept

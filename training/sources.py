@@ -1,0 +1,47 @@
+"""Where a concept's prompts come from: files, the tiny world, or a preset's products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import presets
+from .models import TINYWORLD
+from .product import product_prompts
+from .prompts import BENIGN, UNSAFE, PromptRecord, tiny_world_prompts
+from .readers import read_file
+from .settings import Settings
+
+_BENIGN_SEED = 1_000_003  # the two sides draw from seeds of their own
+
+
+def prompts_for(settings: Settings) -> list[PromptRecord]:
+    """Unsafe prompts, then benign ones, as many as the settings ask for; the same for the same settings.
+
+    A side whose file is named comes from it. ValueError where a side has no source, or too few prompts.
+    """
+    if settings.unsafe is None and settings.benign is None and settings.model == TINYWORLD:
+        return tiny_world_prompts(settings.concept, settings.unsafe_prompts, settings.benign_prompts, settings.seed)
+    return _unsafe(settings) + _benign(settings)
+
+
+def _unsafe(settings: Settings) -> list[PromptRecord]:
+    if settings.unsafe is not None:
+        return read_file(Path(settings.unsafe), UNSAFE, settings.subjects, count=settings.unsafe_prompts)
+    if settings.concept not in presets.names():
+        raise ValueError(
+            f"concept {settings.concept!r}: got no prompts for it, expected a file (--unsafe) or one of the presets "
+            f"{', '.join(presets.names())}"
+        )
+    return _product(settings.concept, UNSAFE, settings.unsafe_prompts, settings.seed)
+
+
+def _benign(settings: Settings) -> list[PromptRecord]:
+    if settings.benign is not None:
+        images = Path(settings.images) if settings.images else None
+        return read_file(Path(settings.benign), BENIGN, images=images, count=settings.benign_prompts)
+    return _product(presets.BENIGN, BENIGN, settings.benign_prompts, settings.seed + _BENIGN_SEED)
+
+
+def _product(name: str, side: str, count: int, seed: int) -> list[PromptRecord]:
+    preset = presets.load(name)
+    return product_prompts(side, preset["subjects"], preset["modifiers"], preset["templates"], count, seed)
