@@ -5,6 +5,9 @@ Axes: N safety-critical heads, D head dimension, R subspace rank, S reach, H hea
 Risk is measured in the unsafe subspace, the first R columns of a basis. A rotation may need to leave it: a key that all
 pictures look at cannot be turned away from them within directions that they all look at. The last S columns, the
 reach, are such directions outside: never part of the risk, but of the space that is turned. S = 0 is the paper.
+
+Image tokens in which the concept is being painted can be told apart as text tokens can, whatever word asked for it, but lie
+elsewhere: they may have bases of their own, with another rank. Without them they use the text's, as in the paper.
 """
 
 from __future__ import annotations
@@ -42,17 +45,22 @@ class Concept:
     basis_q: Tensor  # [N, D, R + S], orthonormal columns: the unsafe subspace of queries, then the reach
     basis_k: Tensor  # [N, D, R + S], of keys
     generator_text: Tensor  # [N, R + S, R + S], skew: how text tokens turn, q and k alike
-    generator_image: Tensor  # [N, R + S, R + S], skew: how image tokens turn; zero where they do not
+    generator_image: Tensor  # as wide as the image tokens' bases, skew: how they turn; zero where they do not
     discrimination: Tensor  # [blocks, H] in [-1, 1]: Δ of every head, double blocks first
     threshold: float = THRESHOLD  # gate of every head that has no own gate, in [0, 1]
     gate_q: Tensor | None = None  # [N] in [0, 1]: the LRS above which a query turns
     gate_k: Tensor | None = None  # [N] in [0, 1], for keys
     strength: float = 1.0  # factor on every angle; 0 = off, 1 = as trained
-    acts_on: str = "qk"  # which vectors turn: "qk", "q" or "k"
+    acts_on: str = "qk"  # which vectors of text tokens turn: "qk", "q" or "k"
+    acts_on_image: str | None = None  # the same for image tokens; None: as acts_on
     mode: str = "learned"  # where the generators come from: "learned", "fixed" or "random"
     training: dict = field(default_factory=dict)  # what is needed to repeat it, as JSON
     singular_values: Tensor | None = None  # [N, R] >= 0
     reach: int = 0  # S, how many of the bases' last columns are outside the unsafe subspace
+    basis_image_q: Tensor | None = None  # as basis_q, for image tokens; both or neither
+    basis_image_k: Tensor | None = None  # as basis_k
+    gate_image_q: Tensor | None = None  # as gate_q; only with bases for image tokens
+    gate_image_k: Tensor | None = None  # as gate_k
 
     def __post_init__(self):
         _check_words(self)
@@ -63,8 +71,9 @@ class Concept:
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
                 _take(self, name, _taken(name, value, shape, low, high))
-        for name in ("basis_q", "basis_k"):
-            require_orthonormal(name, getattr(self, name))
+        for name in ("basis_q", "basis_k", "basis_image_q", "basis_image_k"):
+            if getattr(self, name) is not None:
+                require_orthonormal(name, getattr(self, name))
         for name in ("generator_text", "generator_image"):
             require_skew(name, getattr(self, name))
 
@@ -73,17 +82,33 @@ class Concept:
         """R, the dimension of the unsafe subspace of every head."""
         return self.basis_q.shape[-1] - self.reach
 
-    def basis(self, role: str) -> Tensor:
-        """The space that is turned, [N, D, R + S], for the role 'q' or 'k'; its first R columns are U."""
-        return {"q": self.basis_q, "k": self.basis_k}[role]
+    def acts(self, stream: str) -> str:
+        """The roles of a stream, "text" or "image", whose vectors turn."""
+        return self.acts_on_image or self.acts_on if stream == "image" else self.acts_on
 
-    def gate(self, role: str) -> Tensor:
-        """Gates [N] of the role 'q' or 'k': the heads' own, else the concept's threshold."""
-        own = {"q": self.gate_q, "k": self.gate_k}[role]
+    def basis(self, role: str, stream: str = "text") -> Tensor:
+        """The space that is turned, [N, D, R + S], for the role 'q' or 'k' of a stream; all but S columns are U."""
+        return getattr(self, f"basis_{self._owner(stream)}{role}")
+
+    def gate(self, role: str, stream: str = "text") -> Tensor:
+        """Gates [N] of the role 'q' or 'k' of a stream: the heads' own, else the concept's threshold."""
+        own = getattr(self, f"gate_{self._owner(stream)}{role}")
         return torch.full((len(self.heads),), self.threshold) if own is None else own
 
+    def _owner(self, stream: str) -> str:
+        """In names of tensors: whose a stream's bases and gates are."""
+        return "image_" if stream == "image" and self.basis_image_q is not None else ""
 
-_OPTIONAL = ("gate_q", "gate_k", "singular_values")
+
+_OPTIONAL = (
+    "gate_q",
+    "gate_k",
+    "singular_values",
+    "basis_image_q",
+    "basis_image_k",
+    "gate_image_q",
+    "gate_image_k",
+)
 
 
 def require_orthonormal(name: str, basis: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -112,28 +137,48 @@ def require_skew(name: str, generator: Tensor, dtype: torch.dtype = torch.float3
 def _layout(concept: Concept) -> dict[str, tuple[tuple[int, ...], float, float]]:
     """Shape and range of every float tensor; N comes from `heads`, R + S from `basis_q`, the rest from the geometry."""
     geometry, count = concept.geometry, len(concept.heads)
-    width = _width_of(concept.basis_q, geometry.head_dim)
-    if type(concept.reach) is not int or not 0 <= concept.reach < width:
+    width = _width_of("basis_q", concept.basis_q, geometry.head_dim)
+    image = _image_width(concept, width)
+    least = min(width, image)
+    if type(concept.reach) is not int or not 0 <= concept.reach < least:
         raise ValueError(
-            f"reach is {concept.reach!r:.40}, expected 0 to {width - 1}: of {width} columns one at least tells the risk"
+            f"reach is {concept.reach!r:.40}, expected 0 to {least - 1}: of {least} columns one at least tells the risk"
         )
-    basis, generator = (count, geometry.head_dim, width), (count, width, width)
+    basis, basis_image = (count, geometry.head_dim, width), (count, geometry.head_dim, image)
     return {
         "basis_q": (basis, -1.0, 1.0),
         "basis_k": (basis, -1.0, 1.0),
-        "generator_text": (generator, -LARGEST_ANGLE, LARGEST_ANGLE),
-        "generator_image": (generator, -LARGEST_ANGLE, LARGEST_ANGLE),
+        "basis_image_q": (basis_image, -1.0, 1.0),
+        "basis_image_k": (basis_image, -1.0, 1.0),
+        "generator_text": ((count, width, width), -LARGEST_ANGLE, LARGEST_ANGLE),
+        "generator_image": ((count, image, image), -LARGEST_ANGLE, LARGEST_ANGLE),
         "discrimination": ((geometry.blocks, geometry.heads), -1.0, 1.0),
         "gate_q": ((count,), 0.0, 1.0),
         "gate_k": ((count,), 0.0, 1.0),
+        "gate_image_q": ((count,), 0.0, 1.0),
+        "gate_image_k": ((count,), 0.0, 1.0),
         "singular_values": ((count, width - concept.reach), 0.0, torch.finfo(torch.float32).max),
     }
 
 
-def _width_of(basis: Tensor, head_dim: int) -> int:
+def _image_width(concept: Concept, width: int) -> int:
+    """Columns of the image tokens' bases, `width` where they have none of their own."""
+    bases = concept.basis_image_q, concept.basis_image_k
+    if any(basis is None for basis in bases):
+        names = ("basis_image_q", "basis_image_k", "gate_image_q", "gate_image_k")
+        alone = [name for name in names if getattr(concept, name) is not None]
+        if alone:
+            raise ValueError(
+                f"{', '.join(alone)}: without basis_image_q and basis_image_k, expected both or none of them"
+            )
+        return width
+    return _width_of("basis_image_q", concept.basis_image_q, concept.geometry.head_dim)
+
+
+def _width_of(name: str, basis: Tensor, head_dim: int) -> int:
     if not isinstance(basis, Tensor) or basis.ndim != 3:
         found = tuple(basis.shape) if isinstance(basis, Tensor) else type(basis).__name__
-        raise ValueError(f"basis_q: got {found}, expected a tensor of shape [heads, head dimension, rank]")
+        raise ValueError(f"{name}: got {found}, expected a tensor of shape [heads, head dimension, rank]")
     width = basis.shape[-1]
     if not 2 <= width <= head_dim:
         raise ValueError(f"rank is {width}, expected 2 (one plane) to {head_dim} (the head dimension)")
@@ -188,7 +233,7 @@ def _check_words(concept: Concept) -> None:
     if not concept.name.strip():
         raise ValueError("name is empty, expected a name for people to choose by")
     _check_text("description", concept.description, LONGEST_TEXT, also="\n\t")
-    for what, choices in (("acts_on", ACTS_ON), ("mode", MODES)):
+    for what, choices in (("acts_on", ACTS_ON), ("acts_on_image", (*ACTS_ON, None)), ("mode", MODES)):
         if getattr(concept, what) not in choices:
             raise ValueError(f"{what} is {getattr(concept, what)!r}, expected one of {choices}")
 

@@ -36,11 +36,25 @@ LICENSE_UNSTATED = "NOASSERTION"  # SPDX's word for it
 
 _PICKLES = (b"PK\x03\x04", b"\x80")  # how the files of torch.save begin: a zip archive, or a bare pickle
 _METADATA = {"format", "format_version", "concepts", "geometry", "created", "saferope_version", "license"}
-_FACTS = ("slug", "name", "description", "rank", "reach", "threshold", "strength", "acts_on", "mode", "training")
-_FACTS_OPTIONAL = {"description": "", "reach": 0, "strength": 1.0, "training": {}}
-_NARROW = ("basis_q", "basis_k", "generator_text", "generator_image")  # what float16 files hold as float16
-_TENSORS = ("heads", *_NARROW, "discrimination")
-_TENSORS_OPTIONAL = ("gate_q", "gate_k", "singular_values")
+_FACTS = (
+    "slug",
+    "name",
+    "description",
+    "rank",
+    "reach",
+    "threshold",
+    "strength",
+    "acts_on",
+    "acts_on_image",
+    "mode",
+    "training",
+)
+_FACTS_OPTIONAL = {"description": "", "reach": 0, "strength": 1.0, "acts_on_image": None, "training": {}}
+_IMAGE_BASES = ("basis_image_q", "basis_image_k")
+_GENERATORS = ("generator_text", "generator_image")
+_NARROW = ("basis_q", "basis_k", *_GENERATORS, *_IMAGE_BASES)  # what float16 files hold as float16
+_TENSORS = ("heads", "basis_q", "basis_k", *_GENERATORS, "discrimination")
+_TENSORS_OPTIONAL = ("gate_q", "gate_k", "singular_values", *_IMAGE_BASES, "gate_image_q", "gate_image_k")
 
 
 class ConceptFileError(ValueError):
@@ -228,7 +242,8 @@ def _concept(entry: dict, geometry: Geometry, tensors: dict[str, Tensor]) -> Con
     own = {name: tensors.get(f"{slug}/{name}") for name in (*_TENSORS, *_TENSORS_OPTIONAL)}
     facts = {name: entry[name] for name in _FACTS if name != "rank"}
     try:
-        own.update({name: _restored(name, own[name]) for name in _NARROW if own[name].dtype == torch.float16})
+        half = [name for name in _NARROW if own[name] is not None and own[name].dtype == torch.float16]
+        own.update({name: _restored(name, own[name]) for name in half})
         concept = Concept(geometry=geometry, **facts, **own)
     except ValueError as error:
         raise ValueError(f"concept {slug!r}: {error}") from None

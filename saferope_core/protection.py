@@ -165,8 +165,8 @@ def _all_plans(
     with torch.inference_mode(False), torch.no_grad():
         found = defaultdict(list)
         for concept, strength, threshold in active:
-            for role in concept.acts_on:
-                for stream in STREAMS:
+            for stream in STREAMS:
+                for role in concept.acts(stream):
                     for row, heads, part in _parts_of(concept, strength, threshold, role, stream):
                         found[row, role, stream].append((heads, part))
         return {key: _merged(parts, geometry, device) for key, parts in found.items()}
@@ -177,9 +177,10 @@ def _parts_of(concept: Concept, strength: float, threshold: float | None, role: 
     moving = _moving(concept, stream)
     if not moving.any():
         return
-    theta, directions = fold(concept.basis(role), _generator(concept, stream))
-    unsafe = (directions.mT.double() @ concept.basis(role)[..., : concept.rank].double()).float()
-    gate = concept.gate(role) if threshold is None else torch.full((len(concept.heads),), threshold)
+    basis = concept.basis(role, stream)
+    theta, directions = fold(basis, _generator(concept, stream))
+    unsafe = (directions.mT.double() @ basis[..., : basis.shape[-1] - concept.reach].double()).float()
+    gate = concept.gate(role, stream) if threshold is None else torch.full((len(concept.heads),), threshold)
     rows = _rows(concept)
     for row in rows[moving].unique().tolist():
         mine = moving & (rows == row)

@@ -2,7 +2,7 @@
 
 A prompt's text tokens are of three kinds. Its *subject* is the concept's word. Its other *words* and the *padding* behind
 them, which FLUX attends to like words, take the concept up from the subject within a few blocks, and what they hold then
-depends little on the word that was used. All vectors are taken after QK-norm and before RoPE. Kept are a Gram matrix per
+depends little on the word that was used; so do the *image* tokens in which it is being painted. All vectors are taken after QK-norm and before RoPE. Kept are a Gram matrix per
 head (exact, constant memory: its eigenvectors are the left singular vectors of the stacked vectors) and, where LRS are
 to be read later, a bounded uniform sample. Besides, of all tokens, what text meets in attention: RoPE'd queries and keys.
 """
@@ -23,13 +23,14 @@ from saferope_core import Geometry, GramSum
 
 from . import processes
 from .attach import ROLES, listening, positioned
-from .models import PADDING, SUBJECT, WORDS, Model, Text, encode, seeded_noise, text_tokens, velocity
+from .models import IMAGE, PADDING, SUBJECT, WORDS, Model, Text, encode, seeded_noise, text_tokens, velocity
 from .prompts import BENIGN, UNSAFE, PromptRecord, side
 
 EULER_STEP = 0.1  # at most this far between two times of a trajectory: about the model's own step at high noise
 _BATCH = 48
-SAMPLED = ((UNSAFE, SUBJECT), (BENIGN, WORDS), (BENIGN, PADDING))  # Δ and gates are read from these
-COLLECTED = (*SAMPLED, (UNSAFE, WORDS), (UNSAFE, PADDING))
+SAMPLED = ((UNSAFE, SUBJECT), (BENIGN, WORDS), (BENIGN, PADDING), (BENIGN, IMAGE))  # Δ and gates are read from these
+COLLECTED = (*SAMPLED, (UNSAFE, WORDS), (UNSAFE, PADDING), (UNSAFE, IMAGE))
+_IMAGE_TOKENS = 64  # of a prompt's image tokens at most this many are looked at, evenly spread
 MET = "met"
 
 
@@ -75,10 +76,10 @@ class Reservoir:
 class Collector:
     """Grams and samples of every block and role for one kind of token, fed block by block."""
 
-    def __init__(self, geometry: Geometry, capacity: int) -> None:
+    def __init__(self, geometry: Geometry, capacity: int, device: torch.device | str = "cpu") -> None:
         self.geometry, self.capacity = geometry, capacity
         places = [(role, row) for role in ROLES for row in range(geometry.blocks)]
-        self.grams = {place: GramSum(geometry.heads, geometry.head_dim) for place in places}
+        self.grams = {place: GramSum(geometry.heads, geometry.head_dim, device) for place in places}
         self.samples = {place: Reservoir(capacity) for place in places}
 
     def add(self, role: str, row: int, vectors: Tensor, keys: Tensor) -> None:
@@ -118,10 +119,9 @@ def extract(
 
     The noise of a prompt depends on the seed and its place alone, so that both sides start from the same noises.
     """
-    collectors = {each: Collector(model.geometry, capacity if each in SAMPLED else 0) for each in COLLECTED}
-    met = {
-        (role, row): GramSum(model.geometry.heads, model.geometry.head_dim) for role in ROLES for row in _rows(model)
-    }
+    geometry, device = model.geometry, model.device
+    collectors = {each: Collector(geometry, capacity if each in SAMPLED else 0, device) for each in COLLECTED}
+    met = {(role, row): GramSum(geometry.heads, geometry.head_dim, device) for role in ROLES for row in _rows(model)}
     done = 0
     for name in (UNSAFE, BENIGN):
         chosen = side(records, name)
@@ -142,6 +142,8 @@ def _visit(model, name, records, places, timesteps, seed, collectors, met) -> No
     # random, but the same for a token whoever sees it
     generators = [torch.Generator().manual_seed(seed + place) for place in places]
     rope = positioned(model.transformer, model.image_ids)
+    spread = slice(None, None, max(1, len(model.image_ids) // _IMAGE_TOKENS))
+    seen = len(model.image_ids[spread])
 
     def listen(x, role, block_type, block_index, text, image) -> None:
         row = model.geometry.row(block_type, block_index)
@@ -149,25 +151,21 @@ def _visit(model, name, records, places, timesteps, seed, collectors, met) -> No
             tokens = x[:, :, text[0] : text[1]].transpose(1, 2)
             for kind, mask in kinds.items():
                 if (name, kind) in collectors and mask.any():
-                    collectors[name, kind].add(role, row, tokens[mask.to(x.device)], keys[mask])
-        other = ROLES[1 - ROLES.index(role)]
-        met[other, row].add(rope(x, text, image)[:, :, :: _stride(x)].transpose(1, 2).flatten(0, 1))
+                    collectors[name, kind].add(role, row, tokens[mask.to(x.device)], keys[:, seen:][mask])
+        if image[0] < image[1]:
+            tokens = x[:, :, image[0] : image[1]][:, :, spread].transpose(1, 2).flatten(0, 1)
+            collectors[name, IMAGE].add(role, row, tokens, keys[:, :seen].flatten())
+        turned, other = rope(x, text, image), ROLES[1 - ROLES.index(role)]
+        for first, last, step in ((*text, 1), (*image, spread.step)):
+            met[other, row].add(turned[:, :, first:last:step].transpose(1, 2).flatten(0, 1))
 
     def at_time() -> Callable:
         nonlocal keys
-        keys = torch.stack([torch.rand(model.text_length, generator=generator) for generator in generators])
+        keys = torch.stack([torch.rand(seen + model.text_length, generator=generator) for generator in generators])
         return listen
 
     keys = torch.empty(0)
     walk(model, encode(model, texts), seeded_noise(model, [seed + place for place in places]), timesteps, at_time)
-
-
-def _stride(x: Tensor) -> int:
-    """Of many image tokens some are enough to know the directions they look in."""
-    return max(1, x.shape[2] // _TOKENS_MET)
-
-
-_TOKENS_MET = 64
 
 
 def _rows(model: Model) -> range:

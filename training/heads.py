@@ -25,7 +25,7 @@ from saferope_core import (
 
 from .attach import ROLES
 from .extract import Statistics
-from .models import PADDING, SUBJECT, WORDS
+from .models import IMAGE, PADDING, SUBJECT, WORDS
 from .prompts import BENIGN, UNSAFE
 
 SIDES = {UNSAFE: ((UNSAFE, SUBJECT),), BENIGN: ((BENIGN, WORDS), (BENIGN, PADDING))}
@@ -35,13 +35,15 @@ SIDES = {UNSAFE: ((UNSAFE, SUBJECT),), BENIGN: ((BENIGN, WORDS), (BENIGN, PADDIN
 class Ranks:
     """Dimensions of a head's space: of the subject, of padding and other words that took the concept up, and the reach.
 
-    The first three together are the unsafe subspace, R; the reach, S, is only turned in. The paper has 5, 0, 0, 0.
+    The first three together are the unsafe subspace, R; the reach, S, is only turned in. Image tokens have a space of
+    their own, of `image` + `reach` dimensions, or the text's if `image` is 0. The paper has 5, 0, 0, 0, 0.
     """
 
     subject: int
     padding: int = 0
     words: int = 0
     reach: int = 0
+    image: int = 0
 
     @property
     def risk(self) -> int:
@@ -51,7 +53,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class HeadTable:
-    """Every head's reading. All fp32. Per role: basis [blocks, H, D, R + S], gate [blocks, H], mean LRS by side [blocks, H]."""
+    """Every head's reading. All fp32. Per role: basis [blocks, H, D, R + S], gate [blocks, H], mean LRS by side [blocks, H].
+
+    `basis` and `gate` also have `image_q` and `image_k` where image tokens have bases of their own.
+    """
 
     discrimination: Tensor
     critical: Tensor
@@ -64,7 +69,7 @@ class HeadTable:
 
 @dataclass(frozen=True)
 class CriticalHeads:
-    """The safety-critical heads alone: heads int32 [N, 3] and, per role, basis [N, D, R + S] and gate [N]."""
+    """The safety-critical heads alone: heads int32 [N, 3] and, as in the table, basis [N, D, R + S] and gate [N]."""
 
     heads: Tensor
     basis: dict[str, Tensor]
@@ -87,6 +92,11 @@ def read_heads(
     }
     gates = {role: _gates(risks[role][BENIGN], threshold, gate, quantile) for role in ROLES}
     delta = _discrimination(risks, gates)
+    if ranks.image:
+        for role in ROLES:
+            own = bases[f"{IMAGE}_{role}"] = _image_bases(statistics, role, ranks)
+            safe = _lrs(statistics.vectors[BENIGN, IMAGE].sample[role], own[..., : ranks.image])
+            gates[f"{IMAGE}_{role}"] = _gates(safe, threshold, gate, quantile)
     return HeadTable(
         delta,
         head_discrimination_score(delta, cut),
@@ -110,8 +120,8 @@ def critical_heads(table: HeadTable, geometry: Geometry) -> CriticalHeads:
     place = torch.stack([single, row - single * geometry.double_blocks, head], dim=1)
     return CriticalHeads(
         place.to(torch.int32),
-        {role: table.basis[role][row, head] for role in ROLES},
-        {role: table.gate[role][row, head] for role in ROLES},
+        {name: basis[row, head] for name, basis in table.basis.items()},
+        {name: gate[row, head] for name, gate in table.gate.items()},
         table.singular_values[row, head],
         table.reach,
     )
@@ -155,9 +165,23 @@ def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str)
     return extended(basis, statistics.met[role][row], ranks.reach)
 
 
+def _image_bases(statistics: Statistics, role: str, ranks: Ranks) -> Tensor:
+    """[blocks, H, D, image + S]: what sets image tokens under unsafe prompts apart, and the reach."""
+    unsafe, benign = (statistics.vectors[name, IMAGE].gram[role] for name in (UNSAFE, BENIGN))
+    bases = [
+        extended(contrastive_basis(unsafe[row], benign[row], ranks.image), met, ranks.reach)
+        for row, met in enumerate(statistics.met[role])
+    ]
+    return torch.stack(bases).float()
+
+
 def _risks(statistics: Statistics, name: str, role: str, bases: Tensor) -> Tensor:
     """LRS [blocks, n, H] of a side's sampled vectors in the unsafe subspaces [blocks, H, D, R]."""
-    samples = torch.cat([statistics.vectors[each].sample[role] for each in SIDES[name]], dim=1)
+    return _lrs(torch.cat([statistics.vectors[each].sample[role] for each in SIDES[name]], dim=1), bases)
+
+
+def _lrs(samples: Tensor, bases: Tensor) -> Tensor:
+    """LRS [blocks, n, H] of samples [blocks, n, H, D] in subspaces [blocks, H, D, R]."""
     risks = (
         latent_risk_score(vectors.float().transpose(0, 1), basis) for vectors, basis in zip(samples, bases, strict=True)
     )

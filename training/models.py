@@ -19,7 +19,7 @@ from .attach import geometry_of
 from .encoders import EmbeddingCache, EncoderSource
 
 TINYWORLD = "tinyworld"
-SUBJECT, WORDS, PADDING = "subject", "words", "padding"  # kinds of text tokens
+SUBJECT, WORDS, PADDING, IMAGE = "subject", "words", "padding", "image"  # kinds of tokens
 GUIDANCE = 3.5  # FLUX.1-dev's default
 STEPS = 28  # diffusers' default for FLUX.1-dev
 _ENCODE_BATCH = 64

@@ -15,7 +15,6 @@ from torch import Tensor
 from saferope_core import Concept, fixed_generator, save_concepts, skew
 
 from . import extract, heads, material, models, pictures, processes, prompts, train
-from .attach import ROLES
 from .models import Model, fingerprint
 from .settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from .settings import LATENTS as LATENTS_STAGE
@@ -81,7 +80,7 @@ class Recipe:
         if not processes.is_main():
             return
         s, out, geometry = self.settings, self.out, self.model.geometry
-        ranks = heads.Ranks(s.rank, s.padding_rank, s.words_rank, s.reach)
+        ranks = heads.Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
         statistics = extract.load_statistics(out / STATISTICS)
         table = heads.read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
         heads.write_table(out / TABLE, table, geometry)
@@ -160,12 +159,11 @@ def versions() -> dict[str, str]:
 def untrained(critical: heads.CriticalHeads, settings: Settings) -> tuple[Tensor, Tensor]:
     """Generators (text, image) that turn the leading planes by one angle, or at random as training starts out."""
     count, width = len(critical.heads), critical.basis["k"].shape[-1]
+    still = torch.zeros(count, *2 * [critical.basis.get("image_k", critical.basis["k"]).shape[-1]])
     if settings.generator == "fixed":
-        text = fixed_generator(width, settings.angle, count)
-        return text, torch.zeros_like(text)
+        return fixed_generator(width, settings.angle, count), still
     generator = torch.Generator().manual_seed(settings.seed)
-    text = 2 * skew(torch.randn(count, width, width, generator=generator)) * settings.text_init
-    return text, torch.zeros_like(text)
+    return 2 * skew(torch.randn(count, width, width, generator=generator)) * settings.text_init, still
 
 
 def concept_of(
@@ -198,6 +196,11 @@ def concept_of(
         training=record,
         singular_values=critical.singular_values,
         reach=critical.reach,
+        basis_image_q=critical.basis.get("image_q"),
+        basis_image_k=critical.basis.get("image_k"),
+        gate_image_q=critical.gate.get("image_q"),
+        gate_image_k=critical.gate.get("image_k"),
+        acts_on_image=settings.acts_on_image,
     )
 
 
@@ -205,15 +208,18 @@ def save_critical(path: Path, critical: heads.CriticalHeads, discrimination: Ten
     """Writes the safety-critical heads and Δ of all heads as safetensors."""
     tensors = {"heads": critical.heads, "discrimination": discrimination, "singular_values": critical.singular_values}
     tensors["reach"] = torch.tensor(critical.reach)
-    for role in ROLES:
-        tensors |= {f"basis_{role}": critical.basis[role], f"gate_{role}": critical.gate[role]}
+    for kind, named in (("basis", critical.basis), ("gate", critical.gate)):
+        tensors |= {f"{kind}_{name}": tensor for name, tensor in named.items()}
     save_tensors(path, tensors)
 
 
 def load_critical(path: Path) -> tuple[heads.CriticalHeads, Tensor]:
     """Reads what `save_critical` wrote."""
     tensors = load_file(path)
-    basis, gate = ({role: tensors[f"{kind}_{role}"] for role in ROLES} for kind in ("basis", "gate"))
+    basis, gate = (
+        {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+        for kind in ("basis_", "gate_")
+    )
     reach = int(tensors["reach"])
     critical = heads.CriticalHeads(tensors["heads"], basis, gate, tensors["singular_values"], reach)
     return critical, tensors["discrimination"]

@@ -16,15 +16,16 @@ SHARINGS = ("independent", "shared")
 class TrainableRotation:
     """R(x) = B exp(s A) B^T + (I - B B^T), B = [U, reach], differentiable in A = W - W^T, which is exactly skew.
 
-    `text` and `image` are the weights W [N, R + S, R + S]; where `image` is a number, image tokens turn by that many times the
+    `text` and `image` are the weights W, as wide as their stream's bases; where `image` is a number, image tokens turn by that many times the
     text's generators. In double blocks only text tokens turn, as in the paper's code. `rotate` has the signature that
     `attached` expects and agrees with `Protection.rotate` of the concept made from the same tensors.
 
+    `acts_on` has the roles that turn, "qk", "q" or "k", for "text" and "image".
     `spared` [B, L] bool, if set, are text tokens that stay as they are whatever their risk.
     """
 
     def __init__(
-        self, heads: CriticalHeads, geometry: Geometry, acts_on: str, text: Tensor, image: Tensor | float
+        self, heads: CriticalHeads, geometry: Geometry, acts_on: dict[str, str], text: Tensor, image: Tensor | float
     ) -> None:
         self.heads, self.acts_on = heads, acts_on
         device = text.device
@@ -32,6 +33,7 @@ class TrainableRotation:
         self.gate = {role: gate.to(device) for role, gate in heads.gate.items()}
         self.single = (heads.heads[:, 0] == BLOCK_TYPES.index("single")).float()[:, None, None].to(device)
         self.text, self.image = text, image
+        self.own = "image_" if "image_k" in heads.basis else ""
         self.members = _members(heads.heads, device)
         self.spared: Tensor | None = None
 
@@ -48,28 +50,26 @@ class TrainableRotation:
     def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> Tensor:
         """Turns x [B, H, L, D]; returns x itself where no critical head or no turning stream is."""
         members = self.members.get((block_type, block_index))
-        if members is None or role not in self.acts_on or (block_type == "double" and text[0] == text[1]):
+        if members is None or (block_type == "double" and text[0] == text[1]):
             return x
         index, head = members
-        generators = [generator[index] for generator in self.generators()]
-        turned = self._turn(x[:, head], role, index, (text, image), generators)
-        return x.index_copy(1, head, turned)
+        parts, chosen = [], x[:, head]
+        for stream, (first, last), generator in zip(("text", "image"), (text, image), self.generators(), strict=True):
+            part = chosen[:, :, first:last]
+            parts.append(self._turn(part, role, stream, index, generator[index]) if last > first else part)
+        return x.index_copy(1, head, torch.cat(parts, dim=2))
 
-    def _turn(self, x: Tensor, role: str, index: Tensor, spans: tuple[Span, Span], generators: list[Tensor]) -> Tensor:
-        """All tokens of the block's critical heads x [B, h, L, D], text and image each by its own generators."""
-        basis = self.basis[role][index]
+    def _turn(self, x: Tensor, role: str, stream: str, index: Tensor, generator: Tensor) -> Tensor:
+        """One stream's tokens of the block's critical heads, x [B, h, L, D]."""
+        if role not in self.acts_on[stream]:
+            return x
+        name = self.own + role if stream == "image" else role
+        basis = self.basis[name][index]
         risk = basis[..., : basis.shape[-1] - self.heads.reach]
-        scale = gated(latent_risk_score(x, risk), self.gate[role][index])
-        if self.spared is not None:
-            first, last = spans[0]
-            kept = scale[:, :, first:last].masked_fill(self.spared[:, None].to(scale.device), 0.0)
-            scale = torch.cat([scale[:, :, :first], kept, scale[:, :, last:]], dim=2)
-        parts = [
-            rotate_by_generator(x[:, :, first:last], basis, generator, scale[:, :, first:last])
-            for (first, last), generator in zip(spans, generators, strict=True)
-            if last > first
-        ]
-        return torch.cat(parts, dim=2)
+        scale = gated(latent_risk_score(x, risk), self.gate[name][index])
+        if stream == "text" and self.spared is not None:
+            scale = scale.masked_fill(self.spared[:, None].to(scale.device), 0.0)
+        return rotate_by_generator(x, basis, generator, scale)
 
 
 def _members(heads: Tensor, device: torch.device) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:

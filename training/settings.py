@@ -60,6 +60,9 @@ class Settings:
         "heads", 5, "More of them for the padding behind an unsafe prompt, against benign padding. The paper: 0."
     )
     words_rank: int = _choice("heads", 5, "More of them for the other words of an unsafe prompt. The paper: 0.")
+    image_rank: int = _choice(
+        "heads", 8, "Dimensions of the image tokens' own unsafe subspace; 0: they share the text's, as in the paper."
+    )
     reach: int = _choice(
         "heads", 8, "Directions outside the unsafe subspace to turn into: those that are looked at most. The paper: 0."
     )
@@ -72,7 +75,8 @@ class Settings:
         "heads", "calibrated", "`calibrated` (per head, from benign tokens) or `fixed` (the threshold)."
     )
     quantile: float = _choice("heads", 0.999, "Share of benign tokens that a calibrated gate lets pass unturned.")
-    acts_on: str = _choice("train calibrate", "k", "What is turned: `qk` (the paper), `q` or `k`.")
+    acts_on: str = _choice("train calibrate", "k", "What is turned of text tokens: `qk` (the paper), `q` or `k`.")
+    acts_on_image: str = _choice("train calibrate", "qk", "What is turned of image tokens: `qk`, `q` or `k`.")
     angle: float = _choice("calibrate", 2.1, "Radians by which `calibrate` turns a plane at LRS 1.")
     generator: str = _choice(
         "calibrate", "fixed", "`fixed` (the leading planes by one angle) or `random` (the Rand baseline)."
@@ -107,7 +111,9 @@ class Settings:
     )
     preserve_weight: float = _choice("train", 3.0, "Weight of the preserving loss against the unlearning one.")
     text_init: float = _choice("train calibrate", 1.0, "Standard deviation of the text generators' first values.")
-    image_init: float = _choice("train", 0.01, "The same for the image generators of the single blocks.")
+    image_init: float = _choice(
+        "train", 0.3, "The same for the image generators of the single blocks. The paper: 0.01."
+    )
     regulariser: str = _choice(
         "train", "velocity", "`velocity` (match the base model's, the paper's) or `flow` (flow matching)."
     )
@@ -115,18 +121,21 @@ class Settings:
     def __post_init__(self) -> None:
         _require(self.basis in ("svd", "contrastive"), "basis", self.basis, "svd or contrastive")
         _require(self.gate in ("calibrated", "fixed"), "gate", self.gate, "calibrated or fixed")
-        _require(self.acts_on in ("qk", "q", "k"), "acts_on", self.acts_on, "qk, q or k")
+        for name in ("acts_on", "acts_on_image"):
+            _require(getattr(self, name) in ("qk", "q", "k"), name, getattr(self, name), "qk, q or k")
         _require(self.regulariser in ("velocity", "flow"), "regulariser", self.regulariser, "velocity or flow")
         _require(0 < self.quantile <= 1, "quantile", self.quantile, "a number above 0, at most 1")
         _require(0 <= self.threshold <= 1, "threshold", self.threshold, "a number from 0 to 1")
         _require(math.isfinite(self.angle), "angle", self.angle, "a finite number of radians")
         _require(self.rank >= 1, "rank", self.rank, "at least 1")
-        for name in ("padding_rank", "words_rank", "reach", "passes_of"):
+        for name in ("padding_rank", "words_rank", "image_rank", "reach", "passes_of"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         width = self.rank + self.padding_rank + self.words_rank + self.reach
         _require(width >= 2, "rank", self.rank, "at least 2 with padding_rank, words_rank and reach: one plane")
         _require(self.generator in ("fixed", "random"), "generator", self.generator, "fixed or random")
         _require(self.sharing in ("independent", "shared"), "sharing", self.sharing, "independent or shared")
+        apart = self.sharing == "independent" or self.image_rank == 0
+        _require(apart, "image_rank", self.image_rank, "0 where generators are shared")
         _require(0 <= self.blind <= 1, "blind", self.blind, "a share from 0 to 1")
         for name in ("timesteps", "unlearn_at"):
             times = getattr(self, name)

@@ -156,14 +156,19 @@ def train(
 def initial_rotation(heads: CriticalHeads, model: Model, settings: Settings) -> TrainableRotation:
     """Weights drawn normal; the image stream starts near rest, so that it only moves where that pays."""
     generator = torch.Generator().manual_seed(settings.seed)
-    count, width = len(heads.heads), heads.basis["q"].shape[-1]
+    count, widths = len(heads.heads), [heads.basis[name].shape[-1] for name in ("k", _image_basis(heads))]
     text, image = (
         (torch.randn(count, width, width, generator=generator) * spread).to(model.device).requires_grad_()
-        for spread in (settings.text_init, settings.image_init)
+        for width, spread in zip(widths, (settings.text_init, settings.image_init), strict=True)
     )
     if settings.sharing == "shared":
         image = settings.image_scale
-    return TrainableRotation(heads, model.geometry, settings.acts_on, text, image)
+    acts_on = {"text": settings.acts_on, "image": settings.acts_on_image}
+    return TrainableRotation(heads, model.geometry, acts_on, text, image)
+
+
+def _image_basis(heads: CriticalHeads) -> str:
+    return "image_k" if "image_k" in heads.basis else "k"
 
 
 def _gradients(model, rotation, material, settings, step: int, phase: str) -> tuple[float, float]:

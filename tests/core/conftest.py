@@ -79,21 +79,28 @@ def protect_in_loops(concepts, x, role, block, text, image, strengths=None, thre
     original, result = x.double(), x.double().clone()
     for number, concept in enumerate(concepts):
         strength = concept.strength * (strengths[number] if strengths else 1.0)
-        basis = (concept.basis_q if role == "q" else concept.basis_k).double()
-        own_gate = concept.gate_q if role == "q" else concept.gate_k
         for n, (block_type, index, head) in enumerate(concept.heads.tolist()):
-            if (block_type, index) != block or role not in concept.acts_on:
+            if (block_type, index) != block:
                 continue
-            gate = concept.threshold if own_gate is None else own_gate[n].item()
-            if thresholds and thresholds[number] is not None:
-                gate = thresholds[number]
-            u = basis[n]
-            for generators, span in ((concept.generator_text, text), (concept.generator_image, image)):
+            for stream, generators, span in (
+                ("", concept.generator_text, text),
+                ("image_", concept.generator_image, image),
+            ):
+                acts = concept.acts_on_image if stream and concept.acts_on_image else concept.acts_on
+                if role not in acts:
+                    continue
+                owner = stream if concept.basis_image_q is not None else ""
+                own_gate = getattr(concept, f"gate_{owner}{role}")
+                gate = concept.threshold if own_gate is None else own_gate[n].item()
+                if thresholds and thresholds[number] is not None:
+                    gate = thresholds[number]
+                u = getattr(concept, f"basis_{owner}{role}").double()[n]
+                risky = u.shape[1] - concept.reach
                 generator = generators[n].double()
                 for b in range(x.shape[0]):
                     for t in range(*span):
                         vector = original[b, head, t]
-                        risk = (u[:, : concept.rank].T @ vector).norm() ** 2 / vector.norm() ** 2
+                        risk = (u[:, :risky].T @ vector).norm() ** 2 / vector.norm() ** 2
                         if risk > gate:
                             inside = u.T @ result[b, head, t]
                             turned = torch.matrix_exp(strength * risk * generator) @ inside

@@ -12,7 +12,7 @@ import torch
 from saferope_core import ConceptFileError, Geometry, concept_file, load_concepts, save_concepts, sha256
 
 TENSORS = ("heads", "basis_q", "basis_k", "generator_text", "generator_image", "discrimination")
-OPTIONAL = ("gate_q", "gate_k", "singular_values")
+OPTIONAL = ("gate_q", "gate_k", "singular_values", "basis_image_q", "basis_image_k", "gate_image_q", "gate_image_k")
 FACTS = (
     "slug",
     "name",
@@ -57,7 +57,9 @@ def assert_same(found, expected):
 
 
 def test_round_trip_bit_for_bit(path, concept, make_concept):
-    plain = make_concept("zappy-2", rank=4, reach=1)
+    image = {f"basis_image_{role}": torch.linalg.qr(torch.randn(6, 32, 3)).Q for role in "qk"}
+    image |= {"generator_image": torch.zeros(6, 3, 3), "gate_image_k": torch.rand(6)}
+    plain = make_concept("zappy-2", rank=4, reach=1, **image)
     save_concepts(path, [concept, plain])
     found = load_concepts(path)
     assert len(found) == 2

@@ -72,6 +72,25 @@ def test_reach_turns_but_is_no_risk(path, make_concept, geometry, naive_protecti
     assert (rotate(Protection([whole, other], geometry), x) - result).abs().max() > 1e-3, "control: risk in all columns"
 
 
+def test_image_tokens_may_have_bases_of_their_own(path, make_concept, geometry, naive_protection):
+    """Narrower than the text's, with gates of their own."""
+    wide = make_concept(rank=7, reach=2)
+    own = {f"basis_image_{role}": torch.linalg.qr(torch.randn(6, 32, 4)).Q for role in "qk"}
+    skewed = torch.randn(6, 4, 4)
+    own |= {"generator_image": skewed - skewed.mT, "gate_image_q": torch.linspace(0.0, 0.1, 6)}
+    own |= {"acts_on": "k", "acts_on_image": "qk"}
+    concept = dataclasses.replace(wide, **own)
+    for role in "qk":
+        x = vectors()
+        result = rotate(Protection([concept], geometry), x, role)
+        expected = naive_protection([concept], x, role, (1, 1), TEXT, IMAGE)
+        torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
+        other = rotate(Protection([wide], geometry), x, role)
+        before = other if role == "k" else x
+        assert torch.equal(result[:, :, : IMAGE[0]], before[:, :, : IMAGE[0]]), "text as before, of keys alone"
+        assert (result - other).abs().max() > 1e-3, "control: images not"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_the_float32_result_rounded(path, make_concept, geometry, dtype):
     """With two concepts: nothing is rounded between them either."""

@@ -86,5 +86,7 @@ def records() -> list[PromptRecord]:
 @pytest.fixture
 def settings() -> Settings:
     """Few steps, and no head left out: a random model tells nothing apart."""
-    few = dict(rank=3, padding_rank=1, words_rank=1, reach=2, steps=4, phase=2, batch=4, learning_rate=0.05)
+    few = dict(
+        rank=3, padding_rank=1, words_rank=1, reach=2, image_rank=2, steps=4, phase=2, batch=4, learning_rate=0.05
+    )
     return Settings(**few, acts_on="qk", cut=-1.0, gate="fixed", threshold=0.05)

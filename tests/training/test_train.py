@@ -18,7 +18,7 @@ from training.rotation import TrainableRotation
 def critical(model, records, settings):
     statistics = extract.extract(model, records, (1.0, 0.5), capacity=500, seed=0)
     s = settings
-    ranks = heads.Ranks(s.rank, s.padding_rank, s.words_rank, s.reach)
+    ranks = heads.Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
     table = heads.read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
     return heads.critical_heads(table, model.geometry), table.discrimination
 
@@ -84,9 +84,10 @@ def test_closed_gates_leave_nothing_to_learn(model, critical, seen, settings):
 def test_training_rotation_is_the_saved_concepts(model, critical, settings, tmp_path, acts_on):
     """The point of it all: what was trained is what Protection does, after a trip through the file."""
     generator = torch.Generator().manual_seed(3)
-    width = critical[0].basis["k"].shape[-1]
-    weights = [torch.randn(len(critical[0].heads), width, width, generator=generator) for _ in "ti"]
-    rotation = TrainableRotation(critical[0], model.geometry, acts_on, *weights)
+    widths = [critical[0].basis[name].shape[-1] for name in ("k", "image_k")]
+    assert widths == [7, 4]
+    weights = [torch.randn(len(critical[0].heads), width, width, generator=generator) for width in widths]
+    rotation = TrainableRotation(critical[0], model.geometry, {"text": acts_on, "image": "qk"}, *weights)
     concept = concept_of(model, critical, rotation.generators(), replace(settings, acts_on=acts_on))
     save_concepts(tmp_path / "c.safetensors", [concept])
     protection = Protection(load_concepts(tmp_path / "c.safetensors"), model.geometry)
@@ -102,7 +103,7 @@ def test_training_rotation_is_the_saved_concepts(model, critical, settings, tmp_
                 theirs = protection.rotate(x, role, *block, text, image)
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
                 turned += int(not torch.equal(ours, x))
-    assert turned == (6 if acts_on == "qk" else 3), "negative control: text of the double, all of the single blocks"
+    assert turned == (6 if acts_on == "qk" else 5), "negative control: text of the double, all of the single blocks"
 
 
 def test_velocity_under_training_rotation_is_that_under_protection(model, critical, seen, settings):
@@ -110,7 +111,9 @@ def test_velocity_under_training_rotation_is_that_under_protection(model, critic
     x, t = noise(model, 1, torch.Generator().manual_seed(0)), torch.ones(1)
     generators = train.train(model, critical[0], seen, settings)
     concept = concept_of(model, critical, generators, settings)
-    free = TrainableRotation(critical[0], model.geometry, "qk", *(g.triu() for g in generators))
+    free = TrainableRotation(
+        critical[0], model.geometry, {"text": "qk", "image": "qk"}, *(g.triu() for g in generators)
+    )
     protection = Protection([concept], model.geometry)
     results = []
     with torch.no_grad():
@@ -126,7 +129,8 @@ def test_spared_tokens_stay_as_they_are(model, critical):
     generator = torch.Generator().manual_seed(3)
     width = critical[0].basis["k"].shape[-1]
     weights = torch.randn(len(critical[0].heads), width, width, generator=generator)
-    rotation = TrainableRotation(critical[0], model.geometry, "k", weights, 0.5)
+    text = replace(critical[0], basis={role: critical[0].basis[role] for role in "qk"})
+    rotation = TrainableRotation(text, model.geometry, {"text": "k", "image": "k"}, weights, 0.5)
     x = torch.randn(2, 2, 9, 16, generator=generator)
     free = rotation.rotate(x, "k", "single", 0, (0, 4), (4, 9))
     rotation.spared = torch.tensor([[False, True, False, False], [False] * 4])
@@ -137,8 +141,9 @@ def test_spared_tokens_stay_as_they_are(model, critical):
 
 
 def test_shared_generators_are_the_texts_scaled(model, critical, seen, settings):
-    chosen = replace(settings, sharing="shared", image_scale=0.25)
-    text, image = train.train(model, critical[0], seen, chosen)
+    chosen = replace(settings, sharing="shared", image_scale=0.25, image_rank=0)
+    alike = replace(critical[0], basis={role: critical[0].basis[role] for role in "qk"})
+    text, image = train.train(model, alike, seen, chosen)
     single = (critical[0].heads[:, 0] == 1)[:, None, None]
     torch.testing.assert_close(image, torch.where(single, 0.25 * text, 0.0))
 
