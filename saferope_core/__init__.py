@@ -9,6 +9,7 @@ from .calibration import calibrate_gate, fixed_generator
 from .concept import Concept
 from .concept_file import ConceptFileError, load_concepts, save_concepts, sha256
 from .geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
+from .merge import Overlap, orthogonalised, overlap
 from .protection import Protection
 from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
 from .rotation import fold, planes, rotate_by_generator, skew, turn
@@ -24,6 +25,7 @@ __all__ = [
     "ConceptFileError",
     "Geometry",
     "GramSum",
+    "Overlap",
     "Protection",
     "__version__",
     "calibrate_gate",
@@ -37,7 +39,9 @@ __all__ = [
     "head_discrimination_score",
     "latent_risk_score",
     "load_concepts",
+    "orthogonalised",
     "orthonormal",
+    "overlap",
     "planes",
     "rotate_by_generator",
     "save_concepts",

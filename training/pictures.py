@@ -48,6 +48,15 @@ def loss_curve(path: Path, log: Sequence[dict]) -> None:
     figure.savefig(path, bbox_inches="tight")
 
 
+def save_picture(path: Path, picture: Tensor) -> None:
+    """Writes [3, h, w] in [-1, 1] as PNG."""
+    from PIL import Image
+
+    pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
+    height, width, _ = pixels.shape
+    Image.frombytes("RGB", (width, height), pixels.numpy().tobytes()).save(path)
+
+
 def comparison_grid(path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
     """Labelled rows of pictures [n, 3, h, w] in [-1, 1], one under the other."""
     from matplotlib.figure import Figure

@@ -33,6 +33,13 @@ def read_file(
     return records[:count]
 
 
+def read_texts(path: Path) -> list[str]:
+    """All prompts of a file, of whatever side."""
+    if path.suffix == ".jsonl":
+        return [record.text for record in read_prompts(path)]
+    return [text for text, _ in _texts(path, None)]
+
+
 def _texts(path: Path, images: Path | None) -> Iterable[tuple[str, str | None]]:
     readers = {".txt": _plain, ".csv": _i2p, ".json": _coco}
     if path.suffix not in readers:

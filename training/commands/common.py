@@ -20,7 +20,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 Out = Annotated[Path, typer.Option(help="Folder for every stage's product; a later call goes on from what lies there.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 ConceptFiles = Annotated[
-    list[str], typer.Option("--concept", help="Concept file, or FILE:STRENGTH (0 off, 1 as trained). May be repeated.")
+    list[str] | None,
+    typer.Option("--concept", help="Concept file, or FILE:STRENGTH (0 off, 1 as trained). May be repeated."),
 ]
 
 

@@ -1,0 +1,151 @@
+"""Pictures from diffusers' own FLUX pipeline, with or without protection: the reference path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from saferope_core import Protection, gated, latent_risk_score
+
+from .attach import attached
+from .models import Model, Text, encode, seeded_noise
+
+_BATCH = 16
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    visit: Callable | None = None,
+    steps: int | None = None,
+    span: tuple[float, float] = (0.0, 1.0),
+    progress: Callable[[int], None] = lambda count: None,
+    batch: int = _BATCH,
+) -> Tensor:
+    """Pictures [n, 3, h, w] in [-1, 1] of n texts from n seeds.
+
+    `visit`, such as `Protection.rotate`, is attached in the part `span` of the steps: (0, 1) is all of them, (0, 0.5) the
+    first half. A picture depends on its text and seed alone; `progress` is told the size of each finished batch.
+    """
+    pictures = []
+    for first in range(0, len(texts), batch):
+        some = slice(first, first + batch)
+        latents = _denoise(model, encode(model, texts[some]), list(seeds[some]), visit, steps or model.steps, span)
+        pictures.append(_decode(model, latents))
+        progress(len(latents))
+    return torch.cat(pictures)
+
+
+def _denoise(model: Model, text: Text, seeds: list[int], visit, steps: int, span: tuple[float, float]) -> Tensor:
+    pipe, dtype = model.pipe, model.pipe.transformer.dtype
+    active = _active_steps(steps, span)
+    with _Switched(model, visit, 0 in active) as switch:
+        return pipe(
+            prompt_embeds=text.states.to(model.device, dtype),
+            pooled_prompt_embeds=text.pooled.to(model.device, dtype),
+            num_inference_steps=steps,
+            guidance_scale=model.guidance,
+            latents=seeded_noise(model, seeds).to(dtype),
+            height=8 * model.latent_side,
+            width=8 * model.latent_side,
+            output_type="latent",
+            callback_on_step_end=switch.after_step(active),
+        ).images
+
+
+def _active_steps(steps: int, span: tuple[float, float]) -> set[int]:
+    """Indices of the steps that lie in the span, by where they start."""
+    return {step for step in range(steps) if span[0] <= step / steps < span[1]}
+
+
+class _Switched:
+    """`visit` attached while it is on; the pipeline's callback says before each step whether it is."""
+
+    def __init__(self, model: Model, visit: Callable | None, on: bool) -> None:
+        self.visit, self.on = visit, on
+        self.context = nullcontext() if visit is None else attached(model.transformer, self._visit)
+
+    def _visit(self, x: Tensor, *where) -> Tensor:
+        return self.visit(x, *where) if self.on else x
+
+    def after_step(self, active: set[int]) -> Callable:
+        def callback(_pipe, step: int, _t, kwargs: dict) -> dict:
+            self.on = step + 1 in active
+            return kwargs
+
+        return callback
+
+    def __enter__(self) -> _Switched:
+        self.context.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.context.__exit__(*error)
+
+
+def _decode(model: Model, tokens: Tensor) -> Tensor:
+    pipe, vae = model.pipe, model.pipe.vae
+    side = 8 * model.latent_side
+    latents = pipe._unpack_latents(tokens.float(), side, side, pipe.vae_scale_factor)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1).cpu()
+
+
+class RiskMeter:
+    """A visitor that passes q and k on to `protection` and notes what it met: for every picture and concept, the largest
+    gated LRS of a text token, and the share of (token, head, step) that turned.
+
+    Rows of a batch are the pictures of the batch under way; `take` returns their records and starts anew.
+    """
+
+    def __init__(self, protection: Protection) -> None:
+        self.protection = protection
+        self._reset()
+
+    def _reset(self) -> None:
+        self.largest: dict[str, Tensor] = {}
+        self.turned: dict[str, Tensor] = {}
+        self.seen: dict[str, int] = {}
+
+    def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text, image) -> Tensor:
+        """As `Protection.rotate`."""
+        if text[0] < text[1]:
+            for concept in self.protection.concepts:
+                self._note(concept, x[:, :, slice(*text)], role, block_type, block_index)
+        return self.protection.rotate(x, role, block_type, block_index, text, image)
+
+    def _note(self, concept, x: Tensor, role: str, block_type: str, block_index: int) -> None:
+        row = concept.geometry.row(block_type, block_index)
+        rows = concept.heads[:, 0] * concept.geometry.double_blocks + concept.heads[:, 1]
+        mine = rows == row
+        if role not in concept.acts_on or not mine.any():
+            return
+        heads, basis = concept.heads[mine, 2].long(), concept.basis(role)[mine]
+        risk = latent_risk_score(x[:, heads.to(x.device)], basis[..., : concept.rank].to(x.device))
+        scale = gated(risk, concept.gate(role)[mine].to(x.device)).flatten(1).cpu()
+        name = concept.slug
+        largest = scale.max(1).values
+        self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
+        self.turned[name] = self.turned.get(name, torch.zeros(len(x))) + (scale > 0).sum(1)
+        self.seen[name] = self.seen.get(name, 0) + scale.shape[1]
+
+    def take(self) -> list[dict[str, dict[str, float]]]:
+        """A record per picture: concept -> `risk`, in [0, 1], 0 where nothing passed its gate, and `turned`, a share."""
+        count = len(next(iter(self.largest.values()))) if self.largest else 0
+        records = [
+            {
+                name: {
+                    "risk": round(largest[picture].item(), 6),
+                    "turned": round(self.turned[name][picture].item() / self.seen[name], 6),
+                }
+                for name, largest in self.largest.items()
+            }
+            for picture in range(count)
+        ]
+        self._reset()
+        return records
