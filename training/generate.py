@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from saferope_core import Concept, Protection
@@ -60,7 +61,9 @@ def paint(
             row.extend(pictures)
         write_text(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     labels = ("unprotected", "protected")
-    comparison_grid(out / GRID, [(label, row[:_IN_GRID]) for label, row in zip(labels, rows, strict=True) if row])
+    comparison_grid(
+        out / GRID, [(label, torch.stack(row[:_IN_GRID])) for label, row in zip(labels, rows, strict=True) if row]
+    )
 
 
 def _write(out: Path, first: int, jobs, sides: list[Tensor], risks: list[dict]) -> list[dict]:

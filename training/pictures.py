@@ -10,15 +10,15 @@ from torch import Tensor
 from saferope_core import Geometry
 
 
-def head_map(path: Path, discrimination: Tensor, geometry: Geometry, cut: float, title: str) -> None:
-    """Δ [blocks, H] as a map, blocks along, heads up; a frame marks the safety-critical ones."""
+def head_map(path: Path, discrimination: Tensor, geometry: Geometry, critical: Tensor, title: str) -> None:
+    """Δ [blocks, H] as a map, blocks along, heads up; a frame marks the safety-critical ones, bool [blocks, H]."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     figure = Figure(figsize=(max(5.0, 0.22 * geometry.blocks + 2), max(2.4, 0.2 * geometry.heads + 1.4)), dpi=120)
     axes = figure.add_subplot()
     image = axes.imshow(discrimination.T.numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", origin="lower")
-    for row, head in (discrimination >= cut).nonzero().tolist():
+    for row, head in critical.nonzero().tolist():
         axes.add_patch(Rectangle((row - 0.46, head - 0.46), 0.92, 0.92, fill=False, edgecolor="white", linewidth=0.8))
     axes.axvline(geometry.double_blocks - 0.5, color="white", linestyle=":", linewidth=1)
     labels = [f"d{i}" for i in range(geometry.double_blocks)] + [f"s{i}" for i in range(geometry.single_blocks)]

@@ -85,7 +85,7 @@ class Recipe:
         table = heads.read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
         heads.write_table(out / TABLE, table, geometry)
         title = f"{s.concept}: {int(table.critical.sum())} of {table.critical.numel()} heads are safety-critical"
-        pictures.head_map(out / MAP, table.discrimination, geometry, s.cut, title)
+        pictures.head_map(out / MAP, table.discrimination, geometry, table.critical, title)
         save_critical(out / CRITICAL, heads.critical_heads(table, geometry), table.discrimination)
 
     def train(self, tell: train.Teller = lambda entry: None) -> Path:

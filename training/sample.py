@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from saferope_core import Protection, gated, latent_risk_score
+from saferope_core import Concept, Protection, gated, latent_risk_score
 
 from .attach import attached
 from .models import Model, Text, encode, seeded_noise
@@ -97,55 +97,38 @@ def _decode(model: Model, tokens: Tensor) -> Tensor:
 
 
 class RiskMeter:
-    """A visitor that passes q and k on to `protection` and notes what it met: for every picture and concept, the largest
-    gated LRS of a text token, and the share of (token, head, step) that turned.
-
-    Rows of a batch are the pictures of the batch under way; `take` returns their records and starts anew.
-    """
+    """A visitor that passes q and k on to `protection` and notes what it met of every picture of the batch under way."""
 
     def __init__(self, protection: Protection) -> None:
         self.protection = protection
-        self._reset()
-
-    def _reset(self) -> None:
-        self.largest: dict[str, Tensor] = {}
-        self.turned: dict[str, Tensor] = {}
-        self.seen: dict[str, int] = {}
+        self.largest: dict[tuple[str, str], Tensor] = {}
 
     def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text, image) -> Tensor:
         """As `Protection.rotate`."""
-        if text[0] < text[1]:
-            for concept in self.protection.concepts:
-                self._note(concept, x[:, :, slice(*text)], role, block_type, block_index)
+        for concept in self.protection.concepts:
+            for stream, (first, last) in (("text", text), ("image", image)):
+                if first < last and role in concept.acts(stream):
+                    self._note(concept, stream, role, x[:, :, first:last], block_type, block_index)
         return self.protection.rotate(x, role, block_type, block_index, text, image)
 
-    def _note(self, concept, x: Tensor, role: str, block_type: str, block_index: int) -> None:
-        row = concept.geometry.row(block_type, block_index)
+    def _note(self, concept: Concept, stream: str, role: str, x: Tensor, block_type: str, block_index: int) -> None:
+        generator = concept.generator_text if stream == "text" else concept.generator_image
         rows = concept.heads[:, 0] * concept.geometry.double_blocks + concept.heads[:, 1]
-        mine = rows == row
-        if role not in concept.acts_on or not mine.any():
+        mine = (rows == concept.geometry.row(block_type, block_index)) & generator.flatten(1).any(1)
+        if not mine.any():
             return
-        heads, basis = concept.heads[mine, 2].long(), concept.basis(role)[mine]
-        risk = latent_risk_score(x[:, heads.to(x.device)], basis[..., : concept.rank].to(x.device))
-        scale = gated(risk, concept.gate(role)[mine].to(x.device)).flatten(1).cpu()
-        name = concept.slug
-        largest = scale.max(1).values
-        self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
-        self.turned[name] = self.turned.get(name, torch.zeros(len(x))) + (scale > 0).sum(1)
-        self.seen[name] = self.seen.get(name, 0) + scale.shape[1]
+        heads, basis = concept.heads[mine, 2].long().to(x.device), concept.basis(role, stream)[mine]
+        risk = latent_risk_score(x[:, heads], basis[..., : basis.shape[-1] - concept.reach].to(x.device))
+        largest = gated(risk, concept.gate(role, stream)[mine].to(x.device)).flatten(1).amax(1).cpu()
+        known = self.largest.get((concept.slug, stream), largest)
+        self.largest[concept.slug, stream] = torch.maximum(known, largest)
 
     def take(self) -> list[dict[str, dict[str, float]]]:
-        """A record per picture: concept -> `risk`, in [0, 1], 0 where nothing passed its gate, and `turned`, a share."""
+        """A record per picture, and starts anew: concept -> stream -> largest gated LRS, 0 where no token turned."""
         count = len(next(iter(self.largest.values()))) if self.largest else 0
-        records = [
-            {
-                name: {
-                    "risk": round(largest[picture].item(), 6),
-                    "turned": round(self.turned[name][picture].item() / self.seen[name], 6),
-                }
-                for name, largest in self.largest.items()
-            }
-            for picture in range(count)
-        ]
-        self._reset()
+        records: list[dict] = [{} for _ in range(count)]
+        for (slug, stream), largest in self.largest.items():
+            for record, value in zip(records, largest.tolist(), strict=True):
+                record.setdefault(slug, {})[stream] = round(value, 6)
+        self.largest = {}
         return records

@@ -20,6 +20,7 @@ FACTS = (
     "threshold",
     "strength",
     "acts_on",
+    "acts_on_image",
     "mode",
     "training",
     "geometry",
@@ -39,6 +40,12 @@ def concept(make_concept):
         strength=0.9,
         acts_on="k",
         mode="fixed",
+        basis_image_q=torch.linalg.qr(torch.randn(6, 32, 3)).Q,
+        basis_image_k=torch.linalg.qr(torch.randn(6, 32, 3)).Q,
+        generator_image=torch.zeros(6, 3, 3),
+        gate_image_q=torch.rand(6),
+        gate_image_k=torch.rand(6),
+        acts_on_image="qk",
         training={"seed": 7, "loss": [0.1, 2e-9], "nested": {"torch": "2.13"}},
     )
 
@@ -57,9 +64,7 @@ def assert_same(found, expected):
 
 
 def test_round_trip_bit_for_bit(path, concept, make_concept):
-    image = {f"basis_image_{role}": torch.linalg.qr(torch.randn(6, 32, 3)).Q for role in "qk"}
-    image |= {"generator_image": torch.zeros(6, 3, 3), "gate_image_k": torch.rand(6)}
-    plain = make_concept("zappy-2", rank=4, reach=1, **image)
+    plain = make_concept("zappy-2", rank=4, reach=1)
     save_concepts(path, [concept, plain])
     found = load_concepts(path)
     assert len(found) == 2

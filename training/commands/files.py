@@ -1,0 +1,93 @@
+"""`saferope inspect`, `merge`, `convert`, `card`: what to do with concept files. None of them loads a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import command, read_concepts
+
+File = Annotated[Path, typer.Argument(help="A concept file.")]
+Half = Annotated[bool, typer.Option(help="Hold bases and generators in half precision: half the size.")]
+
+
+@command()
+def inspect(
+    file: File, draw: Annotated[bool, typer.Option(help="Draw a head map of every concept beside the file.")] = True
+) -> None:
+    """Print what a concept file says of itself, and draw its heads."""
+    from saferope_core import load_concepts
+
+    from .. import inspect as inspection
+
+    concepts = load_concepts(file)
+    typer.echo(inspection.describe(file, concepts))
+    for picture in inspection.draw(file, concepts) if draw else []:
+        typer.echo(f"head map: {picture}")
+
+
+@command()
+def merge(
+    files: Annotated[list[str], typer.Argument(help="Concept files, each FILE or FILE:STRENGTH, in order of use.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    orthogonalise: Annotated[
+        bool, typer.Option(help="Take out of each concept what earlier ones share, so that they commute exactly.")
+    ] = False,
+    half: Half = False,
+) -> None:
+    """Pack concepts into one file, and report how much they overlap."""
+    from dataclasses import replace
+    from itertools import combinations
+
+    import torch
+
+    from saferope_core import orthogonalised, overlap, save_concepts
+
+    concepts = [replace(c, strength=c.strength * s) for c, s in zip(*read_concepts(files), strict=True)]
+    typer.echo("overlap (mean squared cosine of the principal angles, 0 none, 1 all):")
+    for first, second in combinations(concepts, 2):
+        found = overlap(first, second)
+        typer.echo(f"  {first.slug} / {second.slug}: {found.mean:.3f} in {len(found.heads)} shared heads")
+    if orthogonalise:
+        for later in range(1, len(concepts)):
+            for earlier in range(later):
+                concepts[later] = orthogonalised(concepts[later], concepts[earlier])
+    save_concepts(out, concepts, dtype=torch.float16 if half else torch.float32)
+    typer.echo(f"concept file: {out}")
+
+
+@command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="The authors' RotaryAdapter state dict, .pth.")],
+    out: Annotated[Path, typer.Option(help="The concept file to write.")],
+    slug: Annotated[str, typer.Option(help="The concept's name: small letters, digits, hyphens.")],
+    half: Half = False,
+) -> None:
+    """Make a concept file of the authors' RotaryAdapter; only tensors are unpickled, generators become exactly skew."""
+    import torch
+
+    from saferope_core import save_concepts
+
+    from ..convert import convert as converted
+
+    save_concepts(out, [converted(file, slug)], dtype=torch.float16 if half else torch.float32)
+    typer.echo(f"concept file: {out}")
+
+
+@command()
+def card(
+    file: File,
+    license: Annotated[str, typer.Option(help="SPDX name of the licence that you give the file.")] = "apache-2.0",
+) -> None:
+    """Write a model card beside a concept file: provenance, sha256, head map, and its evaluation where there is one."""
+    from saferope_core import load_concepts
+
+    from .. import inspect as inspection
+    from ..stages import write_text
+
+    concepts = load_concepts(file)
+    out = file.with_suffix(".md")
+    write_text(out, inspection.card(file, concepts, inspection.draw(file, concepts), license))
+    typer.echo(f"model card: {out}")
