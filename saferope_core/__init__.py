@@ -12,7 +12,7 @@ from .geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
 from .merge import Overlap, orthogonalised, overlap
 from .protection import Protection
 from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
-from .rotation import fold, planes, rotate_by_generator, skew, turn
+from .rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
 from .subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
 from .version import __version__
 
@@ -32,6 +32,7 @@ __all__ = [
     "contrast",
     "contrastive_basis",
     "discrimination",
+    "exact",
     "extended",
     "fixed_generator",
     "fold",
@@ -49,4 +50,5 @@ __all__ = [
     "skew",
     "turn",
     "unsafe_basis",
+    "wide",
 ]

@@ -21,6 +21,7 @@ from .models import GUIDANCE, TINYWORLD, Model, from_pipeline
 from .quantise import quantisation_config, require_library
 
 RESOLUTION = 512  # pixels: statistics and rotations do not depend on resolution, time and memory do
+_ENCODERS = ("text_encoder", "text_encoder_2")
 PIPELINE, TRANSFORMER = "FluxPipeline", "FluxTransformer2DModel"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PATCH = 16  # pixels per image token and side: eightfold VAE, 2 x 2 packing
@@ -107,6 +108,21 @@ def config_of(name: str, encoders: str | None = None) -> dict:
 
     folder = model.WEIGHTS if name == TINYWORLD else find_folder(name, transformer=True)
     return _folder_config(folder, name)
+
+
+def outline(name: str, encoders: str | None, resolution: int | None, config: dict) -> tuple[int, int, int, int]:
+    """T5 tokens, image tokens a side, and the bytes of text encoders and VAE on disk; nothing is loaded."""
+    if name == TINYWORLD:
+        from tinyworld import model, render
+
+        return model.TEXT_LENGTH, render.SIZE // _PATCH, _bytes_of(model.WEIGHTS, _ENCODERS), 0
+    folder = find_folder(encoders or name, transformer=False)
+    text = defaults_for(config["guidance_embeds"]).text_length
+    return text, (resolution or RESOLUTION) // _PATCH, _bytes_of(folder, _ENCODERS), _bytes_of(folder, ("vae",))
+
+
+def _bytes_of(folder: Path, parts: tuple[str, ...]) -> int:
+    return sum(path.stat().st_size for part in parts for path in (folder / part).glob("*.safetensors"))
 
 
 def defaults_for(guidance_embeds: bool) -> Defaults:

@@ -138,6 +138,8 @@ def train(
     state = state or State(None)
     rotation = initial_rotation(heads, model, settings)
     weights = rotation.weights()
+    if settings.checkpointing:
+        model.transformer.enable_gradient_checkpointing()
     optimiser = torch.optim.AdamW(weights.values(), settings.learning_rate, weight_decay=0.0)
     for step in range(state.load(weights, optimiser), settings.steps):
         phase = PRESERVE if step // settings.phase % 2 else UNLEARN

@@ -174,8 +174,8 @@ def test_parts_of_a_batch_add_up(model, critical, seen, settings):
 
 def test_checkpointing_changes_memory_alone(model, critical, seen, settings):
     plain = train.train(model, critical[0], seen, settings)
-    model.transformer.enable_gradient_checkpointing()
-    again = train.train(model, critical[0], seen, settings)
+    again = train.train(model, critical[0], seen, replace(settings, checkpointing=True))
+    assert model.transformer.is_gradient_checkpointing
     for a, b in zip(plain, again, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

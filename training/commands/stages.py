@@ -56,7 +56,10 @@ def train(
     Killed or interrupted at any time, the same command goes on from the last whole step. Several processes:
     `accelerate launch -m saferope_training train ...` shares every batch among them.
     """
-    with _recipe(settings, out, device) as recipe, _losses(out / "tensorboard" if tensorboard else None) as tell:
+    with (
+        _recipe(settings, out, device, training=True) as recipe,
+        _losses(out / "tensorboard" if tensorboard else None) as tell,
+    ):
         path = recipe.train(tell)
     typer.echo(f"concept file: {path}")
 
@@ -70,10 +73,14 @@ def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
 
 
 @contextmanager
-def _recipe(settings: Settings, out: Path, device: str):
+def _recipe(settings: Settings, out: Path, device: str, training: bool = False):
     """The recipe of a loaded model, with progress bars; before it loads, the memory plan is printed and checked."""
+    from .. import memory
     from ..recipe import Recipe
 
+    plan = memory.plan_for(settings, device, training)
+    typer.echo("\n".join(plan.lines()), err=True)
+    memory.require_room(plan, device)
     with progress_bars() as progress:
         yield Recipe(load(settings, device), settings, out, progress)
 

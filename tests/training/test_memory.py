@@ -1,0 +1,74 @@
+"""The memory plan: counted from shapes, against what autograd really keeps of the tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tinyworld.model import WEIGHTS
+from training import cli, loading, memory, recipe
+from training.attach import attached
+from training.loading import load_model
+from training.models import encode, noise, velocity
+from training.recipe import Recipe
+from training.settings import Settings
+
+FLUX_DEV = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+
+
+def test_weights_are_those_of_the_file():
+    size = (WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+    counted = memory.transformer_bytes(loading.config_of("tinyworld"), None, torch.bfloat16)
+    assert counted == pytest.approx(size, rel=0.01)
+    assert memory.transformer_bytes(FLUX_DEV, None, torch.bfloat16) / 1e9 == pytest.approx(23.8, abs=0.1)
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_count_is_what_a_real_pass_keeps(tmp_path, batch):
+    """With the rotation that is trained, on the tiny world's own weights: within 15 %."""
+    model = load_model("tinyworld")
+    settings = Settings(unsafe_prompts=8, benign_prompts=24)
+    Recipe(model, settings, tmp_path).heads()
+    critical, _ = recipe.load_critical(tmp_path / recipe.CRITICAL)
+    from training.train import initial_rotation
+
+    rotation = initial_rotation(critical, model, settings)
+    text, x = encode(model, ["a red star , center"] * batch), noise(model, batch, torch.Generator().manual_seed(0))
+    with memory.counting(memory.storages(model.transformer)) as kept, attached(model.transformer, rotation.rotate):
+        velocity(model, x, torch.ones(batch), text)
+    counted = memory.activation_bytes(loading.config_of("tinyworld"), 24, 36, batch, checkpointing=False)
+    assert counted == pytest.approx(kept[0], rel=0.15)
+    assert memory.activation_bytes(loading.config_of("tinyworld"), 24, 36, 4 * batch, False) > 2 * counted
+
+
+def test_flux_dev_trains_on_a_consumer_card():
+    """The goals, counted: 24 GB at 512 x 512, 32 GB at 1024 x 1024; NF4 and 8 bit, checkpointed, a prompt at a time."""
+    encoders = 9_770_000_000  # T5-XXL's encoder and CLIP-L in bf16
+    for side, room in ((32, 24), (64, 32)):
+        for kind in ("nf4", "int8"):
+            weights = memory.transformer_bytes(FLUX_DEV, kind, torch.bfloat16)
+            kept = memory.activation_bytes(FLUX_DEV, 512, side * side, 1, True, torch.bfloat16)
+            learned = memory.generator_bytes(57 * 24, (24, 16))
+            assert memory.Plan(weights, encoders, 170_000_000, kept, learned).peak < room * memory.GIB
+    whole = memory.transformer_bytes(FLUX_DEV, None, torch.bfloat16)
+    assert memory.Plan(whole, encoders, 0, 0, 0).peak > 24 * memory.GIB, "negative control: not without quantisation"
+
+
+def test_a_plan_that_cannot_fit_is_refused_before_anything_loads(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "available", lambda device: 2**20)
+    result = CliRunner().invoke(cli.app, ["train", "star", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    told = " ".join(result.output.split())
+    assert "memory: got 0.0 GiB free on cpu" in told and "--quantise" in told and "transformer, frozen" in told
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,210 @@
+"""What will be resident, counted before anything is loaded, from the model's own shapes.
+
+Activations are not estimated: the transformer is built from fake tensors, which have shapes and no data, run once, and what
+autograd keeps for the backward pass is added up. Counted for one block of either kind, then multiplied.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from saferope_core import exact, gated, latent_risk_score, wide
+
+from .attach import sites
+from .settings import Settings
+
+# bits per weight of a linear layer; NF4 has a scale per 64 weights, quantised to 8 bits, and one per 256 of those
+BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8, "torchao-int8": 8, "torchao-float8": 8}
+WORKSPACE = 0.1  # of the rest: kernels' scratch space and fragmentation
+GIB = 2**30
+_WIDTH = 24  # R + S of the stand-in for a rotation; hardly matters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by what they are for. `encoders` stay on the device while prompts are embedded, `activations` while training."""
+
+    weights: int
+    encoders: int
+    decoder: int
+    activations: int
+    generators: int
+
+    @property
+    def peak(self) -> int:
+        """Of the larger of the two phases, workspace included."""
+        phases = (self.encoders, self.activations + self.generators)
+        return int((self.weights + self.decoder + max(phases)) * (1 + WORKSPACE))
+
+    def lines(self) -> list[str]:
+        """The plan as a small table, in GiB."""
+        rows = [
+            ("transformer, frozen", self.weights),
+            ("text encoders, until prompts are embedded", self.encoders),
+            ("VAE", self.decoder),
+            ("activations of a training pass", self.activations),
+            ("generators, their gradients and AdamW's moments", self.generators),
+            ("at most at one time, with workspace", self.peak),
+        ]
+        return [f"{size / GIB:8.2f} GiB  {name}" for name, size in rows]
+
+
+def transformer_bytes(config: dict, quantise: str | None, dtype: torch.dtype) -> int:
+    """Of the frozen weights. Linear layers are held in the bits of `quantise`, everything else in `dtype`."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        model = FluxTransformer2DModel.from_config(config)
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    rest = sum(parameter.numel() for parameter in model.parameters()) - linear
+    full = 8 * dtype.itemsize
+    return int((linear * (BITS[quantise] if quantise else full) + rest * full) / 8)
+
+
+def activation_bytes(
+    config: dict, text: int, image: int, batch: int, checkpointing: bool, dtype: torch.dtype = torch.float32
+) -> int:
+    """What autograd keeps for the backward pass of `batch` prompts of `text` and `image` tokens, under bf16 autocast.
+
+    `dtype` is the weights': of fp32 ones autocast keeps bf16 copies. With checkpointing: the inputs of every block, and all of the one block that is being recomputed.
+    """
+    doubles, singles = config["num_layers"], config["num_single_layers"]
+    tokens = text, image, batch
+    one = _kept(config, 1, 1, *tokens, dtype)
+    double, single = _kept(config, 2, 1, *tokens, dtype) - one, _kept(config, 1, 2, *tokens, dtype) - one
+    around = max(0, one - double - single)
+    if not checkpointing:
+        return around + doubles * double + singles * single
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    inputs = dtype.itemsize * batch * (text + image) * width
+    return around + (doubles + singles) * inputs + max(double, single)
+
+
+def generator_bytes(heads: int, widths: tuple[int, ...]) -> int:
+    """Weights, gradients and two moments, fp32, of so many heads' generators."""
+    return 4 * 4 * heads * sum(width * width for width in widths)
+
+
+def plan_for(settings: Settings, device: str, training: bool) -> Plan:
+    """The plan of a run, from the model's configuration and the sizes of its files; no weight is loaded.
+
+    Every head is taken to be critical. ValueError or OSError where there is no such model.
+    """
+    from . import loading
+
+    config = loading.config_of(settings.model, settings.encoders)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    text, side, encoders, decoder = loading.outline(settings.model, settings.encoders, settings.resolution, config)
+    shape = config, text, side * side, settings.passes_of or settings.batch, settings.checkpointing, dtype
+    width = settings.rank + settings.padding_rank + settings.words_rank + settings.reach
+    heads = config["num_attention_heads"] * (config["num_layers"] + config["num_single_layers"])
+    return Plan(
+        transformer_bytes(config, settings.quantise, dtype),
+        encoders,
+        decoder,
+        activation_bytes(*shape) if training else 0,
+        generator_bytes(heads, (width, settings.image_rank + settings.reach)) if training else 0,
+    )
+
+
+def available(device: str) -> int:
+    """Free bytes of a GPU, or of this machine's memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def require_room(plan: Plan, device: str) -> None:
+    """ValueError with the plan and ways out where it cannot fit."""
+    free = available(device)
+    if plan.peak > free:
+        table = "\n".join(plan.lines())
+        raise ValueError(
+            f"memory: got {free / GIB:.1f} GiB free on {device}, expected {plan.peak / GIB:.1f}; try --quantise, "
+            f"--checkpointing, fewer --passes-of or a smaller --resolution\n{table}"
+        )
+
+
+@contextmanager
+def counting(weights: set[int]) -> Iterator[list[int]]:
+    """While open, adds up in `[0]` the bytes that autograd keeps, each storage once, storages of `weights` not at all."""
+    total, seen = [0], set(weights)
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept.append(storage)  # alive, so that its identity is not given to another
+            total[0] += storage.nbytes()
+        return tensor
+
+    kept: list = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield total
+
+
+def storages(model: nn.Module) -> set[int]:
+    """Identities of the storages that hold a model's weights."""
+    return {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are of this dtype: fake modules cannot be cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _kept(config: dict, doubles: int, singles: int, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
+    from diffusers import FluxTransformer2DModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = {**config, "num_layers": doubles, "num_single_layers": singles}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with _default(dtype):
+            model = FluxTransformer2DModel.from_config(config).requires_grad_(False).eval()
+        for site in sites(model):
+            if site.stream != "image":  # image tokens of double blocks stay at rest
+                site.module.register_forward_hook(_stand_in(config))
+        inputs = {
+            "hidden_states": torch.empty(batch, image, config["in_channels"]),
+            "encoder_hidden_states": torch.empty(batch, text, config["joint_attention_dim"]),
+            "pooled_projections": torch.empty(batch, config["pooled_projection_dim"]),
+            "timestep": torch.empty(batch),
+            "guidance": torch.empty(batch) if config["guidance_embeds"] else None,
+            "txt_ids": torch.zeros(text, 3),
+            "img_ids": torch.zeros(image, 3),
+            "return_dict": False,
+        }
+        with torch.autocast("cpu", torch.bfloat16), counting(storages(model)) as total:
+            model(**inputs)
+    return total[0]
+
+
+def _stand_in(config: dict):
+    """A hook that keeps what the rotation of every head keeps, without its data-dependent choice of tokens."""
+    heads, width = config["num_attention_heads"], config["attention_head_dim"]
+    basis = torch.zeros(heads, width, min(width, _WIDTH))
+    generator = torch.zeros(heads, *2 * [basis.shape[-1]], requires_grad=True)
+
+    def hook(_module, _args, output: Tensor) -> Tensor:
+        x = output.transpose(1, 2)
+        vectors = wide(x)
+        with exact(x):
+            scale = gated(latent_risk_score(x, basis), torch.zeros(heads))
+            coordinates = torch.einsum("bhld,hdr->bhlr", vectors, basis)
+            moved = torch.einsum("bhlr,hrs->bhls", coordinates * scale[..., None], generator)
+            turned = vectors + torch.einsum("bhlr,hdr->bhld", moved, basis)
+        return turned.to(x.dtype).transpose(1, 2).contiguous()
+
+    return hook
