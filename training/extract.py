@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from saferope_core import Geometry, GramSum
@@ -25,6 +25,7 @@ from . import processes
 from .attach import ROLES, listening, positioned
 from .models import IMAGE, PADDING, SUBJECT, WORDS, Model, Text, encode, seeded_noise, text_tokens, velocity
 from .prompts import BENIGN, UNSAFE, PromptRecord, side
+from .stages import save_tensors
 
 EULER_STEP = 0.1  # at most this far between two times of a trajectory: about the model's own step at high noise
 _BATCH = 48
@@ -212,7 +213,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         for role in ROLES:
             tensors[f"{name}.{kind}.gram_{role}"] = vectors.gram[role]
             tensors[f"{name}.{kind}.sample_{role}"] = vectors.sample[role]
-    save_file(tensors, path)
+    save_tensors(path, tensors)
 
 
 def load_statistics(path: Path) -> Statistics:

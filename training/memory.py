@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saferope_core import exact, gated, latent_risk_score, wide
 
 from .attach import sites
+from .quantise import require_kind
 from .settings import Settings
 
 # bits per weight of a linear layer; NF4 has a scale per 64 weights, quantised to 8 bits, and one per 256 of those
@@ -63,6 +64,8 @@ def transformer_bytes(config: dict, quantise: str | None, dtype: torch.dtype) ->
         model = FluxTransformer2DModel.from_config(config)
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     rest = sum(parameter.numel() for parameter in model.parameters()) - linear
+    if quantise:
+        require_kind(quantise)
     full = 8 * dtype.itemsize
     return int((linear * (BITS[quantise] if quantise else full) + rest * full) / 8)
 

@@ -14,6 +14,14 @@ KINDS = ("nf4", "int8", "torchao-int8", "torchao-float8")
 _LIBRARY = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao", "torchao-float8": "torchao"}
 
 
+def require_kind(kind: str) -> None:
+    """ValueError where the kind is none of KINDS."""
+    if kind not in KINDS:
+        raise ValueError(
+            f"quantisation: got {kind!r}, expected one of {', '.join(KINDS)}, or a .gguf file as the model"
+        )
+
+
 def require_library(library: str, what: str) -> None:
     """ValueError that says how to get the library where it is not installed."""
     if find_spec(library) is None:
@@ -28,10 +36,7 @@ def quantisation_config(kind: str, device: str, dtype: torch.dtype):
 
     ValueError where the kind is unknown, its library missing or the device not one that it can load to.
     """
-    if kind not in KINDS:
-        raise ValueError(
-            f"quantisation: got {kind!r}, expected one of {', '.join(KINDS)}, or a .gguf file as the model"
-        )
+    require_kind(kind)
     require_library(_LIBRARY[kind], f"quantisation {kind!r}")
     if _LIBRARY[kind] == "bitsandbytes":
         return _bitsandbytes(kind, device, dtype)

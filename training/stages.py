@@ -85,11 +85,11 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes safetensors, the old file or the new one. OSError where the disk is full, as for any other file."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
         os.replace(partial, path)
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error

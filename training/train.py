@@ -9,14 +9,13 @@ on from the last whole step to the same end, bit for bit.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import processes
@@ -26,7 +25,7 @@ from .losses import flow_matching_loss, unlearning_loss, velocity_matching_loss
 from .models import Model, Text, seeded_noise, velocity
 from .rotation import TrainableRotation
 from .settings import Settings
-from .stages import write_text
+from .stages import save_tensors, write_text
 
 UNLEARN, PRESERVE = "unlearn", "preserve"
 FINAL_RATE = 0.1  # of the learning rate, reached linearly, so that the last phase does not undo the one before
@@ -99,9 +98,7 @@ class State:
         tensors = {name: weight.detach().cpu() for name, weight in weights.items()}
         for name, weight in weights.items():
             tensors |= {f"{name}.{key}": value.detach().cpu() for key, value in optimiser.state.get(weight, {}).items()}
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, {"inputs": self.inputs, "step": str(step)})
-        os.replace(partial, self.path)
+        save_tensors(self.path, tensors, {"inputs": self.inputs, "step": str(step)})
 
 
 class Log:
