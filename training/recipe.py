@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saferope_core import Concept, fixed_generator, save_concepts, skew
+from saferope_core import Concept, save_concepts
 
-from . import extract, heads, material, models, pictures, processes, prompts, train
+from . import calibrate, extract, heads, material, models, pictures, processes, prompts, train
 from .models import Model, fingerprint
 from .settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from .settings import LATENTS as LATENTS_STAGE
@@ -135,7 +135,7 @@ class Recipe:
 
         def make(report) -> None:
             critical, delta = load_critical(out / CRITICAL)
-            generators = untrained(critical, s)
+            generators = calibrate.untrained(critical, s)
             concept = concept_of(self.model, critical, delta, generators, s, self._record(), mode=s.generator)
             if processes.is_main():
                 save_concepts(path, [concept])
@@ -154,16 +154,6 @@ def versions() -> dict[str, str]:
 
     libraries = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
     return {"python": platform.python_version(), **libraries}
-
-
-def untrained(critical: heads.CriticalHeads, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Generators (text, image) that turn the leading planes by one angle, or at random as training starts out."""
-    count, width = len(critical.heads), critical.basis["k"].shape[-1]
-    still = torch.zeros(count, *2 * [critical.basis.get("image_k", critical.basis["k"]).shape[-1]])
-    if settings.generator == "fixed":
-        return fixed_generator(width, settings.angle, count), still
-    generator = torch.Generator().manual_seed(settings.seed)
-    return 2 * skew(torch.randn(count, width, width, generator=generator)) * settings.text_init, still
 
 
 def concept_of(

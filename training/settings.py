@@ -48,6 +48,12 @@ class Settings:
         "prompts", (), "Words for the concept, to be found in the prompts of the file; commas between."
     )
     benign: str | None = _choice("prompts", None, "File of prompts without the concept, formats as for `unsafe`.")
+    similarity_model: str | None = _choice(
+        "prompts",
+        None,
+        "Keep a preset's subjects by meaning: sentence-transformers folder or hub id (all-MiniLM-L6-v2).",
+    )
+    similarity: float = _choice("prompts", 0.4, "Least cosine similarity, -1 to 1, of a subject to a seed word.")
     images: str | None = _choice("prompts", None, "Folder of the benign captions' pictures (COCO layout).")
     unsafe_prompts: int = _choice("prompts", 96, "Prompts that show the concept, for statistics and training.")
     benign_prompts: int = _choice("prompts", 192, "Prompts that do not, for statistics and training.")
@@ -112,7 +118,7 @@ class Settings:
     preserve_weight: float = _choice("train", 3.0, "Weight of the preserving loss against the unlearning one.")
     text_init: float = _choice("train calibrate", 1.0, "Standard deviation of the text generators' first values.")
     image_init: float = _choice(
-        "train", 0.3, "The same for the image generators of the single blocks. The paper: 0.01."
+        "train calibrate", 0.3, "The same for the image generators of the single blocks. The paper: 0.01."
     )
     regulariser: str = _choice(
         "train", "velocity", "`velocity` (match the base model's, the paper's) or `flow` (flow matching)."

@@ -10,6 +10,7 @@ from .product import product_prompts
 from .prompts import BENIGN, UNSAFE, PromptRecord, tiny_world_prompts
 from .readers import read_file
 from .settings import Settings
+from .similarity import filtered
 
 _BENIGN_SEED = 1_000_003  # the two sides draw from seeds of their own
 
@@ -32,16 +33,19 @@ def _unsafe(settings: Settings) -> list[PromptRecord]:
             f"concept {settings.concept!r}: got no prompts for it, expected a file (--unsafe) or one of the presets "
             f"{', '.join(presets.names())}"
         )
-    return _product(settings.concept, UNSAFE, settings.unsafe_prompts, settings.seed)
+    return _product(settings, settings.concept, UNSAFE, settings.unsafe_prompts, settings.seed)
 
 
 def _benign(settings: Settings) -> list[PromptRecord]:
     if settings.benign is not None:
         images = Path(settings.images) if settings.images else None
         return read_file(Path(settings.benign), BENIGN, images=images, count=settings.benign_prompts)
-    return _product(presets.BENIGN, BENIGN, settings.benign_prompts, settings.seed + _BENIGN_SEED)
+    return _product(settings, presets.BENIGN, BENIGN, settings.benign_prompts, settings.seed + _BENIGN_SEED)
 
 
-def _product(name: str, side: str, count: int, seed: int) -> list[PromptRecord]:
+def _product(settings: Settings, name: str, side: str, count: int, seed: int) -> list[PromptRecord]:
     preset = presets.load(name)
-    return product_prompts(side, preset["subjects"], preset["modifiers"], preset["templates"], count, seed)
+    subjects = preset["subjects"]
+    if settings.similarity_model is not None and side == UNSAFE:
+        subjects = filtered(subjects, preset["seeds"], settings.similarity, settings.similarity_model)
+    return product_prompts(side, subjects, preset["modifiers"], preset["templates"], count, seed)

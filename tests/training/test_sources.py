@@ -195,6 +195,15 @@ def test_subjects_are_kept_by_meaning():
     assert filtered(words, seeds, 0.5, folder) == words[:2]
     with pytest.raises(ValueError, match=r"no subject reaches 0\.99"):
         filtered(words[2:], seeds, 0.99, folder)
+    chosen = Settings(concept="nudity", model="some/flux", similarity_model=folder, similarity=0.6)
+    kept, every = (
+        {r.text[slice(*r.subject)] for r in side(prompts_for(s), UNSAFE)} for s in (chosen, _unfiltered(chosen))
+    )
+    assert kept < every, "some mean less than others"
+
+
+def _unfiltered(settings):
+    return replace(settings, similarity_model=None)
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "words"])

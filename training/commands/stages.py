@@ -64,7 +64,7 @@ def train(
     typer.echo(f"concept file: {path}")
 
 
-@command(*BEFORE_HEADS, HEADS, CALIBRATE)
+@command(*BEFORE_HEADS, HEADS, CALIBRATE, acts_on="qk")
 def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
     """Make a concept file without training: extraction and a fixed rotation. Prompts only, no gradient, no picture."""
     with _recipe(settings, out, device) as recipe:
