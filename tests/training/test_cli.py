@@ -87,6 +87,33 @@ def test_a_failed_stage_runs_again(model, small, tmp_path):
     assert recipe.Recipe(model, small, tmp_path).train().is_file()
 
 
+def test_losses_go_to_tensorboard(monkeypatch, model, small, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr("training.loading.load_model", lambda *_: model)
+    few = ["--unsafe-prompts", "6", "--benign-prompts", "6", "--steps", "4", "--phase", "2", "--batch", "2"]
+    narrow = [
+        "--rank",
+        "3",
+        "--padding-rank",
+        "1",
+        "--words-rank",
+        "1",
+        "--reach",
+        "2",
+        "--image-rank",
+        "2",
+        "--cut",
+        "-1",
+    ]
+    result = CliRunner().invoke(cli.app, ["train", "star", "--out", str(tmp_path), *few, *narrow, "--tensorboard"])
+    assert result.exit_code == 0, result.output
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("unlearn/velocity_mse")] == [0, 1]
+    assert [event.step for event in events.Scalars("preserve/velocity_mse")] == [2, 3]
+
+
 def test_calibration_leaves_the_trained_file_alone(model, small, tmp_path):
     (tmp_path / "star.safetensors").write_bytes(b"trained")
     with torch.inference_mode():  # a gradient would raise here

@@ -206,13 +206,15 @@ def _unfiltered(settings):
     return replace(settings, similarity_model=None)
 
 
-@pytest.fixture(scope="module", params=["sentencepiece", "words"])
+@pytest.fixture(scope="module", params=["sentencepiece", "bytes", "words"])
 def tokenizer(request, tmp_path_factory):
-    """T5's own tokenizer class over a small vocabulary of pieces, and the tiny world's."""
+    """T5's own tokenizer class over a small vocabulary of pieces, byte-level BPE, and the tiny world's words."""
     if request.param == "words":
         from tinyworld.model import make_tokenizer
 
         return make_tokenizer(clip=False)
+    if request.param == "bytes":
+        return _byte_level()
     import sentencepiece
     from transformers import T5TokenizerFast
 
@@ -222,6 +224,17 @@ def tokenizer(request, tmp_path_factory):
     options = {"vocab_size": 160, "model_prefix": str(folder / "spiece"), "pad_id": 0, "eos_id": 1, "unk_id": 2}
     sentencepiece.SentencePieceTrainer.train(input=str(corpus), bos_id=-1, minloglevel=2, **options)
     return T5TokenizerFast.from_pretrained(folder, extra_ids=0)
+
+
+def _byte_level():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<pad>"], show_progress=False)
+    tokenizer.train_from_iterator([record.text for record in product_prompts(BENIGN, *_everyday(), 200, 0)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
 def _everyday():
