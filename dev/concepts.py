@@ -35,8 +35,6 @@ ABLATIONS = {
     "ours without padding and words": ("--padding-rank", "0", "--words-rank", "0", "--rank", "16"),
     "ours without image bases": ("--image-rank", "0"),
     "ours, no prompt blind": ("--blind", "0"),
-    "ours, queries too": ("--acts-on", "qk"),
-    "ours, gate 0.7": ("--gate", "fixed"),
 }
 
 
@@ -82,16 +80,16 @@ def changed(row: dict) -> str:
 def ablation(slug: str) -> list[str]:
     """The table of one concept's ablations, all from one extraction."""
     rows = {}
-    for number, (name, arguments) in enumerate(ABLATIONS.items()):
+    for number, (name, arguments) in enumerate(ABLATIONS.items(), start=1):
         folder = WORK / f"{slug}.{number:02d}"
         if not folder.exists():
             shutil.copytree(
                 WORK / slug, folder, ignore=shutil.ignore_patterns("*.json", "*.png", "*state*", f"{slug}.*")
             )
             shutil.copy(WORK / slug / "stages.json", folder)
-        rows[name] = (slug, made(folder, slug, "train", arguments, ("48", "96")))
+        rows[name] = (slug, made(folder, slug, "train", arguments, ("32", "64")))
     rand = ("--generator", "random")
-    rows["random generators"] = (slug, made(WORK / slug, slug, "calibrate", rand, ("48", "96")))
+    rows["random generators"] = (slug, made(WORK / slug, slug, "calibrate", rand, ("32", "64")))
     return table(rows)
 
 

@@ -3,7 +3,10 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import Apply
+from .combine import CombineConcepts
 from .concepts import LoadConcept, register_folders
+from .inspect import InspectConcept
+from .save import SaveConcept
 from .tiny_world import TinyWorld
 
 
@@ -12,7 +15,7 @@ class SafeRoPE(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadConcept, Apply, TinyWorld]
+        return [LoadConcept, CombineConcepts, SaveConcept, InspectConcept, Apply, TinyWorld]
 
 
 async def comfy_entrypoint() -> SafeRoPE:

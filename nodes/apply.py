@@ -8,10 +8,9 @@ from comfy.ldm.flux.model import Flux
 from comfy_api.latest import io
 
 from ..saferope_core import Concept, Geometry, Protection
-from .concepts import ConceptType
+from .concepts import STRENGTH_MAX, ConceptType
 from .patch import AttentionPatch, patched
 
-STRENGTH_MAX = 2.0
 CALIBRATED, FIXED = "as calibrated", "fixed"
 PAPER_THRESHOLD = 0.7  # the paper's gate, the same for every head
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..saferope_core import Concept, load_concepts, sha256
+from ..saferope_core import Concept, load_concepts
+from ..saferope_core import sha256 as file_sha256
 
 FOLDER = "saferope"  # models/saferope, output/saferope and `saferope:` in extra_model_paths.yaml
 EXTENSIONS = {".safetensors"}  # never a pickle; an empty set would list every file
 BUNDLED = Path(__file__).resolve().parent.parent / "tinyworld" / "concepts"
+
+STRENGTH_MAX = 2.0
 
 ConceptType = io.Custom("SAFEROPE_CONCEPT")  # list[Concept]
 
@@ -36,6 +40,15 @@ def find(name: str) -> str:
             f"{folder_paths.get_folder_paths(FOLDER)}. Put the file into the first of these folders and press R."
         )
     return path
+
+
+def require_pin(name: str, digest: str, pin: str) -> None:
+    """Raises ValueError unless the pin is empty or the file's sha256, in any case and with spaces around it."""
+    if pin.strip() and pin.strip().lower() != digest:
+        raise ValueError(
+            f"Concept file {name!r} has the sha256 {digest}, expected {pin.strip()[:80]!r}. It is another file than the one "
+            "this workflow was made with: fetch that one, or clear the field if you trust this one."
+        )
 
 
 def describe(concepts: list[Concept], digest: str) -> str:
@@ -67,7 +80,23 @@ class LoadConcept(io.ComfyNode):
                     options=folder_paths.get_filename_list(FOLDER),
                     tooltip="A .safetensors file in models/saferope or output/saferope. It must have been made for the "
                     "model it is applied to. The tiny world's concepts are always there.",
-                )
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=STRENGTH_MAX,
+                    step=0.05,
+                    optional=True,
+                    tooltip="0 to 2, for this file alone: a factor on what SafeRoPE Apply is set to. For several files at once.",
+                ),
+                io.String.Input(
+                    "sha256",
+                    default="",
+                    optional=True,
+                    tooltip="If given, the file must be this very one: the 64 digits that this node's description ends with. "
+                    "Share a workflow with it, and nobody's other file of that name is used.",
+                ),
             ],
             outputs=[
                 ConceptType.Output("concept", tooltip="The concepts of the file."),
@@ -76,12 +105,18 @@ class LoadConcept(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, concept: str) -> str:
+    def fingerprint_inputs(cls, concept: str, **_) -> str:
         """The content decides: a file replaced under its old name is read again."""
-        return sha256(find(concept))
+        return file_sha256(find(concept))
 
     @classmethod
-    def execute(cls, concept: str) -> io.NodeOutput:
+    def execute(cls, concept: str, strength: float = 1.0, sha256: str = "") -> io.NodeOutput:
+        if not 0.0 <= strength <= STRENGTH_MAX:  # false for NaN too
+            raise ValueError(f"strength is {strength}, expected a number from 0 to {STRENGTH_MAX:g}.")
         path = find(concept)
-        concepts = load_concepts(path)
-        return io.NodeOutput(concepts, describe(concepts, sha256(path)))
+        digest = file_sha256(path)
+        require_pin(concept, digest, sha256)
+        concepts = [replace(each, strength=each.strength * strength) for each in load_concepts(path)]
+        if file_sha256(path) != digest:
+            raise ValueError(f"Concept file {concept!r} changed while it was read. Queue again.")
+        return io.NodeOutput(concepts, describe(concepts, digest))

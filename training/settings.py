@@ -80,7 +80,7 @@ class Settings:
     gate: str = _choice(
         "heads", "calibrated", "`calibrated` (per head, from benign tokens) or `fixed` (the threshold)."
     )
-    quantile: float = _choice("heads", 0.999, "Share of benign tokens that a calibrated gate lets pass unturned.")
+    quantile: float = _choice("heads", 0.998, "Share of benign tokens that a calibrated gate lets pass unturned.")
     acts_on: str = _choice("train calibrate", "k", "What is turned of text tokens: `qk` (the paper), `q` or `k`.")
     acts_on_image: str = _choice("train calibrate", "qk", "What is turned of image tokens: `qk`, `q` or `k`.")
     angle: float = _choice("calibrate", 2.1, "Radians by which `calibrate` turns a plane at LRS 1.")
@@ -115,7 +115,7 @@ class Settings:
     unlearn_scale: float = _choice(
         "train", 4.0, "Velocity change at which unlearning has had enough; the paper's is 1."
     )
-    preserve_weight: float = _choice("train", 3.0, "Weight of the preserving loss against the unlearning one.")
+    preserve_weight: float = _choice("train", 1.0, "Weight of the preserving loss against the unlearning one.")
     text_init: float = _choice("train calibrate", 1.0, "Standard deviation of the text generators' first values.")
     image_init: float = _choice(
         "train calibrate", 0.3, "The same for the image generators of the single blocks. The paper: 0.01."

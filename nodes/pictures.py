@@ -1,0 +1,112 @@
+"""Pictures that nodes show: labelled maps, drawn with Pillow, which ComfyUI brings. Pure functions of tensors and text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+INK, PAPER, GRID = (30, 32, 38), (250, 250, 250), (222, 222, 226)
+# cividis, at nine places: made for eyes with and without colour blindness (Nuñez et al. 2018)
+CIVIDIS = (
+    (0, 34, 78),
+    (28, 54, 107),
+    (62, 74, 108),
+    (92, 93, 110),
+    (123, 121, 119),
+    (154, 143, 117),
+    (188, 168, 106),
+    (222, 194, 87),
+    (253, 231, 55),
+)
+TEXT, TITLE = 15, 20  # font sizes in pixels
+
+
+def heat_map(
+    values: Tensor,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    unit: str,
+    framed: Tensor | None = None,
+    numbers: bool = False,
+    width: int = 1024,
+) -> Tensor:
+    """Values [rows, columns] in [0, 1] (others are clamped) as a labelled map with a colour bar; IMAGE [1, h, w, 3].
+
+    `framed` bool [rows, columns] marks cells; `numbers` writes the values into them. `unit` names the colour bar.
+    """
+    font, left = _font(TEXT), 24 + max(_width(row, TEXT) for row in rows)
+    cell = max(12, min(96, (width - left - 120) // len(columns)))
+    top, bottom = 64, 56
+    size = (max(left + cell * len(columns) + 130, _width(title, TITLE) + 48), top + cell * len(rows) + bottom)
+    sheet = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((24, 20), title, INK, _font(TITLE))
+    for r, row in enumerate(rows):
+        if cell >= TEXT or r % 2 == 0:
+            pen.text((left - 10, top + (r + 0.5) * cell), row, INK, font, anchor="rm")
+        for c in range(len(columns)):
+            value = float(values[r, c])
+            box = (left + c * cell, top + r * cell, left + (c + 1) * cell - 2, top + (r + 1) * cell - 2)
+            pen.rectangle(box, fill=colour(value))
+            if framed is not None and framed[r, c]:
+                pen.rectangle(box, outline=(214, 39, 40), width=max(2, cell // 12))
+            if numbers:
+                ink = PAPER if value < 0.55 else INK
+                pen.text((box[0] + cell / 2, box[1] + cell / 2), f"{value:.2f}", ink, font, anchor="mm")
+    every = max(1, -(-max(_width(column, TEXT) + 8 for column in columns) // cell))
+    for c in range(0, len(columns), every):
+        pen.text((left + (c + 0.5) * cell, top + cell * len(rows) + 8), columns[c], INK, font, anchor="ma")
+    _colour_bar(pen, left + cell * len(columns) + 26, top, max(60, cell * len(rows) - 2), unit)
+    return image_of(sheet)
+
+
+def bars(values: Sequence[float], labels: Sequence[str], title: str, unit: str, width: int = 1024) -> Tensor:
+    """Values in [0, 1] as labelled horizontal bars; IMAGE [1, h, w, 3]."""
+    left, height, top = 36 + max(_width(label, TEXT) for label in labels), 28, 64
+    sheet = Image.new("RGB", (width, top + height * len(values) + 44), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((24, 20), title, INK, _font(TITLE))
+    room = width - left - 90
+    for number, (value, label) in enumerate(zip(values, labels, strict=True)):
+        y = top + number * height
+        pen.text((left - 10, y + height / 2 - 2), label, INK, _font(TEXT), anchor="rm")
+        pen.rectangle((left, y + 2, left + room, y + height - 6), fill=GRID)
+        if value > 0:
+            pen.rectangle((left, y + 2, left + max(1, room * min(value, 1.0)), y + height - 6), fill=colour(value))
+        pen.text((left + room + 12, y + height / 2 - 2), f"{value:.2f}", INK, _font(TEXT), anchor="lm")
+    pen.text((left, top + height * len(values) + 10), unit, INK, _font(TEXT))
+    return image_of(sheet)
+
+
+def colour(value: float) -> tuple[int, int, int]:
+    """Cividis at a value in [0, 1]; others are clamped."""
+    place = min(max(value, 0.0), 1.0) * (len(CIVIDIS) - 1)
+    low = min(int(place), len(CIVIDIS) - 2)
+    share = place - low
+    return tuple(round((1 - share) * a + share * b) for a, b in zip(CIVIDIS[low], CIVIDIS[low + 1], strict=True))
+
+
+def image_of(sheet: Image.Image) -> Tensor:
+    """ComfyUI's IMAGE of a picture: [1, h, w, 3] float32 in [0, 1]."""
+    pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, sheet.height, sheet.width, 3).float() / 255
+
+
+def _colour_bar(pen: ImageDraw.ImageDraw, left: int, top: int, height: int, unit: str) -> None:
+    for y in range(height):
+        pen.line((left, top + y, left + 16, top + y), fill=colour(1 - y / (height - 1)))
+    for value in (0.0, 0.5, 1.0):
+        pen.text((left + 24, top + (1 - value) * (height - 1)), f"{value:.1f}", INK, _font(TEXT), anchor="lm")
+    pen.text((left - 4, top + height + 10), unit, INK, _font(TEXT))
+
+
+def _font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _width(text: str, size: int) -> int:
+    return round(_font(size).getlength(text))

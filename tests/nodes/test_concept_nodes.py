@@ -1,0 +1,105 @@
+"""Combine, Save and Inspect Concept, and the pin of Load Concept, inside a real ComfyUI."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture
+def folder(pack, tmp_path, monkeypatch):
+    """ComfyUI's output folder, empty; concept files are looked for in its `saferope` alone."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    home = tmp_path / "saferope"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "saferope", ([str(home)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return home
+
+
+def run(node_classes, node, /, **inputs):
+    return node_classes[f"SafeRoPE_{node}"].execute(**inputs).args
+
+
+def test_combined_concepts_come_in_order_with_distinct_slugs(node_classes, make_concept):
+    star, other = make_concept(), make_concept(seed=1)
+    found, report, picture = run(
+        node_classes, "CombineConcepts", concepts={"concept0": [star], "concept1": [other, make_concept(slug="moon")]}
+    )
+    assert [each.slug for each in found] == ["star", "star-2", "moon"]
+    assert "star / star: overlap" in report and report.count("overlap") == 3
+    assert picture.shape[0] == 1 and picture.shape[3] == 3 and 0 <= picture.min() < picture.max() <= 1
+
+
+def test_orthogonalised_concepts_do_not_overlap(node_classes, make_concept, core):
+    concepts = {"concept0": [make_concept()], "concept1": [make_concept(seed=1)]}
+    plain = run(node_classes, "CombineConcepts", concepts=concepts)[0]
+    free, report, _ = run(node_classes, "CombineConcepts", concepts=concepts, orthogonalise=True)
+    assert core.overlap(*free).mean < 1e-9 < core.overlap(*plain).mean
+    assert "taken apart" in report
+
+
+def test_saved_concepts_are_found_again_and_never_overwritten(node_classes, make_concept, folder):
+    concept = make_concept(description="for the test")
+    for number in (1, 2):
+        (digest,) = run(node_classes, "SaveConcept", concept=[concept], name="mine", half=False, license="cc0-1.0")
+        assert (folder / f"mine_{number:05d}.safetensors").is_file()
+        [loaded], text = run(
+            node_classes, "LoadConcept", concept=f"mine_{number:05d}.safetensors", sha256=digest.upper()
+        )
+        assert torch.equal(loaded.basis_k, concept.basis_k) and digest in text
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "", "x.pt", "C:x", "\\\\host\\x", "a" * 81, "x\n"])
+def test_no_name_leads_out_of_the_output_folder(node_classes, make_concept, folder, name):
+    with pytest.raises(ValueError, match=r"name is .*expected 1 to 80 letters"):
+        run(node_classes, "SaveConcept", concept=[make_concept()], name=name)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("license", ["", "a b", "x" * 61, "<b>"])
+def test_odd_licences_are_refused(node_classes, make_concept, folder, license):
+    with pytest.raises(ValueError, match="expected an SPDX name"):
+        run(node_classes, "SaveConcept", concept=[make_concept()], name="x", license=license)
+
+
+def test_a_file_that_is_not_the_pinned_one_is_refused(node_classes, make_concept, folder):
+    run(node_classes, "SaveConcept", concept=[make_concept()], name="mine")
+    for pin in ("0" * 64, "abc"):
+        with pytest.raises(ValueError, match=r"has the sha256 [0-9a-f]{64}, expected '.*fetch that one"):
+            run(node_classes, "LoadConcept", concept="mine_00001.safetensors", sha256=pin)
+
+
+def test_a_files_own_strength_is_a_factor(node_classes, make_concept, folder):
+    run(node_classes, "SaveConcept", concept=[make_concept(strength=0.5)], name="mine")
+    [loaded], _ = run(node_classes, "LoadConcept", concept="mine_00001.safetensors", strength=0.5)
+    assert loaded.strength == 0.25
+    for strength in (-0.1, 2.1, float("nan")):
+        with pytest.raises(ValueError, match="expected a number from 0 to 2"):
+            run(node_classes, "LoadConcept", concept="mine_00001.safetensors", strength=strength)
+
+
+def test_inspection_shows_heads_spectrum_and_provenance(node_classes, make_concept):
+    one = make_concept(training={"settings": {"model": "tinyworld", "seed": 3}, "versions": {"torch": "2.13"}})
+    other = replace(one, slug="moon", name="moon", singular_values=torch.rand(4, 4))
+    heads, spectrum, text = run(node_classes, "InspectConcept", concept=[one, other])
+    assert heads.shape[0] == spectrum.shape[0] == 2
+    assert "made with model tinyworld, seed 3" in text and "by torch 2.13" in text and text.count("flux: 2 double") == 2
+    assert not torch.equal(spectrum[0], spectrum[1])
+
+
+def test_maps_show_what_they_are_given(pack):
+    pictures = importlib.import_module(f"{pack.__name__}.nodes.pictures")
+    low, high = (pictures.heat_map(torch.full((2, 3), v), ["a", "b"], list("xyz"), "t", "u") for v in (0.0, 1.0))
+    assert low.shape == high.shape and not torch.equal(low, high)
+    framed = pictures.heat_map(torch.zeros(2, 3), ["a", "b"], list("xyz"), "t", "u", torch.eye(2, 3, dtype=torch.bool))
+    assert not torch.equal(framed, low)
+    assert pictures.colour(-1) == pictures.colour(0) and pictures.colour(2) == pictures.colour(1)
+    short, long = (pictures.bars([v], ["x"], "t", "u") for v in (0.1, 0.9))
+    assert short.shape == long.shape and not torch.equal(short, long)
