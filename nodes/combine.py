@@ -58,7 +58,7 @@ class CombineConcepts(io.ComfyNode):
                 for earlier in range(later):
                     found[later] = orthogonalised(found[later], found[earlier])
         names = [concept.name for concept in found]
-        picture = heat_map(values, names, names, "Overlap of concepts", "mean cos²", numbers=True)
+        picture = heat_map(values, names, names, "Overlap of concepts", "overlap", numbers=True)
         return io.NodeOutput(found, report(found, values, orthogonalise), picture)
 
 

@@ -37,13 +37,13 @@ class InspectConcept(io.ComfyNode):
 
 
 def head_map(concept: Concept) -> Tensor:
-    """Blocks down, heads across; IMAGE [1, h, w, 3]."""
+    """Blocks across, heads down; IMAGE [1, h, w, 3]."""
     framed = torch.zeros_like(concept.discrimination, dtype=torch.bool)
     rows = concept.heads[:, 0] * concept.geometry.double_blocks + concept.heads[:, 1]
     framed[rows.long(), concept.heads[:, 2].long()] = True
     title = f"{concept.name}: {len(concept.heads)} of {framed.numel()} heads are safety-critical"
     heads = [str(head) for head in range(concept.geometry.heads)]
-    return heat_map(concept.discrimination, block_names(concept.geometry), heads, title, "Δ", framed)
+    return heat_map(concept.discrimination.T, heads, block_names(concept.geometry), title, "discrimination", framed.T)
 
 
 def block_names(geometry: Geometry) -> list[str]:

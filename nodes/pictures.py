@@ -37,6 +37,7 @@ def heat_map(
     """Values [rows, columns] in [0, 1] (others are clamped) as a labelled map with a colour bar; IMAGE [1, h, w, 3].
 
     `framed` bool [rows, columns] marks cells; `numbers` writes the values into them. `unit` names the colour bar.
+    Texts are plain letters: the font has no Greek and no exponents.
     """
     font, left = _font(TEXT), 24 + max(_width(row, TEXT) for row in rows)
     cell = max(12, min(96, (width - left - 120) // len(columns)))
@@ -53,7 +54,7 @@ def heat_map(
             box = (left + c * cell, top + r * cell, left + (c + 1) * cell - 2, top + (r + 1) * cell - 2)
             pen.rectangle(box, fill=colour(value))
             if framed is not None and framed[r, c]:
-                pen.rectangle(box, outline=(214, 39, 40), width=max(2, cell // 12))
+                pen.rectangle(box, outline=(214, 39, 40), width=2 if cell < 40 else 4)
             if numbers:
                 ink = PAPER if value < 0.55 else INK
                 pen.text((box[0] + cell / 2, box[1] + cell / 2), f"{value:.2f}", ink, font, anchor="mm")

@@ -26,6 +26,11 @@ def is_main() -> bool:
     return _state().is_main_process
 
 
+def own_device(name: str) -> str:
+    """The device of this process: of several that were all told "cuda", each takes its own GPU."""
+    return f"cuda:{_state().local_process_index}" if name == "cuda" and count() > 1 else name
+
+
 def wait() -> None:
     """Returns when all processes have come here."""
     _state().wait_for_everyone()

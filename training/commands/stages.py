@@ -75,11 +75,13 @@ def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
 @contextmanager
 def _recipe(settings: Settings, out: Path, device: str, training: bool = False):
     """The recipe of a loaded model, with progress bars; before it loads, the memory plan is printed and checked."""
-    from .. import memory
+    from .. import memory, processes
     from ..recipe import Recipe
 
+    device = processes.own_device(device)
     plan = memory.plan_for(settings, device, training)
-    typer.echo("\n".join(plan.lines()), err=True)
+    if processes.is_main():
+        typer.echo("\n".join(plan.lines()), err=True)
     memory.require_room(plan, device)
     with progress_bars() as progress:
         yield Recipe(load(settings, device), settings, out, progress)
