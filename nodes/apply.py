@@ -7,11 +7,12 @@ from typing import Any
 from comfy.ldm.flux.model import Flux
 from comfy_api.latest import io
 
-from ..saferope_core import Concept, Geometry, Protection
+from ..saferope_core import STREAM_CHOICES, Concept, Geometry, Protection, parse_blocks, restricted
 from .concepts import STRENGTH_MAX, ConceptType
 from .patch import AttentionPatch, patched
 
 CALIBRATED, FIXED = "as calibrated", "fixed"
+ALL_ROWS, POSITIVE = "all", "positive only"
 PAPER_THRESHOLD = 0.7  # the paper's gate, the same for every head
 
 
@@ -41,16 +42,30 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def protect(
-    model: Any, concepts: list[Concept], strength: float, threshold: float | None, start: float, end: float
+    model: Any,
+    concepts: list[Concept],
+    strength: float,
+    threshold: float | None,
+    span: tuple[float, float] = (0.0, 1.0),
+    positive_only: bool = False,
 ) -> Any:
-    """A protected clone of `model`. Strength 0 and an empty range of steps give a clone without a patch."""
+    """A protected clone of `model`. No concept, strength 0 and an empty span of steps give a clone without a patch."""
     count = len(concepts)
     protection = Protection(
         concepts, flux_geometry(model), strengths=[strength] * count, thresholds=[threshold] * count
     )
-    if strength == 0 or start == end:
+    if count == 0 or strength == 0 or span[0] == span[1]:
         return model.clone()
-    return patched(model, AttentionPatch(protection, start, end))
+    return patched(model, AttentionPatch(protection, *span, positive_only=positive_only))
+
+
+def chosen(concepts: list[Concept], geometry: Geometry, blocks: str, streams: str) -> list[Concept]:
+    """What is left of the concepts in some blocks and streams. Raises ValueError for a selection that cannot be read."""
+    for concept in concepts:
+        geometry.require(concept.geometry, f"concept {concept.slug!r}")
+    places = parse_blocks(blocks, geometry)
+    parts = (restricted(concept, places, streams) for concept in concepts)
+    return [part for part in parts if part is not None]
 
 
 class Apply(io.ComfyNode):
@@ -111,6 +126,27 @@ class Apply(io.ComfyNode):
                     optional=True,
                     tooltip="0 to 1: where in the denoising the protection ends.",
                 ),
+                io.String.Input(
+                    "blocks",
+                    default="",
+                    optional=True,
+                    tooltip="Which blocks to protect, such as d0-18,s0-37: d double, s single, both ends included. Empty: all.",
+                ),
+                io.Combo.Input(
+                    "streams",
+                    options=list(STREAM_CHOICES),
+                    default="both",
+                    optional=True,
+                    tooltip="Whose queries and keys are turned: those of text tokens, of image tokens, or both.",
+                ),
+                io.Combo.Input(
+                    "conditionings",
+                    options=[ALL_ROWS, POSITIVE],
+                    default=ALL_ROWS,
+                    optional=True,
+                    tooltip="With a CFG above 1: protect positive and negative prompt, or leave the negative one as it is, so "
+                    "that it can still push away from the concept.",
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The protected model.")],
         )
@@ -125,6 +161,9 @@ class Apply(io.ComfyNode):
         threshold: float = PAPER_THRESHOLD,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
+        blocks: str = "",
+        streams: str = "both",
+        conditionings: str = ALL_ROWS,
     ) -> io.NodeOutput:
         require_range("strength", strength, 0.0, STRENGTH_MAX)
         require_range("threshold", threshold, 0.0, 1.0)
@@ -132,5 +171,9 @@ class Apply(io.ComfyNode):
         require_range("end_percent", end_percent, start_percent, 1.0)
         if gate not in (CALIBRATED, FIXED):
             raise ValueError(f"gate is {gate!r}, expected {CALIBRATED!r} or {FIXED!r}. Check what is linked to it.")
+        if conditionings not in (ALL_ROWS, POSITIVE):
+            raise ValueError(f"conditionings is {conditionings!r}, expected {ALL_ROWS!r} or {POSITIVE!r}.")
         fixed = threshold if gate == FIXED else None
-        return io.NodeOutput(protect(model, concept, strength, fixed, start_percent, end_percent))
+        parts = chosen(concept, flux_geometry(model), blocks, streams)
+        span, positive_only = (start_percent, end_percent), conditionings == POSITIVE
+        return io.NodeOutput(protect(model, parts, strength, fixed, span, positive_only))

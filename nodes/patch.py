@@ -18,6 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from ..saferope_core import BLOCK_TYPES, Geometry, Protection
 
 WRAPPER_KEY = "saferope"
+POSITIVE = 0  # in extra_options["cond_or_uncond"], one entry for each chunk of the batch; 1 is negative
 TEXT_END = "img_slice"  # extra_options["img_slice"] = [first image token, number of tokens]
 
 Block = tuple[str, int]
@@ -28,7 +29,8 @@ class AttentionPatch:
 
     Text tokens are [0, img_slice[0]), image tokens [img_slice[0], L). Reference tokens (Kontext, FLUX.2) follow the
     generated image's and count as image tokens. q and k have their own L: a KV cache makes k the longer one.
-    All rows of the batch are turned, whichever conditioning they belong to.
+    All rows of the batch are turned, whichever conditioning they belong to, or only those of positive prompts: the
+    batch comes in as many equal chunks as `cond_or_uncond` has entries, 0 for positive.
 
     Steps: acts where percent_to_sigma(start) >= sigma > percent_to_sigma(end), so two nodes that meet at a percentage
     share no step; start == end acts nowhere. Sigmas come from the model as it samples, so a shift set by a later node
@@ -44,10 +46,10 @@ class AttentionPatch:
     list and with weight dtypes; the protection keeps one copy per device instead.
     """
 
-    def __init__(self, protection: Protection, start: float = 0.0, end: float = 1.0):
+    def __init__(self, protection: Protection, start: float = 0.0, end: float = 1.0, positive_only: bool = False):
         self.protection = protection
         self.protected = frozenset(block for block in _blocks(protection.geometry) if protection.covers(*block))
-        self.start, self.end = start, end
+        self.start, self.end, self.positive_only = start, end, positive_only
         self._now = _Forward()
         self._proven: set[tuple] = set()
 
@@ -66,7 +68,11 @@ class AttentionPatch:
                 "image tokens, as ComfyUI's own FLUX blocks give them. Remove the node that replaces FLUX's forward."
             )
         text = options[TEXT_END][0]
-        return {"q": self._rotate(q, "q", block, text), "k": self._rotate(k, "k", block, text)}
+        turned = {"q": self._rotate(q, "q", block, text), "k": self._rotate(k, "k", block, text)}
+        if self.positive_only:
+            kinds = options["cond_or_uncond"]
+            turned = {role: _in_chunks(kinds, x, turned[role]) for role, x in (("q", q), ("k", k))}
+        return turned
 
     def around_forward(
         self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
@@ -125,6 +131,12 @@ def patched(model: Any, patch: AttentionPatch) -> Any:
     clone.set_model_attn1_patch(patch)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, patch.around_forward)
     return clone
+
+
+def _in_chunks(kinds: list[int], x: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
+    """`turned` in the chunks of positive prompts, `x` in the others; both [B, H, L, D]."""
+    parts = zip(kinds, x.chunk(len(kinds)), turned.chunk(len(kinds)), strict=True)
+    return torch.cat([after if kind == POSITIVE else before for kind, before, after in parts])
 
 
 def _blocks(geometry: Geometry) -> list[Block]:

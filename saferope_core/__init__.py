@@ -13,6 +13,7 @@ from .merge import Overlap, orthogonalised, overlap
 from .protection import Protection
 from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
 from .rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
+from .selection import STREAM_CHOICES, parse_blocks, restricted
 from .subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
 from .version import __version__
 
@@ -21,6 +22,7 @@ __all__ = [
     "DOUBLE",
     "FLUX1",
     "SINGLE",
+    "STREAM_CHOICES",
     "Concept",
     "ConceptFileError",
     "Geometry",
@@ -43,7 +45,9 @@ __all__ = [
     "orthogonalised",
     "orthonormal",
     "overlap",
+    "parse_blocks",
     "planes",
+    "restricted",
     "rotate_by_generator",
     "save_concepts",
     "sha256",

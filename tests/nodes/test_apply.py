@@ -125,3 +125,54 @@ def test_a_model_that_is_no_flux_is_refused(apply, flux, concept):
     other.add_object_patch("diffusion_model", torch.nn.Identity())
     with pytest.raises(ValueError, match=r"got a Identity model\. Expected FLUX.*Connect a FLUX model"):
         apply(other, [concept], 1.0)
+
+
+@pytest.mark.parametrize("selection", [{"blocks": "d0"}, {"blocks": "s0-1"}, {"streams": "text"}, {"streams": "image"}])
+def test_a_selection_protects_in_part(apply, flux, sample, plain, concept, selection):
+    part, whole = sample(apply(flux, [concept], 1.0, **selection)), sample(apply(flux, [concept], 1.0))
+    assert not torch.equal(part, plain) and not torch.equal(part, whole)
+
+
+def test_all_blocks_are_all(apply, flux, sample, concept):
+    assert torch.equal(sample(apply(flux, [concept], 1.0, blocks="d0-1, S0-1")), sample(apply(flux, [concept], 1.0)))
+
+
+def test_halves_stacked_are_the_whole(apply, flux, sample, concept):
+    halves = apply(apply(flux, [concept], 1.0, blocks="d0-1"), [concept], 1.0, blocks="s0-1")
+    torch.testing.assert_close(sample(halves), sample(apply(flux, [concept], 1.0)))
+
+
+def test_nothing_selected_is_the_unpatched_model_bit_for_bit(apply, flux, sample, plain, make_concept):
+    """Its heads are all in double blocks."""
+    whole = make_concept()
+    fields = ("heads", "basis_q", "basis_k", "generator_text", "generator_image")
+    concept = make_concept(**{name: getattr(whole, name)[:2] for name in fields})
+    model = apply(flux, [concept], 1.0, blocks="s0-1")
+    assert "attn1_patch" not in model.model_options["transformer_options"].get("patches", {})
+    assert torch.equal(sample(model), plain)
+    assert not torch.equal(sample(apply(flux, [concept], 1.0, blocks="d0")), plain), "negative control"
+
+
+@pytest.mark.parametrize("blocks", ["d2", "s0-2", "x1", "d1-0", "d", "d0;s1", "d-1", "d0-1-2", "d00000"])
+def test_blocks_that_are_none_are_refused(apply, flux, concept, blocks):
+    with pytest.raises(ValueError, match="blocks: got"):
+        apply(flux, [concept], 1.0, blocks=blocks)
+
+
+def test_odd_streams_and_conditionings_are_refused(apply, flux, concept):
+    with pytest.raises(ValueError, match="streams: got 'none'"):
+        apply(flux, [concept], 1.0, streams="none")
+    with pytest.raises(ValueError, match="conditionings is 'some'"):
+        apply(flux, [concept], 1.0, conditionings="some")
+
+
+def test_negative_prompts_can_be_left_alone(apply, flux, sample, concept):
+    """Positive only is the positive row's protected velocity with the negative row's plain one."""
+    plain, whole, part = (
+        sample(model, steps=1, cfg=3.0)
+        for model in (flux, apply(flux, [concept], 1.0), apply(flux, [concept], 1.0, conditionings="positive only"))
+    )
+    assert not torch.equal(part, plain) and not torch.equal(part, whole)
+    # without CFG there is no negative row
+    alone = apply(flux, [concept], 1.0, conditionings="positive only")
+    assert torch.equal(sample(alone), sample(apply(flux, [concept], 1.0)))
