@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 
-from dev.comfyui import ComfyUI, ComfyUIError, copy_pack, find_comfyui
+from dev.comfyui import PACK, ComfyUI, ComfyUIError, copy_pack, find_comfyui
 
 pytestmark = pytest.mark.host
 NODES = {"SafeRoPE_LoadConcept", "SafeRoPE_Apply", "SafeRoPE_TinyWorld"}
@@ -30,6 +30,16 @@ def test_every_node_and_input_is_explained(comfyui):
             assert info["description"], node
             inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
             assert [name for name, spec in inputs.items() if not spec[1].get("tooltip")] == [], node
+
+
+def test_every_node_has_a_help_page(comfyui):
+    """Where the frontend looks for them."""
+    for node in NODES:
+        url = f"{comfyui.address}/extensions/{PACK}/docs/{node}.md"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+        name = comfyui.object_info()[node]["display_name"]
+        assert text.startswith(f"# {name}\n"), node
 
 
 def test_pack_is_imported_fast_and_whole(comfyui):
