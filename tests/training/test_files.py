@@ -49,7 +49,7 @@ def test_merge_packs_with_strengths_and_reports_overlap(star, tmp_path):
     generator = torch.Generator().manual_seed(0)
     other = {
         name: torch.linalg.qr(torch.randn(getattr(concept, name).shape, generator=generator)).Q
-        for name in ("basis_q", "basis_k")
+        for name in ("basis_q", "basis_k", "basis_image_q", "basis_image_k")
     }
     save_concepts(tmp_path / "moon.safetensors", [replace(concept, slug="moon", **other)])
     told = run("merge", f"{star}:0.5", tmp_path / "moon.safetensors", "--out", tmp_path / "both.safetensors")
