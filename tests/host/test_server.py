@@ -102,3 +102,16 @@ def test_missing_comfyui_says_what_to_do(monkeypatch, tmp_path, named):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path)) if named else monkeypatch.delenv("COMFYUI_PATH", raising=False)
     with pytest.raises(ValueError, match="COMFYUI_PATH"):
         find_comfyui()
+
+
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_nodes_are_translated_whole(comfyui, language):
+    """Every node, input and output that there is, and none that is not."""
+    texts = comfyui.get("/i18n")[language]["nodeDefs"]
+    for node in NODES:
+        info, text = comfyui.object_info()[node], texts[node]
+        assert text["display_name"] and text["description"]
+        inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
+        assert set(text["inputs"]) == set(inputs), node
+        assert all(entry["name"] and entry["tooltip"] for entry in text["inputs"].values()), node
+        assert len(text["outputs"]) == len(info["output"]), node
