@@ -12,11 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from .comfyui import ROOT
 
 WORK = ROOT / ".cache" / "concepts"
 DOCS = ROOT / "docs"
 CONCEPTS = ("star", "splatter", "zappy", "swirl")
+COLOURS = 128  # of the pictures in the docs: a quarter of the size, hardly a difference
 KINDS = {"star": "object", "splatter": "attribute", "zappy": "character", "swirl": "style"}
 PAPER = ("--rank", "5", "--padding-rank", "0", "--words-rank", "0", "--image-rank", "0", "--reach", "0")
 PAPER += ("--acts-on", "qk", "--blind", "0", "--image-init", "0.01", "--unlearn-at", "1", "--unlearn-scale", "1")
@@ -137,7 +140,8 @@ def main() -> None:
         page = page.replace(f"@{name}@", "\n".join(lines))
     (DOCS / "training.md").write_text(page, encoding="utf-8")
     for slug in CONCEPTS:
-        shutil.copy(WORK / slug / f"{slug}.png", DOCS / f"training-{slug}.png")
+        with Image.open(WORK / slug / f"{slug}.png") as picture:
+            picture.convert("RGB").quantize(COLOURS).save(DOCS / f"training-{slug}.png", optimize=True)
 
 
 if __name__ == "__main__":
