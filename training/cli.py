@@ -31,6 +31,7 @@ def main() -> None:
     """Entry point of the console script."""
     # PyTorch's word on bf16 autocast over fp32 norms, which is what is wanted here: a slower kernel, the same numbers
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    for library in ("torchao", "bitsandbytes"):  # they tell of kernels that this machine does not have
+    # they tell of kernels that this machine does not have
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     app()
