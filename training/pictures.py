@@ -19,7 +19,7 @@ def head_map(path: Path, discrimination: Tensor, geometry: Geometry, critical: T
     axes = figure.add_subplot()
     image = axes.imshow(discrimination.T.numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", origin="lower")
     for row, head in critical.nonzero().tolist():
-        axes.add_patch(Rectangle((row - 0.46, head - 0.46), 0.92, 0.92, fill=False, edgecolor="white", linewidth=0.8))
+        axes.add_patch(Rectangle((row - 0.46, head - 0.46), 0.92, 0.92, fill=False, edgecolor="#00a5b5", linewidth=1.2))
     axes.axvline(geometry.double_blocks - 0.5, color="white", linestyle=":", linewidth=1)
     labels = [f"d{i}" for i in range(geometry.double_blocks)] + [f"s{i}" for i in range(geometry.single_blocks)]
     every = max(1, geometry.blocks // 12)
