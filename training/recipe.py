@@ -55,7 +55,7 @@ class Recipe:
                 prompts.write_prompts(self.out / PROMPT_FILE, records)
 
         named = [Path(name) for name in (self.settings.unsafe, self.settings.benign) if name]
-        self.place.stage(PROMPTS, [path.absolute() for path in named], (PROMPT_FILE,), make)
+        self.place.stage(PROMPTS, [str(path.absolute()) for path in named], (PROMPT_FILE,), make)
         return prompts.read_prompts(self.out / PROMPT_FILE)
 
     def extract(self) -> list[prompts.PromptRecord]:

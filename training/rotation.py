@@ -10,8 +10,6 @@ from saferope_core import BLOCK_TYPES, Geometry, gated, latent_risk_score, rotat
 from .attach import Span
 from .heads import CriticalHeads
 
-SHARINGS = ("independent", "shared")
-
 
 class TrainableRotation:
     """R(x) = B exp(s A) B^T + (I - B B^T), B = [U, reach], differentiable in A = W - W^T, which is exactly skew.
