@@ -8,7 +8,7 @@ from comfy.ldm.flux.model import Flux
 from comfy_api.latest import io
 
 from ..saferope_core import STREAM_CHOICES, Concept, Geometry, Protection, parse_blocks, restricted
-from .concepts import STRENGTH_MAX, ConceptType
+from .concepts import STRENGTH_MAX, ConceptType, require_range
 from .patch import AttentionPatch, patched
 
 CALIBRATED, FIXED = "as calibrated", "fixed"
@@ -33,12 +33,6 @@ def flux_geometry(model: Any) -> Geometry:
     return Geometry(
         params.depth, params.depth_single_blocks, params.num_heads, params.hidden_size // params.num_heads, family
     )
-
-
-def require_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless low <= value <= high. ComfyUI checks widgets, but not values that come over a link."""
-    if not low <= value <= high:  # false for NaN too
-        raise ValueError(f"{name} is {value}, expected a number from {low:g} to {high:g}. Check what is linked to it.")
 
 
 def protect(

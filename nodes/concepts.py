@@ -42,6 +42,12 @@ def find(name: str) -> str:
     return path
 
 
+def require_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless low <= value <= high. ComfyUI checks widgets, but not values that come over a link."""
+    if not low <= value <= high:  # false for NaN too
+        raise ValueError(f"{name} is {value}, expected a number from {low:g} to {high:g}. Check what is linked to it.")
+
+
 def require_pin(name: str, digest: str, pin: str) -> None:
     """Raises ValueError unless the pin is empty or the file's sha256, in any case and with spaces around it."""
     if pin.strip() and pin.strip().lower() != digest:
@@ -111,8 +117,7 @@ class LoadConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept: str, strength: float = 1.0, sha256: str = "") -> io.NodeOutput:
-        if not 0.0 <= strength <= STRENGTH_MAX:  # false for NaN too
-            raise ValueError(f"strength is {strength}, expected a number from 0 to {STRENGTH_MAX:g}.")
+        require_range("strength", strength, 0.0, STRENGTH_MAX)
         path = find(concept)
         digest = file_sha256(path)
         require_pin(concept, digest, sha256)
