@@ -10,10 +10,12 @@ from comfy_api.latest import io
 from ..saferope_core import STREAM_CHOICES, Concept, Geometry, Protection, parse_blocks, restricted
 from .concepts import STRENGTH_MAX, ConceptType, require_range
 from .patch import AttentionPatch, patched
+from .recorder import Recorder, RecorderType
 
 CALIBRATED, FIXED = "as calibrated", "fixed"
 ALL_ROWS, POSITIVE = "all", "positive only"
 PAPER_THRESHOLD = 0.7  # the paper's gate, the same for every head
+NOT_RECORDED = "record is off in SafeRoPE Apply"
 
 
 def flux_geometry(model: Any) -> Geometry:
@@ -42,15 +44,28 @@ def protect(
     threshold: float | None,
     span: tuple[float, float] = (0.0, 1.0),
     positive_only: bool = False,
-) -> Any:
-    """A protected clone of `model`. No concept, strength 0 and an empty span of steps give a clone without a patch."""
+    record: bool = True,
+) -> tuple[Any, Recorder]:
+    """A protected clone of `model` and its recorder. Where nothing can turn, the clone has no patch."""
     count = len(concepts)
     protection = Protection(
         concepts, flux_geometry(model), strengths=[strength] * count, thresholds=[threshold] * count
     )
-    if count == 0 or strength == 0 or span[0] == span[1]:
-        return model.clone()
-    return patched(model, AttentionPatch(protection, *span, positive_only=positive_only))
+    idle = _why_idle(concepts, strength, span)
+    recorder = Recorder([concept.name for concept in concepts], idle or (None if record else NOT_RECORDED))
+    if idle:
+        return model.clone(), recorder
+    patch = AttentionPatch(protection, *span, positive_only=positive_only, recorder=recorder if record else None)
+    return patched(model, patch), recorder
+
+
+def _why_idle(concepts: list[Concept], strength: float, span: tuple[float, float]) -> str | None:
+    """Why this is the unprotected model, bit for bit; None where it is protected."""
+    if not concepts:
+        return "no concept has anything to turn in the chosen blocks and streams"
+    if strength == 0 or all(concept.strength == 0 for concept in concepts):
+        return "the strength is 0"
+    return f"start_percent and end_percent are both {span[0]:g}" if span[0] == span[1] else None
 
 
 def chosen(concepts: list[Concept], geometry: Geometry, blocks: str, streams: str) -> list[Concept]:
@@ -141,8 +156,17 @@ class Apply(io.ComfyNode):
                     tooltip="With a CFG above 1: protect positive and negative prompt, or leave the negative one as it is, so "
                     "that it can still push away from the concept.",
                 ),
+                io.Boolean.Input(
+                    "record",
+                    default=True,
+                    optional=True,
+                    tooltip="Note which tokens and heads were found risky, for SafeRoPE Risk Map. Changes no picture.",
+                ),
             ],
-            outputs=[io.Model.Output("model", tooltip="The protected model.")],
+            outputs=[
+                io.Model.Output("model", tooltip="The protected model."),
+                RecorderType.Output("recorder", tooltip="What the protection saw in each run, for SafeRoPE Risk Map."),
+            ],
         )
 
     @classmethod
@@ -158,6 +182,7 @@ class Apply(io.ComfyNode):
         blocks: str = "",
         streams: str = "both",
         conditionings: str = ALL_ROWS,
+        record: bool = True,
     ) -> io.NodeOutput:
         require_range("strength", strength, 0.0, STRENGTH_MAX)
         require_range("threshold", threshold, 0.0, 1.0)
@@ -170,4 +195,4 @@ class Apply(io.ComfyNode):
         fixed = threshold if gate == FIXED else None
         parts = chosen(concept, flux_geometry(model), blocks, streams)
         span, positive_only = (start_percent, end_percent), conditionings == POSITIVE
-        return io.NodeOutput(protect(model, parts, strength, fixed, span, positive_only))
+        return io.NodeOutput(*protect(model, parts, strength, fixed, span, positive_only, record))

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..saferope_core import BLOCK_TYPES, Geometry, Protection
+from ..saferope_core import BLOCK_TYPES, Forward, Geometry, Protection, Run
+from .recorder import Recorder
 
 WRAPPER_KEY = "saferope"
+RUNS = "saferope_runs"  # in a sampling run's transformer_options: its Run, by patch
 POSITIVE = 0  # in extra_options["cond_or_uncond"], one entry for each chunk of the batch; 1 is negative
 TEXT_END = "img_slice"  # extra_options["img_slice"] = [first image token, number of tokens]
 
@@ -44,10 +46,20 @@ class AttentionPatch:
 
     One object serves all clones of a model and several threads. It has no `.to`: ComfyUI calls that on a copy of its
     list and with weight dtypes; the protection keeps one copy per device instead.
+
+    What it sees goes to `recorder`, run by run. A patch that only watches turns nothing.
     """
 
-    def __init__(self, protection: Protection, start: float = 0.0, end: float = 1.0, positive_only: bool = False):
-        self.protection = protection
+    def __init__(
+        self,
+        protection: Protection,
+        start: float = 0.0,
+        end: float = 1.0,
+        positive_only: bool = False,
+        recorder: Recorder | None = None,
+        watching: bool = False,
+    ):
+        self.protection, self.recorder, self.watching = protection, recorder, watching
         self.protected = frozenset(block for block in _blocks(protection.geometry) if protection.covers(*block))
         self.start, self.end, self.positive_only = start, end, positive_only
         self._now = _Forward()
@@ -69,10 +81,20 @@ class AttentionPatch:
             )
         text = options[TEXT_END][0]
         turned = {"q": self._rotate(q, "q", block, text), "k": self._rotate(k, "k", block, text)}
+        if self.watching:
+            return {}
         if self.positive_only:
             kinds = options["cond_or_uncond"]
             turned = {role: _in_chunks(kinds, x, turned[role]) for role, x in (("q", q), ("k", k))}
         return turned
+
+    def around_sampling(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        """OUTER_SAMPLE wrapper: gives the run a record of its own, and keeps it under what was sampled."""
+        guider, run = executor.class_obj, Run(self.protection.geometry)
+        guider.model_options["transformer_options"].setdefault(RUNS, {})[self] = run
+        samples = executor(*args, **kwargs)
+        self.recorder.keep(run, samples, guider)
+        return samples
 
     def around_forward(
         self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
@@ -101,15 +123,31 @@ class AttentionPatch:
         self.protection.clear()
 
     def _rotate(self, x: torch.Tensor, role: str, block: Block, text: int) -> torch.Tensor:
-        return self.protection.rotate(x, role, *block, text=(0, text), image=(text, x.shape[2]))
+        seen = self._now.forward.saw if self._now.forward else None
+        return self.protection.rotate(x, role, *block, text=(0, text), image=(text, x.shape[2]), seen=seen)
 
     def _run(self, acting: bool, executor: Callable, *args: Any, **kwargs: Any) -> tuple[Any, frozenset[Block]]:
         """The forward's output and the protected blocks that did not call the patch."""
-        self._now.acting, self._now.called = acting, set()
+        run, forward = self._record_of(executor.class_obj, *args)
+        self._now.acting, self._now.called, self._now.forward = acting, set(), forward
         try:
-            return executor(*args, **kwargs), self.protected - self._now.called
+            out, missing = executor(*args, **kwargs), self.protected - self._now.called
         finally:
-            self._now.acting = True
+            self._now.acting, self._now.forward = True, None
+        if run is not None and not missing:
+            run.add(forward)
+        return out, missing
+
+    def _record_of(self, model: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any) -> tuple[Run, Forward]:
+        """The run under way and a record for its next forward; (None, None) outside of sampling and without a recorder."""
+        options = next((arg for arg in args if isinstance(arg, dict) and RUNS in arg), {})
+        run = options.get(RUNS, {}).get(self)
+        if run is None:
+            return None, None
+        patch = model.diffusion_model.patch_size
+        rows, columns = ((side + patch // 2) // patch for side in x.shape[-2:])  # as ComfyUI's Flux counts them
+        entries = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+        return run, Forward(list(entries), sigma.max(), (rows, columns))
 
     def _in_range(self, model_sampling: Any, sigma: torch.Tensor) -> bool:
         if (self.start, self.end) == (0.0, 1.0):
@@ -122,7 +160,7 @@ class _Forward(threading.local):
     """The forward a thread is in. Outside of one (a node that calls the model by itself) acting is the safe side."""
 
     def __init__(self) -> None:
-        self.acting, self.called = True, set()
+        self.acting, self.called, self.forward = True, set(), None
 
 
 def patched(model: Any, patch: AttentionPatch) -> Any:
@@ -130,6 +168,8 @@ def patched(model: Any, patch: AttentionPatch) -> Any:
     clone = model.clone()
     clone.set_model_attn1_patch(patch)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, patch.around_forward)
+    if patch.recorder is not None:
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, patch.around_sampling)
     return clone
 
 

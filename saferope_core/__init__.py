@@ -11,6 +11,7 @@ from .concept_file import ConceptFileError, load_concepts, save_concepts, sha256
 from .geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
 from .merge import Overlap, orthogonalised, overlap
 from .protection import Protection
+from .recorder import Forward, Reading, Run
 from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
 from .rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
 from .selection import STREAM_CHOICES, parse_blocks, restricted
@@ -25,10 +26,13 @@ __all__ = [
     "STREAM_CHOICES",
     "Concept",
     "ConceptFileError",
+    "Forward",
     "Geometry",
     "GramSum",
     "Overlap",
     "Protection",
+    "Reading",
+    "Run",
     "__version__",
     "calibrate_gate",
     "contrast",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ from .rotation import exact, fold, turn, wide
 ROLES = ("q", "k")
 STREAMS = ("text", "image")
 
+# What is told, for every concept that has gates there: its number, the block's row, the stream, its heads [n] and which
+# tokens pass their gates, bool [B, n, L]. `recorder.Forward.saw` is one.
+Seen = Callable[[int, int, str, Tensor, Tensor], None]
+
 
 class _Part(NamedTuple):
     """What one concept does to the heads of one plan. A head it leaves alone has directions, θ and gate 0: LRS 0."""
@@ -31,6 +36,8 @@ class _Part(NamedTuple):
     theta: Tensor  # [H, P], strength included
     gate: Tensor  # [H]
     unsafe: Tensor | None  # [H, R + S, R], directionsᵀ U: the unsafe subspace seen from the directions; None if S = 0
+    own: Tensor | None = None  # int64 [n]: which of the plan's heads are this concept's; set when plans are merged
+    concept: int = 0  # its number
 
 
 class _Plan(NamedTuple):
@@ -38,6 +45,15 @@ class _Plan(NamedTuple):
 
     heads: Tensor  # int64 [H]
     parts: list[_Part]
+
+
+class _Active(NamedTuple):
+    """A concept in use."""
+
+    number: int
+    concept: Concept
+    strength: float  # factor on its angles
+    threshold: float | None  # one gate for all heads, or the concept's own
 
 
 class Protection:
@@ -61,7 +77,7 @@ class Protection:
             geometry.require(concept.geometry, f"concept {concept.slug!r}")
         self.strengths = _per_concept("strengths", strengths, 1.0, self.concepts, _finite, "a finite number")
         self.thresholds = _per_concept("thresholds", thresholds, None, self.concepts, _share, "0 to 1, or None")
-        self._covered = {row for concept, strength, _ in self._active() for row in _moving_rows(concept)}
+        self._covered = {row for each in self._active() for row in _moving_rows(each.concept)}
         self._plans: dict[torch.device, dict[tuple[int, str, str], _Plan]] = {}
         self._lock = threading.Lock()
 
@@ -70,7 +86,14 @@ class Protection:
         return self.geometry.row(block_type, block_index) in self._covered
 
     def rotate(
-        self, x: Tensor, role: str, block_type: str, block_index: int, text: tuple[int, int], image: tuple[int, int]
+        self,
+        x: Tensor,
+        role: str,
+        block_type: str,
+        block_index: int,
+        text: tuple[int, int],
+        image: tuple[int, int],
+        seen: Seen | None = None,
     ) -> Tensor:
         """R(x) x for the queries or keys x [B, H, L, D] of one block, taken after QK-norm and before RoPE.
 
@@ -78,7 +101,7 @@ class Protection:
         Text tokens turn by generator_text, image tokens by generator_image, and every concept takes its LRS from the
         unrotated vector. Float32 inside (float64 for float64), x's dtype out; x itself is never written to, and is
         returned as the same object where there is nothing to do. Heads that are not safety-critical, tokens outside
-        the spans and tokens not above the gate come back bit for bit.
+        the spans and tokens not above the gate come back bit for bit. `seen`, if given, is told who was above.
         """
         row = self.geometry.row(block_type, block_index)
         if row not in self._covered:
@@ -88,7 +111,8 @@ class Protection:
             plan = plans.get((row, role, stream))
             if plan is not None and span[0] < span[1]:
                 assert 0 <= span[0] and span[1] <= x.shape[2], f"{stream} span {span} in {x.shape[2]} tokens"
-                result = _rotate_span(x, result, plan, *span)
+                tell = None if seen is None else partial(seen, row=row, stream=stream)
+                result = _rotate_span(x, result, plan, *span, tell)
         return result
 
     def clear(self) -> None:
@@ -96,10 +120,11 @@ class Protection:
         with self._lock:
             self._plans = {}
 
-    def _active(self) -> list[tuple[Concept, float, float | None]]:
-        """(concept, angle factor, threshold or None) of the concepts that turn anything."""
-        factors = [concept.strength * strength for concept, strength in zip(self.concepts, self.strengths, strict=True)]
-        return [each for each in zip(self.concepts, factors, self.thresholds, strict=True) if each[1] != 0]
+    def _active(self) -> list[_Active]:
+        """The concepts that turn anything."""
+        settings = enumerate(zip(self.concepts, self.strengths, self.thresholds, strict=True))
+        found = [_Active(n, concept, concept.strength * factor, gate) for n, (concept, factor, gate) in settings]
+        return [each for each in found if each.strength != 0]
 
     def _plans_on(self, device: torch.device) -> dict[tuple[int, str, str], _Plan]:
         plans = self._plans.get(device)
@@ -111,12 +136,18 @@ class Protection:
         return plans
 
 
-def _rotate_span(x: Tensor, result: Tensor, plan: _Plan, start: int, stop: int) -> Tensor:
+def _rotate_span(
+    x: Tensor, result: Tensor, plan: _Plan, start: int, stop: int, tell: Callable[..., None] | None
+) -> Tensor:
     """`result` with the tokens start to stop of the plan's heads replaced by their rotation; x where nothing turns."""
     with exact(x):
         vectors = wide(x[:, :, start:stop].index_select(1, plan.heads))
         coordinates = [torch.einsum("bhld,hdr->bhlr", vectors, p.directions.to(vectors)) for p in plan.parts]
         scales = [gated(_risk(c, vectors, p), p.gate) for c, p in zip(coordinates, plan.parts, strict=True)]
+    if tell is not None:
+        for part, scale in zip(plan.parts, scales, strict=True):
+            passed = scale.ne(0).index_select(1, part.own)
+            tell(part.concept, heads=plan.heads[part.own], passed=passed)
     if not _gathers(x.device):
         turned = _turned(vectors, plan.parts, scales, coordinates[0])
         result = x.clone() if result is x else result
@@ -157,23 +188,22 @@ def _above_gates(scales: list[Tensor]) -> Tensor:
     return torch.stack(scales).ne(0).flatten(0, 2).any(0).nonzero()[:, 0]
 
 
-def _all_plans(
-    active: list[tuple[Concept, float, float | None]], geometry: Geometry, device: torch.device
-) -> dict[tuple[int, str, str], _Plan]:
+def _all_plans(active: list[_Active], geometry: Geometry, device: torch.device) -> dict[tuple[int, str, str], _Plan]:
     """Plans by (row, role, stream), for those that turn something."""
     # not inference tensors, even if first asked for in inference mode: gradients may pass through them later
     with torch.inference_mode(False), torch.no_grad():
         found = defaultdict(list)
-        for concept, strength, threshold in active:
+        for each in active:
             for stream in STREAMS:
-                for role in concept.acts(stream):
-                    for row, heads, part in _parts_of(concept, strength, threshold, role, stream):
+                for role in each.concept.acts(stream):
+                    for row, heads, part in _parts_of(each, role, stream):
                         found[row, role, stream].append((heads, part))
         return {key: _merged(parts, geometry, device) for key, parts in found.items()}
 
 
-def _parts_of(concept: Concept, strength: float, threshold: float | None, role: str, stream: str):
+def _parts_of(active: _Active, role: str, stream: str):
     """(row, heads, part) of every block of one concept, without the heads whose generator is zero."""
+    number, concept, strength, threshold = active
     moving = _moving(concept, stream)
     if not moving.any():
         return
@@ -184,11 +214,9 @@ def _parts_of(concept: Concept, strength: float, threshold: float | None, role: 
     rows = _rows(concept)
     for row in rows[moving].unique().tolist():
         mine = moving & (rows == row)
-        yield (
-            row,
-            concept.heads[mine, 2].long(),
-            _Part(directions[mine], strength * theta[mine], gate[mine], unsafe[mine] if concept.reach else None),
-        )
+        inside = unsafe[mine] if concept.reach else None
+        part = _Part(directions[mine], strength * theta[mine], gate[mine], inside, concept=number)
+        yield row, concept.heads[mine, 2].long(), part
 
 
 def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch.device) -> _Plan:
@@ -203,7 +231,11 @@ def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch
         full[own] = values
         return full[heads].to(device)
 
-    return _Plan(heads.to(device), [_Part(*(placed(values, own) for values in part)) for own, part in parts])
+    def merged(own: Tensor, part: _Part) -> _Part:
+        tensors = {name: placed(getattr(part, name), own) for name in ("directions", "theta", "gate", "unsafe")}
+        return part._replace(**tensors, own=torch.isin(heads, own).nonzero()[:, 0].to(device))
+
+    return _Plan(heads.to(device), [merged(own, part) for own, part in parts])
 
 
 def _generator(concept: Concept, stream: str) -> Tensor:

@@ -1,0 +1,85 @@
+"""Keeps what a protected model saw, one record for each sampling run, and finds the record of a latent again."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..saferope_core import Reading, Run
+
+RecorderType = io.Custom("SAFEROPE_RECORDER")  # Recorder
+
+POSITIVE = 0  # in an entry (kind, conditioning): ComfyUI's number for the positive prompt of its usual guiders
+USUAL = {
+    "positive",
+    "negative",
+}  # what CFGGuider and BasicGuider name their conditionings; others number them otherwise
+KEPT = 64  # runs; ComfyUI may keep as many samplers' outputs, and each record is some hundred kilobytes
+
+
+@dataclass(frozen=True)
+class Record:
+    """What each concept found in one run: readings[concept], one for each conditioning, positive ones first."""
+
+    names: tuple[str, ...]
+    readings: tuple[tuple[Reading, ...], ...]
+    usual: bool  # the guider is ComfyUI's usual one, so that it is known which conditionings are positive
+
+    def judged(self, concept: int) -> list[Reading]:
+        """The readings that count as the prompt: the positive ones, or all where that is not known."""
+        return [each for each in self.readings[concept] if not self.usual or each.entry[0] == POSITIVE]
+
+    @property
+    def score(self) -> float:
+        """The highest risk of any concept and picture, in [0, 1]; 0 where nothing was recorded."""
+        scores = [each.score.max().item() for number in range(len(self.names)) for each in self.judged(number)]
+        return max(scores, default=0.0)
+
+
+class Recorder:
+    """One protected model's records, by the latents that came out of the runs; the newest KEPT of them.
+
+    `off` is a sentence that says why nothing is recorded, or None.
+    """
+
+    def __init__(self, names: Sequence[str], off: str | None = None):
+        self.names, self.off = tuple(names), off
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def keep(self, run: Run, samples: Tensor, guider: Any) -> Record:
+        """Reads a run that is over and files it under what it sampled."""
+        found = (run.readings(number) for number in range(len(self.names)))
+        readings = tuple(tuple(sorted(each, key=lambda reading: reading.entry[0])) for each in found)
+        record = Record(self.names, readings, usual=set(guider.original_conds) <= USUAL)
+        with self._lock:
+            self._records[_digest(samples)] = record
+            while len(self._records) > KEPT:
+                self._records.popitem(last=False)
+        return record
+
+    def of(self, samples: Tensor) -> Record:
+        """The record of the run that these samples came out of. Raises ValueError where there is none."""
+        with self._lock:
+            record = self._records.get(_digest(samples))
+        if record is None:
+            raise ValueError(
+                f"This latent did not come out of a sampler with this protected model (of {len(self._records)} recorded "
+                "runs). Connect the sampler's own latent output, before any other node changes it, and the recorder of "
+                "the SafeRoPE Apply whose model that sampler uses."
+            )
+        return record
+
+
+def _digest(samples: Tensor) -> str:
+    """Identity of a latent: its shape and numbers, as samplers hand them over."""
+    plain = samples.detach().to("cpu", comfy.model_management.intermediate_dtype()).float().contiguous()
+    return hashlib.sha256(repr(tuple(plain.shape)).encode() + plain.numpy().tobytes()).hexdigest()
