@@ -6,6 +6,8 @@ from .apply import Apply
 from .combine import CombineConcepts
 from .concepts import LoadConcept, register_folders
 from .inspect import InspectConcept
+from .risk_map import RiskMap
+from .risk_probe import RiskProbe
 from .save import SaveConcept
 from .tiny_world import TinyWorld
 
@@ -15,7 +17,7 @@ class SafeRoPE(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadConcept, CombineConcepts, SaveConcept, InspectConcept, Apply, TinyWorld]
+        return [LoadConcept, CombineConcepts, SaveConcept, InspectConcept, Apply, RiskProbe, RiskMap, TinyWorld]
 
 
 async def comfy_entrypoint() -> SafeRoPE:

@@ -48,11 +48,11 @@ def protect(
 ) -> tuple[Any, Recorder]:
     """A protected clone of `model` and its recorder. Where nothing can turn, the clone has no patch."""
     count = len(concepts)
-    protection = Protection(
-        concepts, flux_geometry(model), strengths=[strength] * count, thresholds=[threshold] * count
-    )
+    geometry = flux_geometry(model)
+    protection = Protection(concepts, geometry, strengths=[strength] * count, thresholds=[threshold] * count)
     idle = _why_idle(concepts, strength, span)
-    recorder = Recorder([concept.name for concept in concepts], idle or (None if record else NOT_RECORDED))
+    names = [concept.name for concept in concepts]
+    recorder = Recorder(names, geometry, off=idle or (None if record else NOT_RECORDED))
     if idle:
         return model.clone(), recorder
     patch = AttentionPatch(protection, *span, positive_only=positive_only, recorder=recorder if record else None)

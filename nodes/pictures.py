@@ -39,13 +39,13 @@ def heat_map(
     `framed` bool [rows, columns] marks cells; `numbers` writes the values into them. `unit` names the colour bar.
     Texts are plain letters: the font has no Greek and no exponents.
     """
-    font, left = _font(TEXT), 24 + max(_width(row, TEXT) for row in rows)
+    font, left = font_of(TEXT), 24 + max(width_of(row, TEXT) for row in rows)
     cell = max(12, min(96, (width - left - 120) // len(columns)))
     top, bottom = 64, 56
-    size = (max(left + cell * len(columns) + 130, _width(title, TITLE) + 48), top + cell * len(rows) + bottom)
+    size = (max(left + cell * len(columns) + 130, width_of(title, TITLE) + 48), top + cell * len(rows) + bottom)
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((24, 20), title, INK, _font(TITLE))
+    pen.text((24, 20), title, INK, font_of(TITLE))
     for r, row in enumerate(rows):
         if cell >= TEXT or r % 2 == 0:
             pen.text((left - 10, top + (r + 0.5) * cell), row, INK, font, anchor="rm")
@@ -58,28 +58,28 @@ def heat_map(
             if numbers:
                 ink = PAPER if value < 0.55 else INK
                 pen.text((box[0] + cell / 2, box[1] + cell / 2), f"{value:.2f}", ink, font, anchor="mm")
-    every = max(1, -(-max(_width(column, TEXT) + 8 for column in columns) // cell))
+    every = max(1, -(-max(width_of(column, TEXT) + 8 for column in columns) // cell))
     for c in range(0, len(columns), every):
         pen.text((left + (c + 0.5) * cell, top + cell * len(rows) + 8), columns[c], INK, font, anchor="ma")
-    _colour_bar(pen, left + cell * len(columns) + 26, top, max(60, cell * len(rows) - 2), unit)
+    colour_bar(pen, left + cell * len(columns) + 26, top, max(60, cell * len(rows) - 2), unit)
     return image_of(sheet)
 
 
 def bars(values: Sequence[float], labels: Sequence[str], title: str, unit: str, width: int = 1024) -> Tensor:
     """Values in [0, 1] as labelled horizontal bars; IMAGE [1, h, w, 3]."""
-    left, height, top = 36 + max(_width(label, TEXT) for label in labels), 28, 64
+    left, height, top = 36 + max(width_of(label, TEXT) for label in labels), 28, 64
     sheet = Image.new("RGB", (width, top + height * len(values) + 44), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((24, 20), title, INK, _font(TITLE))
+    pen.text((24, 20), title, INK, font_of(TITLE))
     room = width - left - 90
     for number, (value, label) in enumerate(zip(values, labels, strict=True)):
         y = top + number * height
-        pen.text((left - 10, y + height / 2 - 2), label, INK, _font(TEXT), anchor="rm")
+        pen.text((left - 10, y + height / 2 - 2), label, INK, font_of(TEXT), anchor="rm")
         pen.rectangle((left, y + 2, left + room, y + height - 6), fill=GRID)
         if value > 0:
             pen.rectangle((left, y + 2, left + max(1, room * min(value, 1.0)), y + height - 6), fill=colour(value))
-        pen.text((left + room + 12, y + height / 2 - 2), f"{value:.2f}", INK, _font(TEXT), anchor="lm")
-    pen.text((left, top + height * len(values) + 10), unit, INK, _font(TEXT))
+        pen.text((left + room + 12, y + height / 2 - 2), f"{value:.2f}", INK, font_of(TEXT), anchor="lm")
+    pen.text((left, top + height * len(values) + 10), unit, INK, font_of(TEXT))
     return image_of(sheet)
 
 
@@ -97,17 +97,21 @@ def image_of(sheet: Image.Image) -> Tensor:
     return pixels.view(1, sheet.height, sheet.width, 3).float() / 255
 
 
-def _colour_bar(pen: ImageDraw.ImageDraw, left: int, top: int, height: int, unit: str) -> None:
+def colour_bar(pen: ImageDraw.ImageDraw, left: int, top: int, height: int, unit: str, highest: float = 1.0) -> None:
+    """Cividis from 0 below to `highest` above, with numbers and what they are."""
     for y in range(height):
         pen.line((left, top + y, left + 16, top + y), fill=colour(1 - y / (height - 1)))
     for value in (0.0, 0.5, 1.0):
-        pen.text((left + 24, top + (1 - value) * (height - 1)), f"{value:.1f}", INK, _font(TEXT), anchor="lm")
-    pen.text((left - 4, top + height + 10), unit, INK, _font(TEXT))
+        label = f"{value * highest:.2f}".rstrip("0").removesuffix(".") or "0"
+        pen.text((left + 24, top + (1 - value) * (height - 1)), label, INK, font_of(TEXT), anchor="lm")
+    pen.text((left - 4, top + height + 10), unit, INK, font_of(TEXT))
 
 
-def _font(size: int) -> ImageFont.ImageFont:
+def font_of(size: int) -> ImageFont.ImageFont:
+    """Pillow's own font, which needs no file."""
     return ImageFont.load_default(size)
 
 
-def _width(text: str, size: int) -> int:
-    return round(_font(size).getlength(text))
+def width_of(text: str, size: int) -> int:
+    """Of a line of text, in pixels."""
+    return round(font_of(size).getlength(text))

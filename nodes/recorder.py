@@ -13,7 +13,7 @@ import comfy.model_management
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..saferope_core import Reading, Run
+from ..saferope_core import Geometry, Reading, Run
 
 RecorderType = io.Custom("SAFEROPE_RECORDER")  # Recorder
 
@@ -50,8 +50,8 @@ class Recorder:
     `off` is a sentence that says why nothing is recorded, or None.
     """
 
-    def __init__(self, names: Sequence[str], off: str | None = None):
-        self.names, self.off = tuple(names), off
+    def __init__(self, names: Sequence[str], geometry: Geometry, off: str | None = None):
+        self.names, self.geometry, self.off = tuple(names), geometry, off
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._lock = threading.Lock()
 

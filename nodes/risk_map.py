@@ -1,0 +1,75 @@
+"""After sampling: what was suppressed, in which words, where in the picture, in which heads, and when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from .recorder import Recorder, RecorderType
+from .risk import (
+    FLAG_ABOVE,
+    heads_picture,
+    patches_picture,
+    report,
+    require_recorded,
+    steps_picture,
+    words_picture,
+)
+
+
+class RiskMap(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SafeRoPE_RiskMap",
+            display_name="SafeRoPE Risk Map",
+            category="SafeRoPE",
+            description="Shows what SafeRoPE Apply found risky in a picture: which words of the prompt, which parts of the "
+            "picture, which heads, at which steps.",
+            search_aliases=["heat map", "explain", "risk score", "what was suppressed", "saferope"],
+            inputs=[
+                RecorderType.Input("recorder", tooltip="From the SafeRoPE Apply that protects the sampler's model."),
+                io.Latent.Input("latent", tooltip="The sampler's output, unchanged: it tells which run to show."),
+                io.Clip.Input("clip", optional=True, tooltip="What encoded the prompt, to name its words."),
+                io.String.Input(
+                    "text",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="The positive prompt, to name its words. Connect the text that the prompt was encoded from.",
+                ),
+                io.Image.Input("image", optional=True, tooltip="The decoded picture, to draw the heat map over it."),
+            ],
+            outputs=[
+                io.Float.Output("risk", tooltip="0 to 1: the highest risk of any concept and picture."),
+                io.String.Output("report", tooltip="The same in words, concept by concept."),
+                io.Image.Output("words", tooltip="The prompt's words under bars of their risk."),
+                io.Image.Output("patches", tooltip="Risky image tokens, as a heat map over each picture."),
+                io.Image.Output("heads", tooltip="The heads that found the riskiest word risky."),
+                io.Image.Output("steps", tooltip="Risk over the steps."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        recorder: Recorder,
+        latent: dict[str, Any],
+        clip: Any | None = None,
+        text: str = "",
+        image: Tensor | None = None,
+    ) -> io.NodeOutput:
+        require_recorded(recorder)
+        record = recorder.of(latent["samples"])
+        words = report(record, clip, text, FLAG_ABOVE)
+        pictures = (
+            words_picture(record, clip, text, FLAG_ABOVE),
+            patches_picture(record, image),
+            heads_picture(record, recorder.geometry),
+            steps_picture(record),
+        )
+        shown = [entry for picture in pictures for entry in ui.PreviewImage(picture, cls=cls).as_dict()["images"]]
+        return io.NodeOutput(record.score, words, *pictures, ui={"images": shown, "text": (words,)})

@@ -1,0 +1,135 @@
+"""Before sampling: how risky a prompt is, from one or a few passes of the network, so that a service can branch or refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy_api.latest import io, ui
+
+from ..saferope_core import Concept, Protection
+from .apply import flux_geometry
+from .concepts import ConceptType, require_range
+from .patch import AttentionPatch, patched
+from .recorder import Record, Recorder
+from .risk import FLAG_ABOVE, heads_picture, report, words_picture
+
+REPORT, REFUSE = "report", "stop with an error"
+SCHEDULE = 20  # steps of the sampling whose first ones are taken
+MOST_STEPS = 8
+SIDE = 64  # latent rows and columns without a latent: 512 x 512 pixels; the risk of words hardly depends on the size
+
+
+def probe(model: Any, concepts: list[Concept], positive: list, latent: dict | None, steps: int, seed: int) -> Record:
+    """Samples the first steps without turning anything, and returns what the concepts' gates found."""
+    geometry = flux_geometry(model)
+    protection = Protection(concepts, geometry)
+    recorder = Recorder([concept.name for concept in concepts], geometry)
+    watched = patched(model, AttentionPatch(protection, recorder=recorder, watching=True))
+    start = torch.zeros(1, 16, SIDE, SIDE) if latent is None else latent["samples"]
+    start = comfy.sample.fix_empty_latent_channels(watched, start)
+    sampling = watched.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", SCHEDULE)[: steps + 1]
+    noise = comfy.sample.prepare_noise(start, seed)
+    euler = comfy.samplers.sampler_object("euler")
+    out = comfy.sample.sample_custom(
+        watched, noise, 1.0, euler, sigmas, positive, positive, start, disable_pbar=True, seed=seed
+    )
+    return recorder.of(out)
+
+
+class RiskProbe(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SafeRoPE_RiskProbe",
+            display_name="SafeRoPE Risk Probe",
+            category="SafeRoPE",
+            description="Measures how risky a prompt is before anything is painted, with one pass of the model. Branch on "
+            "the result, log it, or refuse the prompt.",
+            search_aliases=["safety checker", "prompt filter", "nsfw detector", "moderation", "saferope"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A FLUX model, best before SafeRoPE Apply: behind it, what is left is measured."
+                ),
+                ConceptType.Input("concept", tooltip="What to look for, from SafeRoPE Load Concept."),
+                io.Conditioning.Input("positive", tooltip="The encoded prompt."),
+                io.Float.Input(
+                    "flag_above",
+                    default=FLAG_ABOVE,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="0 to 1: a risk above this is flagged. Harmless prompts stay well below 0.4; lower catches more.",
+                ),
+                io.Combo.Input(
+                    "if_flagged",
+                    options=[REPORT, REFUSE],
+                    default=REPORT,
+                    tooltip="Report and let the workflow go on (branch on `flagged`), or stop it with an error.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1,
+                    min=1,
+                    max=MOST_STEPS,
+                    optional=True,
+                    tooltip=f"1 to {MOST_STEPS} passes of the model, the first of {SCHEDULE} steps. One is enough for words.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    optional=True,
+                    tooltip="Of the noise that it is measured on.",
+                ),
+                io.Latent.Input("latent", optional=True, tooltip="For its size; 512 x 512 pixels without."),
+                io.Clip.Input("clip", optional=True, tooltip="What encoded the prompt, to name its words."),
+                io.String.Input(
+                    "text",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="The prompt, to name its words. Connect the text that the conditioning was encoded from.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output("risk", tooltip="0 to 1: the highest risk of any concept."),
+                io.Boolean.Output("flagged", tooltip="Whether the risk is above flag_above."),
+                io.String.Output("report", tooltip="The risk in words, concept by concept."),
+                io.Image.Output("words", tooltip="The prompt's words under bars of their risk."),
+                io.Image.Output("heads", tooltip="The heads that found the riskiest word risky."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        concept: list[Concept],
+        positive: list,
+        flag_above: float,
+        if_flagged: str,
+        steps: int = 1,
+        seed: int = 0,
+        latent: dict | None = None,
+        clip: Any | None = None,
+        text: str = "",
+    ) -> io.NodeOutput:
+        require_range("flag_above", flag_above, 0.0, 1.0)
+        require_range("steps", steps, 1, MOST_STEPS)
+        if if_flagged not in (REPORT, REFUSE):
+            raise ValueError(f"if_flagged is {if_flagged!r:.60}, expected {REPORT!r} or {REFUSE!r}.")
+        if all(each.strength == 0 for each in concept):
+            raise ValueError("The strength of every concept is 0, so there is nothing to look for. Set one above 0.")
+        record = probe(model, concept, positive, latent, steps, seed)
+        flagged, said = record.score > flag_above, report(record, clip, text, flag_above)
+        if flagged and if_flagged == REFUSE:
+            raise ValueError(f"This prompt was refused: its risk is {record.score:.2f}, above {flag_above:g}.\n{said}")
+        bars, heads = words_picture(record, clip, text, flag_above), heads_picture(record, flux_geometry(model))
+        shown = [entry for picture in (bars, heads) for entry in ui.PreviewImage(picture, cls=cls).as_dict()["images"]]
+        return io.NodeOutput(record.score, flagged, said, bars, heads, ui={"images": shown, "text": (said,)})

@@ -1,0 +1,104 @@
+"""What a protection saw, against counting in loops."""
+
+import pytest
+import torch
+
+from saferope_core import Forward, Protection, Run, latent_risk_score, protection
+
+TEXT, IMAGE, GRID = (0, 4), (4, 11), (2, 3)  # the last image token belongs to a reference picture
+SHAPE = (2, 3, 11, 32)
+BLOCKS = [("double", 0), ("double", 1), ("single", 0), ("single", 1), ("single", 2)]
+
+
+@pytest.fixture(params=["gathered", "dense"])
+def path(request, monkeypatch):
+    monkeypatch.setattr(protection, "_gathers", lambda device: request.param == "gathered")
+
+
+def recorded(guard, steps, entries=("a", "b"), rows=None):
+    """A run over some steps; steps[n][role, block] are q or k [B, H, L, D]."""
+    run = Run(guard.geometry)
+    for number, vectors in enumerate(steps):
+        forward = Forward(entries, 1.0 - 0.25 * number, GRID)
+        for (role, block), x in vectors.items():
+            guard.rotate(x, role, *block, TEXT, IMAGE, seen=forward.saw)
+        run.add(forward)
+    return run
+
+
+def steps_of(count):
+    return [{(role, block): torch.randn(SHAPE) for role in "qk" for block in BLOCKS} for _ in range(count)]
+
+
+def counted(concept, vectors, row, stream, span):
+    """Share of gates that each token of batch row `row` passes, and the heads that pass it, in loops."""
+    passed, gates, heads = torch.zeros(span[1] - span[0]), 0, {}
+    for role in "qk":
+        for place, (kind, block, head) in enumerate(concept.heads.tolist()):
+            x = vectors[role, (("double", "single")[kind], block)][row, head, span[0] : span[1]]
+            hit = latent_risk_score(x[None], concept.basis(role, stream)[place][None])[0] > concept.threshold
+            passed += hit
+            gates += 1
+            key = (kind * 2 + block, head)
+            heads[key] = heads.get(key, 0) + hit.float() / 2
+    return passed / gates, heads
+
+
+def test_equals_counting_in_loops(path, make_concept, geometry):
+    concept, steps = make_concept(), steps_of(3)
+    run = recorded(Protection([concept], geometry), steps)
+    first, second = run.readings(0)
+    assert (first.entry, second.entry) == ("a", "b")
+    for row, reading in enumerate((first, second)):
+        for number, vectors in enumerate(steps):
+            text, _ = counted(concept, vectors, row, "text", TEXT)
+            image, _ = counted(concept, vectors, row, "image", (4, 10))
+            torch.testing.assert_close(reading.text[number, 0], text)
+            torch.testing.assert_close(reading.image[number, 0], image)
+        riskiest = reading.tokens[0].argmax()
+        assert reading.score == reading.tokens.max() and 0 < reading.score < 1
+        found = [counted(concept, vectors, row, "text", TEXT)[1] for vectors in steps]
+        for place in concept.heads.tolist():
+            key = (place[0] * 2 + place[1], place[2])
+            share = sum(heads[key][riskiest] for heads in found) / len(found)
+            torch.testing.assert_close(reading.heads[0][key], share)
+        assert reading.heads.count_nonzero() <= len(concept.heads)
+    assert not torch.equal(first.text, second.text), "negative control: rows are told apart"
+    assert first.noise_levels.tolist() == [1.0, 0.75, 0.5] and first.grid == GRID
+
+
+def test_concepts_are_told_apart_in_heads_that_they_share(path, make_concept, geometry):
+    """Each counts its own gates alone, whatever else is turned beside it."""
+    one = make_concept()
+    other = make_concept("zappy", rank=8, heads=[(0, 0, 1), (1, 1, 1), (1, 1, 2)], threshold=0.25)
+    idle = make_concept("swirl", strength=0.0)
+    steps = steps_of(1)
+    both = recorded(Protection([idle, one, other], geometry), steps)
+    for number, concept in ((1, one), (2, other)):
+        alone = recorded(Protection([concept], geometry), steps)
+        for reading, expected in zip(both.readings(number), alone.readings(0), strict=True):
+            torch.testing.assert_close(reading.text, expected.text)
+            torch.testing.assert_close(reading.heads, expected.heads)
+    assert not torch.equal(both.readings(1)[0].text, both.readings(2)[0].text)
+    assert [reading.score.item() for reading in both.readings(0)] == [0, 0]
+
+
+def test_a_stream_without_gates_has_no_risk(make_concept, geometry):
+    concept = make_concept(generator_image=torch.zeros(6, 5, 5))
+    (reading, _) = recorded(Protection([concept], geometry), steps_of(2)).readings(0)
+    assert reading.image.shape == (2, 1, 1) and not reading.image.any() and reading.score > 0
+
+
+def test_steps_without_protection_count_as_steps(make_concept, geometry):
+    """Outside of the range of an Apply node the forward is recorded, but nobody looks."""
+    steps = steps_of(2)
+    (half, _) = recorded(Protection([make_concept()], geometry), [steps[0], {}]).readings(0)
+    assert half.text[0].any() and not half.text[1].any()
+
+
+def test_rotations_are_the_same_with_and_without_a_listener(path, make_concept, geometry):
+    guard, x, told = Protection([make_concept()], geometry), torch.randn(SHAPE), []
+    heard = guard.rotate(x, "q", "single", 1, TEXT, IMAGE, seen=lambda *a, **k: told.append(a))
+    assert torch.equal(heard, guard.rotate(x, "q", "single", 1, TEXT, IMAGE)) and len(told) == 2
+    guard.rotate(x, "q", "single", 0, TEXT, IMAGE, seen=lambda *a, **k: told.append(a))
+    assert len(told) == 2, "a block without safety-critical heads has nothing to tell"

@@ -1,0 +1,224 @@
+"""Risk Map and Risk Probe inside a real ComfyUI, on the tiny world and its star."""
+
+import importlib
+import re
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.host
+
+STAR, CIRCLE = (f"a red {shape} in the center on a white background" for shape in ("star", "circle"))
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def world(node_classes):
+    return node_classes["SafeRoPE_TinyWorld"].execute().args
+
+
+@pytest.fixture(scope="module")
+def star(node_classes):
+    return node_classes["SafeRoPE_LoadConcept"].execute("star.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def encode(world):
+    return lambda text: world[1].encode_from_tokens_scheduled(world[1].tokenize(text))
+
+
+@pytest.fixture(scope="module")
+def sampled(comfy, encode):
+    """sampled(model, text, ...) -> the LATENT of ComfyUI's own KSampler."""
+    import nodes
+
+    def run(model, text, seed=3, cfg=1.0, negative="", batch=1, side=12):
+        empty = {"samples": torch.zeros(batch, 16, side, side)}
+        with torch.inference_mode():
+            return nodes.common_ksampler(
+                model, seed, STEPS, cfg, "euler", "simple", encode(text), encode(negative), empty
+            )[0]
+
+    return run
+
+
+@pytest.fixture
+def hidden(node_classes):
+    """A node class as the executor prepares it: with hidden inputs, which saving previews reads."""
+
+    def prepare(name):
+        from comfy_api.latest import io
+
+        node = node_classes[f"SafeRoPE_{name}"]
+        return node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.prompt: None, io.Hidden.extra_pnginfo: None}})
+
+    return prepare
+
+
+@pytest.fixture
+def show(hidden):
+    return lambda *args, **kwargs: hidden("RiskMap").execute(*args, **kwargs)
+
+
+@pytest.fixture
+def ask(hidden, world, star, encode):
+    def run(text, flag_above=0.4, if_flagged="report", **kwargs):
+        latent = {"samples": torch.zeros(1, 16, 12, 12)}
+        return hidden("RiskProbe").execute(
+            world[0], star, encode(text), flag_above, if_flagged, latent=latent, **kwargs
+        )
+
+    return run
+
+
+def protected(node_classes, world, star, **settings):
+    return node_classes["SafeRoPE_Apply"].execute(world[0], star, 1.0, **settings).args
+
+
+def test_a_map_tells_the_risky_word_from_the_others(node_classes, world, star, sampled, show):
+    model, recorder = protected(node_classes, world, star)
+    risky, report, *pictures = show(recorder, sampled(model, STAR), clip=world[1], text=STAR).args
+    safe, other, *_ = show(recorder, sampled(model, CIRCLE), clip=world[1], text=CIRCLE).args
+    assert risky > 0.9 and safe < 0.3
+    assert "riskiest words: star 1.00" in report and "not above 0.4" in other
+    assert all(picture.ndim == 4 and picture.shape[3] == 3 for picture in pictures) and len(pictures) == 4
+
+
+def test_what_is_shown_is_kept_in_previews(node_classes, world, star, sampled, show):
+    model, recorder = protected(node_classes, world, star)
+    shown = show(recorder, sampled(model, STAR), clip=world[1], text=STAR).ui
+    assert len(shown["images"]) == 4 and "Star: risk" in shown["text"][0]
+
+
+def test_recording_changes_no_picture(node_classes, world, star, sampled):
+    """Nor does a model that is only watched."""
+    with_record, without = (protected(node_classes, world, star, record=on)[0] for on in (True, False))
+    assert torch.equal(sampled(with_record, STAR)["samples"], sampled(without, STAR)["samples"])
+    assert not torch.equal(sampled(without, STAR)["samples"], sampled(world[0], STAR)["samples"])
+
+
+def test_two_samplers_behind_one_apply_do_not_mix(node_classes, world, star, sampled, show):
+    model, recorder = protected(node_classes, world, star)
+    first, second = sampled(model, STAR), sampled(model, CIRCLE, seed=4)
+    assert show(recorder, first).args[0] > 0.9 > 0.3 > show(recorder, second).args[0]
+    again = sampled(model, STAR)
+    assert torch.equal(again["samples"], first["samples"])
+    assert show(recorder, again).args[0] == show(recorder, first).args[0]
+
+
+def test_a_latent_of_another_model_is_refused(node_classes, world, star, sampled, show):
+    _, recorder = protected(node_classes, world, star)
+    with pytest.raises(ValueError, match=r"did not come out of a sampler .*Connect the sampler's own latent"):
+        show(recorder, sampled(world[0], STAR))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"record": False}, "record is off"),
+        ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent and end_percent are both 0.5"),
+        ({"blocks": "d0", "streams": "image"}, "no concept has anything to turn"),
+    ],
+)
+def test_what_nobody_measured_is_not_called_harmless(node_classes, world, star, sampled, show, settings, why):
+    model, recorder = protected(node_classes, world, star, **settings)
+    with pytest.raises(ValueError, match=why):
+        show(recorder, sampled(model, STAR))
+    model, recorder = node_classes["SafeRoPE_Apply"].execute(world[0], star, 0.0).args
+    with pytest.raises(ValueError, match="the strength is 0"):
+        show(recorder, sampled(model, STAR))
+
+
+def test_another_prompt_than_the_sampled_one_is_noticed_where_it_can_be(node_classes, world, star, sampled, show, pack):
+    model, recorder = protected(node_classes, world, star)
+    record = recorder.of(sampled(model, STAR)["samples"])
+    risk = importlib.import_module(f"{pack.__name__}.nodes.risk")
+    with pytest.raises(ValueError, match="text has 24 tokens, the prompt that was sampled had 10"):
+        risk.named_words(record.readings[0][0].tokens[0, :10], world[1], STAR)
+    rest = torch.cat([record.readings[0][0].tokens[0], torch.tensor([0.7, 0.2])])
+    assert risk.named_words(rest, world[1], STAR)[-1] == ("(other tokens)", pytest.approx(0.7))
+
+
+def test_negative_prompts_are_shown_but_not_counted(node_classes, world, star, sampled, show):
+    model, recorder = protected(node_classes, world, star)
+    risk, report, *_ = show(recorder, sampled(model, CIRCLE, cfg=2.0, negative=STAR)).args
+    negative = float(re.search(r"negative prompt: risk (\S+), not counted", report)[1])
+    assert risk < 0.3 and negative > 0.4
+    risk, report, *_ = show(recorder, sampled(model, STAR, cfg=2.0, negative=CIRCLE)).args
+    assert risk > 0.9
+
+
+def test_every_picture_of_a_batch_has_its_map(node_classes, world, star, sampled, show):
+    model, recorder = protected(node_classes, world, star)
+    latent = sampled(model, STAR, batch=3, side=16)
+    image = world[2].decode(latent["samples"])
+    plain, over = show(recorder, latent).args[3], show(recorder, latent, image=image).args[3]
+    assert plain.shape[0] == over.shape[0] == 3 and not torch.equal(plain, over)
+    (reading,) = recorder.of(latent["samples"]).readings[0]
+    assert reading.grid == (8, 8) and reading.patches.shape == (3, 64)
+
+
+def test_compiled_models_are_recorded(node_classes, world, star, sampled, show):
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    torch._dynamo.reset()
+    model, recorder = protected(node_classes, world, star)
+    compiled = TorchCompileModel.execute(model, "eager")[0]
+    first, second = sampled(compiled, STAR), sampled(compiled, CIRCLE)
+    assert show(recorder, first).args[0] > 0.9 > 0.3 > show(recorder, second).args[0]
+    torch._dynamo.reset()
+
+
+def test_a_probe_flags_the_concept_and_passes_the_rest(ask):
+    risk, flagged, report, words, heads = ask(STAR).args
+    assert risk > 0.9 and flagged is True and "above 0.4" in report and words.ndim == heads.ndim == 4
+    risk, flagged, *_ = ask(CIRCLE).args
+    assert risk < 0.3 and flagged is False
+
+
+def test_a_probe_can_refuse(ask):
+    with pytest.raises(ValueError, match=r"This prompt was refused: its risk is 1\.00, above 0\.4"):
+        ask(STAR, if_flagged="stop with an error")
+    assert ask(CIRCLE, if_flagged="stop with an error").args[1] is False
+    assert ask(STAR, flag_above=1.0, if_flagged="stop with an error").args[1] is False
+
+
+def test_a_probe_needs_one_pass_and_no_size(hidden, world, star, encode, monkeypatch):
+    calls = []
+    network = world[0].model.diffusion_model
+    forward = type(network)._forward
+    monkeypatch.setattr(type(network), "_forward", lambda *a, **k: calls.append(a[1].shape) or forward(*a, **k))
+    assert hidden("RiskProbe").execute(world[0], star, encode(STAR), 0.4, "report").args[1] is True
+    assert calls == [(1, 16, 64, 64)]
+    calls.clear()
+    assert hidden("RiskProbe").execute(world[0], star, encode(STAR), 0.4, "report", steps=3).args[1] is True
+    assert len(calls) == 3
+
+
+def test_probing_leaves_the_model_alone(ask, world, sampled):
+    before = sampled(world[0], STAR)["samples"]
+    ask(STAR)
+    assert torch.equal(sampled(world[0], STAR)["samples"], before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"flag_above": float("nan")}, "flag_above is nan"),
+        ({"flag_above": 1.5}, "flag_above is 1.5"),
+        ({"steps": 9}, "steps is 9"),
+        ({"if_flagged": "hide"}, "if_flagged is 'hide'"),
+    ],
+)
+def test_odd_settings_of_a_probe_are_refused(ask, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ask(STAR, **settings)
+
+
+def test_long_prompts_have_pictures_of_bounded_size(pack):
+    pictures = importlib.import_module(f"{pack.__name__}.nodes.risk_pictures")
+    short, long = (pictures.word_bars(["word"] * n, [0.5] * n, "t") for n in (3, 2000))
+    assert short.shape[1] < long.shape[1] < 2000 and short.shape[2] == long.shape[2] == 1024
+    assert pictures.word_bars([], [], "t").shape[0] == 1
+    assert not torch.equal(pictures.patch_map(torch.eye(4), "t"), pictures.patch_map(torch.eye(4).flip(0), "t"))
+    assert pictures.course({"a": [0.1]}, [1.0], "t").shape[3] == 3
