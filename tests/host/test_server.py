@@ -9,10 +9,8 @@ import pytest
 from dev.comfyui import PACK, ComfyUI, ComfyUIError, copy_pack, find_comfyui
 
 pytestmark = pytest.mark.host
-NODES = {"SafeRoPE_LoadConcept", "SafeRoPE_Apply", "SafeRoPE_TinyWorld"}
-NODES |= {f"SafeRoPE_{name}Concept" for name in ("Save", "Inspect")} | {
-    "SafeRoPE_CombineConcepts"
-}  # ids are for ever: workflows name them
+NAMES = ("LoadConcept", "CombineConcepts", "SaveConcept", "InspectConcept", "Apply", "RiskProbe", "RiskMap", "TinyWorld")
+NODES = {f"SafeRoPE_{name}" for name in NAMES}  # ids are for ever: workflows name them
 IMPORT_SECONDS = 3.0  # every user waits for it at every start; 0.1 s when written, the rest is for slow machines
 
 
