@@ -6,10 +6,20 @@ import urllib.request
 
 import pytest
 
-from dev.comfyui import PACK, ComfyUI, ComfyUIError, copy_pack, find_comfyui
+from dev.comfyui import PACK, ROOT, ComfyUI, ComfyUIError, copy_pack, find_comfyui
+from dev.nodes_page import node_tables
 
 pytestmark = pytest.mark.host
-NAMES = ("LoadConcept", "CombineConcepts", "SaveConcept", "InspectConcept", "Apply", "RiskProbe", "RiskMap", "TinyWorld")
+NAMES = (
+    "LoadConcept",
+    "CombineConcepts",
+    "SaveConcept",
+    "InspectConcept",
+    "Apply",
+    "RiskProbe",
+    "RiskMap",
+    "TinyWorld",
+)
 NODES = {f"SafeRoPE_{name}" for name in NAMES}  # ids are for ever: workflows name them
 IMPORT_SECONDS = 3.0  # every user waits for it at every start; 0.1 s when written, the rest is for slow machines
 
@@ -113,3 +123,10 @@ def test_nodes_are_translated_whole(comfyui, language):
         assert set(text["inputs"]) == set(inputs), node
         assert all(entry["name"] and entry["tooltip"] for entry in text["inputs"].values()), node
         assert len(text["outputs"]) == len(info["output"]), node
+
+
+def test_the_page_of_nodes_is_current(comfyui):
+    """docs/nodes.md is written by a command; run `python -m dev.nodes_page` after a change of a node."""
+    tables = "\n".join(node_tables(comfyui.object_info())).rstrip()
+    assert "| strength | FLOAT, 0 to 2, default 1 |" in tables
+    assert tables in (ROOT / "docs" / "nodes.md").read_text(encoding="utf-8")
