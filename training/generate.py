@@ -53,7 +53,7 @@ def paint(
         sides = [sample(model, prompts, numbers, None, steps, progress=tell, batch=_BATCH)]
         risks = [{}] * len(some)
         if protection is not None:
-            meter = RiskMeter(protection)
+            meter = RiskMeter(model, protection)
             sides.append(sample(model, prompts, numbers, meter.rotate, steps, span, tell, _BATCH))
             risks = meter.take() or risks
         record += _write(out, first, some, sides, risks)

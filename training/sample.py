@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, Protection, gated, latent_risk_score
+from saferope_core import Forward, Protection, Run
 
 from .attach import attached
 from .models import Model, Text, encode, seeded_noise
@@ -97,38 +97,28 @@ def _decode(model: Model, tokens: Tensor) -> Tensor:
 
 
 class RiskMeter:
-    """A visitor that passes q and k on to `protection` and notes what it met of every picture of the batch under way."""
+    """A visitor that passes q and k on to `protection` and notes what it saw of every picture of the batch under way."""
 
-    def __init__(self, protection: Protection) -> None:
-        self.protection = protection
-        self.largest: dict[tuple[str, str], Tensor] = {}
+    def __init__(self, model: Model, protection: Protection) -> None:
+        self.protection, self.side = protection, model.latent_side // 2
+        self.forward: Forward | None = None
 
-    def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text, image) -> Tensor:
+    def rotate(self, x: Tensor, *where) -> Tensor:
         """As `Protection.rotate`."""
-        for concept in self.protection.concepts:
-            for stream, (first, last) in (("text", text), ("image", image)):
-                if first < last and role in concept.acts(stream):
-                    self._note(concept, stream, role, x[:, :, first:last], block_type, block_index)
-        return self.protection.rotate(x, role, block_type, block_index, text, image)
-
-    def _note(self, concept: Concept, stream: str, role: str, x: Tensor, block_type: str, block_index: int) -> None:
-        generator = concept.generator_text if stream == "text" else concept.generator_image
-        rows = concept.heads[:, 0] * concept.geometry.double_blocks + concept.heads[:, 1]
-        mine = (rows == concept.geometry.row(block_type, block_index)) & generator.flatten(1).any(1)
-        if not mine.any():
-            return
-        heads, basis = concept.heads[mine, 2].long().to(x.device), concept.basis(role, stream)[mine]
-        risk = latent_risk_score(x[:, heads], basis[..., : basis.shape[-1] - concept.reach].to(x.device))
-        largest = gated(risk, concept.gate(role, stream)[mine].to(x.device)).flatten(1).amax(1).cpu()
-        known = self.largest.get((concept.slug, stream), largest)
-        self.largest[concept.slug, stream] = torch.maximum(known, largest)
+        if self.forward is None:  # all steps of a batch count as one
+            self.forward = Forward(range(len(x)), 1.0, (self.side, self.side))
+        return self.protection.rotate(x, *where, seen=self.forward.saw)
 
     def take(self) -> list[dict[str, dict[str, float]]]:
-        """A record per picture, and starts anew: concept -> stream -> largest gated LRS, 0 where no token turned."""
-        count = len(next(iter(self.largest.values()))) if self.largest else 0
+        """A record per picture, and starts anew: concept -> stream -> risk of its riskiest token, mean over steps."""
+        if self.forward is None:
+            return []
+        run = Run(self.protection.geometry)
+        run.add(self.forward)
+        count, self.forward = len(self.forward.entries), None
         records: list[dict] = [{} for _ in range(count)]
-        for (slug, stream), largest in self.largest.items():
-            for record, value in zip(records, largest.tolist(), strict=True):
-                record.setdefault(slug, {})[stream] = round(value, 6)
-        self.largest = {}
+        for number, concept in enumerate(self.protection.concepts):
+            for record, found in zip(records, run.readings(number), strict=True):
+                streams = {"text": found.score, "image": found.patches.amax(-1)}
+                record[concept.slug] = {stream: round(risk.item(), 4) for stream, risk in streams.items()}
         return records
