@@ -16,12 +16,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..saferope_core import BLOCK_TYPES, Geometry, Protection
+from .audit import TEXT_END, WRAPPER_KEY, Block, require_hook, require_network, suspects, watched_queries
 
-WRAPPER_KEY = "saferope"
 POSITIVE = 0  # in extra_options["cond_or_uncond"], one entry for each chunk of the batch; 1 is negative
-TEXT_END = "img_slice"  # extra_options["img_slice"] = [first image token, number of tokens]
-
-Block = tuple[str, int]
 
 
 class AttentionPatch:
@@ -37,13 +34,15 @@ class AttentionPatch:
     counts. With the whole range no sigma is read (no wait for the GPU).
 
     Fails closed: torch.compile may replay a graph traced without the patch (ComfyUI's TorchCompileModel drops the
-    guards that would notice), other nodes may replace blocks. `around_forward` checks that the first forward of each
-    input shape in a sampling run went through every protected block; if not, the compiled graphs are dropped and
-    the forward runs again, and if that does not help it raises RuntimeError. Later forwards of a known shape may be
-    skipped, as step caches (EasyCache, TeaCache) do.
+    guards that would notice), other nodes may replace blocks, the forward or the network. `around_forward` audits
+    every forward: the first of each input shape in a sampling run must go through every protected block, and in later
+    ones no protected block may project queries without calling the patch; step caches (EasyCache, TeaCache) may skip
+    them. If a forward fails, it runs again without compiled graphs, and these are dropped if they were to blame; if it
+    fails again, RuntimeError names the nodes to move. `around_sampling` raises where no forward came by at all.
 
-    One object serves all clones of a model and several threads. It has no `.to`: ComfyUI calls that on a copy of its
-    list and with weight dtypes; the protection keeps one copy per device instead.
+    One object serves all clones of a model and several threads: what a sampling run has proven goes with that run. It
+    has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes; the protection keeps one copy per
+    device instead.
     """
 
     def __init__(self, protection: Protection, start: float = 0.0, end: float = 1.0, positive_only: bool = False):
@@ -51,22 +50,18 @@ class AttentionPatch:
         self.protected = frozenset(block for block in _blocks(protection.geometry) if protection.covers(*block))
         self.start, self.end, self.positive_only = start, end, positive_only
         self._now = _Forward()
-        self._proven: set[tuple] = set()
+        self._run_key = f"{WRAPPER_KEY} {id(self)}"  # of this patch's _Run in transformer_options
 
     @torch.compiler.disable
-    def __call__(self, q, k, v, pe=None, attn_mask=None, extra_options=None, **kwargs) -> dict[str, torch.Tensor]:
-        """q, k, v [B, H, L, D] -> the entries to replace: {"q": .., "k": ..} or {}. Raises RuntimeError without RoPE."""
-        options = extra_options or {}
+    def __call__(self, q, k=None, v=None, pe=None, attn_mask=None, extra_options=None, **kwargs) -> dict:
+        """q, k, v [B, H, L, D] -> the entries to replace: {"q": .., "k": ..} or {}. Raises RuntimeError for a hook of
+        another kind than FLUX's: other blocks, shapes or spans, or vectors after RoPE."""
+        options = extra_options if isinstance(extra_options, dict) else {}
         block = (options.get("block_type"), options.get("block_index"))
         self._now.called.add(block)
+        require_hook(self.protection.geometry, block, q, k, pe, options)
         if block not in self.protected or not self._now.acting:
             return {}
-        if pe is None or TEXT_END not in options:
-            raise RuntimeError(
-                f"SafeRoPE: block {block} was reached without "
-                f"{'rotary positions' if pe is None else TEXT_END}. Expected q and k before RoPE and the span of the "
-                "image tokens, as ComfyUI's own FLUX blocks give them. Remove the node that replaces FLUX's forward."
-            )
         text = options[TEXT_END][0]
         turned = {"q": self._rotate(q, "q", block, text), "k": self._rotate(k, "k", block, text)}
         if self.positive_only:
@@ -74,42 +69,77 @@ class AttentionPatch:
             turned = {role: _in_chunks(kinds, x, turned[role]) for role, x in (("q", q), ("k", k))}
         return turned
 
-    def around_forward(
-        self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def around_sampling(self, executor: Callable, noise: Any, latent: Any, sampler: Any, sigmas: Any, *args, **kwargs):
+        """OUTER_SAMPLE wrapper: gives the run a memory of its own, and checks that its forwards came by."""
+        run = _Run()
+        executor.class_obj.model_options.setdefault("transformer_options", {})[self._run_key] = run
+        out = executor(noise, latent, sampler, sigmas, *args, **kwargs)
+        if not run.forwards and len(sigmas) > 1:
+            guider = executor.class_obj
+            options = guider.model_options.get("transformer_options", {})
+            raise RuntimeError(
+                "SafeRoPE saw no forward of the model in this sampling run, so the picture is not protected. Expected: "
+                f"every forward goes through apply_model. {suspects(guider.model_patcher, options)}"
+            )
+        return out
+
+    def around_forward(self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args, **kwargs) -> Any:
         """APPLY_MODEL wrapper: decides once per forward whether to act, then checks that the patch was called."""
-        acting = self._in_range(executor.class_obj.model_sampling, sigma)
-        shape = _shape(x, *args, *kwargs.values())
-        out, missing = self._run(acting, executor, x, sigma, *args, **kwargs)
-        if missing and shape not in self._proven:
+        model, options = executor.class_obj, _transformer_options(args, kwargs)
+        require_network(model, self.protection.geometry)
+        run = options.get(self._run_key) or _Run()
+        run.forwards += 1
+        acting, shape = self._in_range(model.model_sampling, sigma), _shape(x, *args, *kwargs.values())
+
+        out = self._run(model, acting, executor, x.clone(), sigma, *args, **kwargs)  # EasyCache adds to x in place
+        missing = self.protected - self._now.called
+        if missing and (run.compiled or self._passed_by(run, shape)):
             del out
-            torch._dynamo.reset()
-            out, missing = self._run(acting, executor, x, sigma, *args, **kwargs)
-            if missing:
-                raise RuntimeError(
-                    f"SafeRoPE was called in {len(self.protected - missing)} of the {len(self.protected)} blocks it "
-                    f"protects (not in {min(missing)}), so this picture would not be protected. Expected: every block "
-                    "calls its attention patches. Remove the node that replaces FLUX's blocks or its forward."
-                )
-        if not missing:
-            self._proven.add(shape)
+            with torch.compiler.set_stance("force_eager"):  # what a compiled graph hides shows here
+                out = self._run(model, acting, executor, x, sigma, *args, **kwargs)
+            if self._passed_by(run, shape):
+                raise RuntimeError(self._complaint(model, options))
+            if self._now.projected:
+                torch._dynamo.reset()  # the graph was traced without the patch
+                run.compiled = True
+        self._remember(run, shape)
         return out
 
     def cleanup(self) -> None:
         """Called by ComfyUI after every sampling run, failed ones too."""
-        self._proven.clear()
         self.protection.clear()
 
     def _rotate(self, x: torch.Tensor, role: str, block: Block, text: int) -> torch.Tensor:
         return self.protection.rotate(x, role, *block, text=(0, text), image=(text, x.shape[2]))
 
-    def _run(self, acting: bool, executor: Callable, *args: Any, **kwargs: Any) -> tuple[Any, frozenset[Block]]:
-        """The forward's output and the protected blocks that did not call the patch."""
-        self._now.acting, self._now.called = acting, set()
+    def _run(self, model: Any, acting: bool, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The forward's output; `_now` holds which blocks called the patch, and which were seen to need it."""
+        now = self._now
+        now.acting, now.called, now.projected = acting, set(), set()
+        network = model.diffusion_model
         try:
-            return executor(*args, **kwargs), self.protected - self._now.called
+            with watched_queries(network, self.protected, lambda block: now.projected.add(block)):
+                return executor(*args, **kwargs)
         finally:
-            self._now.acting = True
+            now.acting = True
+
+    def _passed_by(self, run: _Run, shape: tuple) -> bool:
+        """Whether the forward just run had attention without the patch; a skipped block is none, after the first."""
+        missing = self.protected - self._now.called
+        return bool(missing & self._now.projected if shape in run.proven else missing)
+
+    def _remember(self, run: _Run, shape: tuple) -> None:
+        if self.protected <= self._now.called:
+            run.proven.add(shape)
+        run.compiled = run.compiled or bool(self._now.called & self.protected - self._now.projected)
+
+    def _complaint(self, model: Any, options: dict) -> str:
+        missing = self.protected - self._now.called
+        return (
+            f"SafeRoPE was called in {len(self.protected - missing)} of the {len(self.protected)} blocks it protects "
+            f"(not in {min(missing)}), so this picture would not be protected. Expected: every block calls its "
+            f"attention patches. {suspects(model.current_patcher, options)}"
+        )
 
     def _in_range(self, model_sampling: Any, sigma: torch.Tensor) -> bool:
         if (self.start, self.end) == (0.0, 1.0):
@@ -118,11 +148,20 @@ class AttentionPatch:
         return first >= float(sigma.max()) > last
 
 
+class _Run:
+    """What one sampling run has shown of the model it samples."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.proven: set[tuple] = set()  # shapes that have gone through every protected block
+        self.compiled = False  # the patch was called in blocks whose queries nobody saw being made
+
+
 class _Forward(threading.local):
     """The forward a thread is in. Outside of one (a node that calls the model by itself) acting is the safe side."""
 
     def __init__(self) -> None:
-        self.acting, self.called = True, set()
+        self.acting, self.called, self.projected = True, set(), set()
 
 
 def patched(model: Any, patch: AttentionPatch) -> Any:
@@ -130,7 +169,13 @@ def patched(model: Any, patch: AttentionPatch) -> Any:
     clone = model.clone()
     clone.set_model_attn1_patch(patch)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, patch.around_forward)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, patch.around_sampling)
     return clone
+
+
+def _transformer_options(args: tuple, kwargs: dict) -> dict:
+    """From the arguments of apply_model after x and t: c_concat, c_crossattn, control, transformer_options."""
+    return kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
 
 
 def _in_chunks(kinds: list[int], x: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
