@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy.ldm.flux.model import Flux
 from comfy_api.latest import io
 
 from ..saferope_core import STREAM_CHOICES, Concept, Geometry, Protection, parse_blocks, restricted
+from .audit import geometry_of
 from .concepts import STRENGTH_MAX, ConceptType, require_range
 from .patch import AttentionPatch, patched
 from .recorder import Recorder, RecorderType
@@ -19,22 +19,8 @@ NOT_RECORDED = "record is off in SafeRoPE Apply"
 
 
 def flux_geometry(model: Any) -> Geometry:
-    """Blocks and heads of a ModelPatcher's FLUX. Raises ValueError for every other architecture.
-
-    Other families call an attention patch of the same name with other vectors (Cosmos, Wan), so likeness will not do.
-    """
-    network = model.get_model_object("diffusion_model")
-    network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
-    if not isinstance(network, Flux):
-        raise ValueError(
-            f"SafeRoPE got a {type(network).__name__} model. Expected FLUX, as ComfyUI's own loaders load it "
-            "(safetensors or GGUF). Connect a FLUX model, and load it without Nunchaku."
-        )
-    params = network.params
-    family = "flux2" if params.global_modulation else "flux"
-    return Geometry(
-        params.depth, params.depth_single_blocks, params.num_heads, params.hidden_size // params.num_heads, family
-    )
+    """Blocks and heads of a ModelPatcher's FLUX. Raises ValueError for every other architecture."""
+    return geometry_of(model.get_model_object("diffusion_model"))
 
 
 def protect(

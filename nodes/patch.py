@@ -16,14 +16,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..saferope_core import BLOCK_TYPES, Forward, Geometry, Protection, Run
+from .audit import TEXT_END, WRAPPER_KEY, Block, require_hook, require_network, suspects, watched_queries
 from .recorder import Recorder
 
-WRAPPER_KEY = "saferope"
-RUNS = "saferope_runs"  # in a sampling run's transformer_options: its Run, by patch
 POSITIVE = 0  # in extra_options["cond_or_uncond"], one entry for each chunk of the batch; 1 is negative
-TEXT_END = "img_slice"  # extra_options["img_slice"] = [first image token, number of tokens]
-
-Block = tuple[str, int]
 
 
 class AttentionPatch:
@@ -39,15 +35,17 @@ class AttentionPatch:
     counts. With the whole range no sigma is read (no wait for the GPU).
 
     Fails closed: torch.compile may replay a graph traced without the patch (ComfyUI's TorchCompileModel drops the
-    guards that would notice), other nodes may replace blocks. `around_forward` checks that the first forward of each
-    input shape in a sampling run went through every protected block; if not, the compiled graphs are dropped and
-    the forward runs again, and if that does not help it raises RuntimeError. Later forwards of a known shape may be
-    skipped, as step caches (EasyCache, TeaCache) do.
+    guards that would notice), other nodes may replace blocks, the forward or the network. `around_forward` audits
+    every forward: the first of each input shape in a sampling run must go through every protected block, and in later
+    ones no protected block may project queries without calling the patch; step caches (EasyCache, TeaCache) may skip
+    them. If a forward fails, it runs again without compiled graphs, and these are dropped if they were to blame; if it
+    fails again, RuntimeError names the nodes to move. `around_sampling` raises where no forward came by at all.
 
-    One object serves all clones of a model and several threads. It has no `.to`: ComfyUI calls that on a copy of its
-    list and with weight dtypes; the protection keeps one copy per device instead.
+    One object serves all clones of a model and several threads: what a sampling run has proven goes with that run. It
+    has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes; the protection keeps one copy per
+    device instead.
 
-    What it sees goes to `recorder`, run by run. A patch that only watches turns nothing.
+    What it sees goes to `recorder`, run by run. A patch that is only `watching` turns nothing.
     """
 
     def __init__(
@@ -63,22 +61,18 @@ class AttentionPatch:
         self.protected = frozenset(block for block in _blocks(protection.geometry) if protection.covers(*block))
         self.start, self.end, self.positive_only = start, end, positive_only
         self._now = _Forward()
-        self._proven: set[tuple] = set()
+        self._run_key = f"{WRAPPER_KEY} {id(self)}"  # of this patch's _Run in transformer_options
 
     @torch.compiler.disable
-    def __call__(self, q, k, v, pe=None, attn_mask=None, extra_options=None, **kwargs) -> dict[str, torch.Tensor]:
-        """q, k, v [B, H, L, D] -> the entries to replace: {"q": .., "k": ..} or {}. Raises RuntimeError without RoPE."""
-        options = extra_options or {}
+    def __call__(self, q, k=None, v=None, pe=None, attn_mask=None, extra_options=None, **kwargs) -> dict:
+        """q, k, v [B, H, L, D] -> the entries to replace: {"q": .., "k": ..} or {}. Raises RuntimeError for a hook of
+        another kind than FLUX's: other blocks, shapes or spans, or vectors after RoPE."""
+        options = extra_options if isinstance(extra_options, dict) else {}
         block = (options.get("block_type"), options.get("block_index"))
         self._now.called.add(block)
+        require_hook(self.protection.geometry, block, q, k, pe, options)
         if block not in self.protected or not self._now.acting:
             return {}
-        if pe is None or TEXT_END not in options:
-            raise RuntimeError(
-                f"SafeRoPE: block {block} was reached without "
-                f"{'rotary positions' if pe is None else TEXT_END}. Expected q and k before RoPE and the span of the "
-                "image tokens, as ComfyUI's own FLUX blocks give them. Remove the node that replaces FLUX's forward."
-            )
         text = options[TEXT_END][0]
         turned = {"q": self._rotate(q, "q", block, text), "k": self._rotate(k, "k", block, text)}
         if self.watching:
@@ -88,66 +82,95 @@ class AttentionPatch:
             turned = {role: _in_chunks(kinds, x, turned[role]) for role, x in (("q", q), ("k", k))}
         return turned
 
-    def around_sampling(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
-        """OUTER_SAMPLE wrapper: gives the run a record of its own, and keeps it under what was sampled."""
-        guider, run = executor.class_obj, Run(self.protection.geometry)
-        guider.model_options["transformer_options"].setdefault(RUNS, {})[self] = run
-        samples = executor(*args, **kwargs)
-        self.recorder.keep(run, samples, guider)
-        return samples
+    def around_sampling(self, executor: Callable, noise: Any, latent: Any, sampler: Any, sigmas: Any, *args, **kwargs):
+        """OUTER_SAMPLE wrapper: gives the run a memory of its own, checks that its forwards came by, keeps their record."""
+        guider, run = executor.class_obj, _Run(Run(self.protection.geometry) if self.recorder else None)
+        guider.model_options.setdefault("transformer_options", {})[self._run_key] = run
+        out = executor(noise, latent, sampler, sigmas, *args, **kwargs)
+        if not run.forwards and len(sigmas) > 1:
+            options = guider.model_options.get("transformer_options", {})
+            raise RuntimeError(
+                "SafeRoPE saw no forward of the model in this sampling run, so the picture is not protected. Expected: "
+                f"every forward goes through apply_model. {suspects(guider.model_patcher, options)}"
+            )
+        if run.record is not None:
+            self.recorder.keep(run.record, out, guider)
+        return out
 
-    def around_forward(
-        self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def around_forward(self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args, **kwargs) -> Any:
         """APPLY_MODEL wrapper: decides once per forward whether to act, then checks that the patch was called."""
-        acting = self._in_range(executor.class_obj.model_sampling, sigma)
-        shape = _shape(x, *args, *kwargs.values())
-        out, missing = self._run(acting, executor, x, sigma, *args, **kwargs)
-        if missing and shape not in self._proven:
+        model, options = executor.class_obj, _transformer_options(args, kwargs)
+        require_network(model, self.protection.geometry)
+        run = options.get(self._run_key) or _Run()
+        run.forwards += 1
+        acting, shape = self._in_range(model.model_sampling, sigma), _shape(x, *args, *kwargs.values())
+
+        # EasyCache adds to x in place
+        out = self._run(model, run, options, acting, executor, x.clone(), sigma, *args, **kwargs)
+        missing = self.protected - self._now.called
+        if missing and (run.compiled or self._passed_by(run, shape)):
             del out
-            torch._dynamo.reset()
-            out, missing = self._run(acting, executor, x, sigma, *args, **kwargs)
-            if missing:
-                raise RuntimeError(
-                    f"SafeRoPE was called in {len(self.protected - missing)} of the {len(self.protected)} blocks it "
-                    f"protects (not in {min(missing)}), so this picture would not be protected. Expected: every block "
-                    "calls its attention patches. Remove the node that replaces FLUX's blocks or its forward."
-                )
-        if not missing:
-            self._proven.add(shape)
+            with torch.compiler.set_stance("force_eager"):  # what a compiled graph hides shows here
+                out = self._run(model, run, options, acting, executor, x, sigma, *args, **kwargs)
+            if self._passed_by(run, shape):
+                raise RuntimeError(self._complaint(model, options))
+            if self._now.projected:
+                torch._dynamo.reset()  # the graph was traced without the patch
+                run.compiled = True
+        self._remember(run, shape)
         return out
 
     def cleanup(self) -> None:
         """Called by ComfyUI after every sampling run, failed ones too."""
-        self._proven.clear()
         self.protection.clear()
 
     def _rotate(self, x: torch.Tensor, role: str, block: Block, text: int) -> torch.Tensor:
-        seen = self._now.forward.saw if self._now.forward else None
+        seen = self._now.record.saw if self._now.record else None
         return self.protection.rotate(x, role, *block, text=(0, text), image=(text, x.shape[2]), seen=seen)
 
-    def _run(self, acting: bool, executor: Callable, *args: Any, **kwargs: Any) -> tuple[Any, frozenset[Block]]:
-        """The forward's output and the protected blocks that did not call the patch."""
-        run, forward = self._record_of(executor.class_obj, *args)
-        self._now.acting, self._now.called, self._now.forward = acting, set(), forward
+    def _run(
+        self,
+        model: Any,
+        run: _Run,
+        options: dict,
+        acting: bool,
+        executor: Callable,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        *args,
+        **kwargs,
+    ) -> Any:
+        """The forward's output; `_now` holds which blocks called the patch, which were seen to need it, and the record."""
+        now = self._now
+        now.acting, now.called, now.projected = acting, set(), set()
+        now.record = None if run.record is None else _record_of(model, x, sigma, options)
+        network = model.diffusion_model
         try:
-            out, missing = executor(*args, **kwargs), self.protected - self._now.called
+            with watched_queries(network, self.protected, lambda block: now.projected.add(block)):
+                return executor(x, sigma, *args, **kwargs)
         finally:
-            self._now.acting, self._now.forward = True, None
-        if run is not None and not missing:
-            run.add(forward)
-        return out, missing
+            now.acting = True
 
-    def _record_of(self, model: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any) -> tuple[Run, Forward]:
-        """The run under way and a record for its next forward; (None, None) outside of sampling and without a recorder."""
-        options = next((arg for arg in args if isinstance(arg, dict) and RUNS in arg), {})
-        run = options.get(RUNS, {}).get(self)
-        if run is None:
-            return None, None
-        patch = model.diffusion_model.patch_size
-        rows, columns = ((side + patch // 2) // patch for side in x.shape[-2:])  # as ComfyUI's Flux counts them
-        entries = zip(options["cond_or_uncond"], options["uuids"], strict=True)
-        return run, Forward(list(entries), sigma.max(), (rows, columns))
+    def _passed_by(self, run: _Run, shape: tuple) -> bool:
+        """Whether the forward just run had attention without the patch; a skipped block is none, after the first."""
+        missing = self.protected - self._now.called
+        return bool(missing & self._now.projected if shape in run.proven else missing)
+
+    def _remember(self, run: _Run, shape: tuple) -> None:
+        if self.protected <= self._now.called:
+            run.proven.add(shape)
+        if self._now.record is not None:
+            run.record.add(self._now.record)
+            self._now.record = None
+        run.compiled = run.compiled or bool(self._now.called & self.protected - self._now.projected)
+
+    def _complaint(self, model: Any, options: dict) -> str:
+        missing = self.protected - self._now.called
+        return (
+            f"SafeRoPE was called in {len(self.protected - missing)} of the {len(self.protected)} blocks it protects "
+            f"(not in {min(missing)}), so this picture would not be protected. Expected: every block calls its "
+            f"attention patches. {suspects(model.current_patcher, options)}"
+        )
 
     def _in_range(self, model_sampling: Any, sigma: torch.Tensor) -> bool:
         if (self.start, self.end) == (0.0, 1.0):
@@ -156,11 +179,20 @@ class AttentionPatch:
         return first >= float(sigma.max()) > last
 
 
+class _Run:
+    """What one sampling run has shown of the model it samples."""
+
+    def __init__(self, record: Run | None = None) -> None:
+        self.forwards, self.record = 0, record
+        self.proven: set[tuple] = set()  # shapes that have gone through every protected block
+        self.compiled = False  # the patch was called in blocks whose queries nobody saw being made
+
+
 class _Forward(threading.local):
     """The forward a thread is in. Outside of one (a node that calls the model by itself) acting is the safe side."""
 
     def __init__(self) -> None:
-        self.acting, self.called, self.forward = True, set(), None
+        self.acting, self.called, self.projected, self.record = True, set(), set(), None
 
 
 def patched(model: Any, patch: AttentionPatch) -> Any:
@@ -168,9 +200,20 @@ def patched(model: Any, patch: AttentionPatch) -> Any:
     clone = model.clone()
     clone.set_model_attn1_patch(patch)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, patch.around_forward)
-    if patch.recorder is not None:
-        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, patch.around_sampling)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, patch.around_sampling)
     return clone
+
+
+def _transformer_options(args: tuple, kwargs: dict) -> dict:
+    """From the arguments of apply_model after x and t: c_concat, c_crossattn, control, transformer_options."""
+    return kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
+
+
+def _record_of(model: Any, x: torch.Tensor, sigma: torch.Tensor, options: dict) -> Forward:
+    """An empty record for one forward of a sampling run."""
+    patch = model.diffusion_model.patch_size
+    rows, columns = ((side + patch // 2) // patch for side in x.shape[-2:])  # as ComfyUI's Flux counts them
+    return Forward(list(zip(options["cond_or_uncond"], options["uuids"], strict=True)), sigma.max(), (rows, columns))
 
 
 def _in_chunks(kinds: list[int], x: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:

@@ -71,41 +71,59 @@ def concept(make_concept):
 
 
 @pytest.fixture(scope="session")
-def flux(comfy, tiny):
-    """A FLUX ModelPatcher of random weights, as ComfyUI's loaders make it."""
+def make_flux(comfy, tiny):
+    """make_flux(geometry, seed, ...) -> a FLUX ModelPatcher of random weights, as ComfyUI's loaders make it.
+
+    dtype: of the weights, computed with in `cast`; operations: the classes of its layers; `config`: more of FluxParams,
+    `family`: "Flux" or "Flux2".
+    """
     import comfy.model_base
     import comfy.model_patcher
     import comfy.ops
     import comfy.supported_models
 
-    config = comfy.supported_models.Flux(
-        {
-            "image_model": "flux",
-            "in_channels": 16,
-            "out_channels": 16,
-            "vec_in_dim": 16,
-            "context_in_dim": 32,
-            "hidden_size": tiny.heads * tiny.head_dim,
-            "mlp_ratio": 1.0,
-            "num_heads": tiny.heads,
-            "depth": tiny.double_blocks,
-            "depth_single_blocks": tiny.single_blocks,
-            "axes_dim": [16, 56, 56],
-            "theta": 10000,
-            "patch_size": 2,
-            "qkv_bias": True,
-            "guidance_embed": True,
-            "txt_ids_dims": [],
-        }
-    )
-    config.set_inference_dtype(torch.float32, None)
-    config.custom_operations = comfy.ops.manual_cast
-    model = comfy.model_base.Flux(config, device=torch.device("cpu"))
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=0.06)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    def make(geometry=tiny, seed=0, dtype=torch.float32, cast=None, operations=None, family="Flux", **config):
+        config = getattr(comfy.supported_models, family)(_params(geometry) | config)
+        config.set_inference_dtype(dtype, cast)
+        config.custom_operations = operations or comfy.ops.manual_cast
+        model = getattr(comfy.model_base, family)(config, device=torch.device("cpu"))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                value = torch.empty(parameter.shape)
+                torch.nn.init.ones_(value) if "norm" in name else torch.nn.init.normal_(value, std=0.06)
+                parameter.copy_(value)
+        cpu = torch.device("cpu")
+        return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+    return make
+
+
+def _params(geometry):
+    return {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 16,
+        "context_in_dim": 32,
+        "hidden_size": geometry.heads * geometry.head_dim,
+        "mlp_ratio": 1.0,
+        "num_heads": geometry.heads,
+        "depth": geometry.double_blocks,
+        "depth_single_blocks": geometry.single_blocks,
+        "axes_dim": [16, 56, 56],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": True,
+        "txt_ids_dims": [],
+    }
+
+
+@pytest.fixture(scope="session")
+def flux(make_flux):
+    """A FLUX ModelPatcher of random weights."""
+    return make_flux()
 
 
 @pytest.fixture(scope="session")

@@ -26,12 +26,12 @@ def compiled(comfy):
 @pytest.mark.parametrize("plain_first", [False, True])
 def test_torch_compile_is_protected_in_every_order(apply, compiled, flux, sample, concept, compile_first, plain_first):
     """A graph traced without the patch would be replayed: ComfyUI drops the guards that would notice."""
-    plain, protected = (sample(model, steps=1) for model in (flux, apply(flux, [concept], 1.0)))
+    plain, protected = (sample(model, steps=2) for model in (flux, apply(flux, [concept], 1.0)))
     assert not torch.allclose(protected, plain, atol=1e-2)
     if plain_first:
-        torch.testing.assert_close(sample(compiled(flux), steps=1), plain)
+        torch.testing.assert_close(sample(compiled(flux), steps=2), plain)
     model = apply(compiled(flux), [concept], 1.0) if compile_first else compiled(apply(flux, [concept], 1.0))
-    torch.testing.assert_close(sample(model, steps=1), protected)
+    torch.testing.assert_close(sample(model, steps=2), protected)
 
 
 def test_torch_compile_notices_a_second_patch_and_its_removal(apply, compiled, flux, sample, concept, make_concept):
@@ -42,41 +42,6 @@ def test_torch_compile_notices_a_second_patch_and_its_removal(apply, compiled, f
     assert not torch.equal(expected[0], expected[1])
     for model, latents in zip(models, expected, strict=True):
         torch.testing.assert_close(sample(compiled(model), steps=1), latents)
-
-
-def test_a_forward_that_passes_the_patch_by_is_an_error(apply, comfy, flux, sample, concept):
-    from comfy.patcher_extension import WrappersMP
-
-    def without_patches(executor, x, t, context, y, guidance, ref_latents, control, transformer_options, **kwargs):
-        return executor(x, t, context, y, guidance, ref_latents, control, {**transformer_options, "patches": {}})
-
-    model = apply(flux, [concept], 1.0)
-    sample(model)
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", without_patches)
-    with pytest.raises(RuntimeError, match=r"called in 0 of the 4 blocks.*would not be protected.*Remove the node"):
-        sample(model)
-
-
-def test_one_replaced_block_is_an_error(apply, flux, sample, concept):
-    model = apply(flux, [concept], 1.0)
-    model.set_model_patch_replace(lambda args, extra: {"img": args["img"]}, "dit", "single_block", 1)
-    with pytest.raises(RuntimeError, match=r"called in 3 of the 4 blocks it protects \(not in \('single', 1\)\)"):
-        sample(model)
-
-
-def test_step_caches_may_skip_later_forwards(apply, comfy, flux, sample, concept):
-    from comfy_extras.nodes_easycache import EasyCacheNode
-
-    model = apply(flux, [concept], 1.0)
-    cached = EasyCacheNode.execute(model, 3.0, 0.15, 0.95, False)[0]
-    assert not torch.equal(sample(cached, steps=8), sample(model, steps=8))  # it did skip
-
-
-def test_one_step_is_not_enough_for_a_whole_process(apply, flux, sample, concept):
-    """What a run has proven is forgotten after it."""
-    model = apply(flux, [concept], 1.0)
-    sample(model)
-    assert not patches(model)[0]._proven
 
 
 def test_a_forward_outside_of_sampling_is_protected(apply, flux, concept):
@@ -108,16 +73,3 @@ def test_keys_of_a_cache_are_image_tokens(apply, flux, concept):
     torch.testing.assert_close(long["k"][:, :, :9], short["k"])
     assert not torch.equal(long["k"][:, :1, 9:], k[:, :1, 9:])
     assert torch.equal(long["k"][:, 1:], k[:, 1:])  # the second head is not safety-critical
-
-
-@pytest.mark.parametrize(
-    ("missing", "found"), [({"pe": None}, "without rotary positions"), ({"extra_options": {}}, "without img_slice")]
-)
-def test_another_forward_than_comfyuis_is_an_error(apply, flux, concept, missing, found):
-    patch = patches(apply(flux, [concept], 1.0))[0]
-    q = torch.randn(1, 2, 9, 128)
-    where = {"block_type": "double", "block_index": 0}
-    arguments = {"pe": torch.zeros(1), "extra_options": {"img_slice": [5, 9]}} | missing
-    arguments["extra_options"] = arguments["extra_options"] | where
-    with pytest.raises(RuntimeError, match=rf"{found}\. Expected q and k before RoPE"):
-        patch(q, q, q, **arguments)
