@@ -64,7 +64,7 @@ def _values(kind, options: dict) -> str:
     if "min" in options and options.get("max", 2**32) < 2**32:
         parts.append(f"{options['min']:g} to {options['max']:g}")
     if (default := options.get("default")) not in (None, ""):
-        parts.append(f"default {default:g}" if isinstance(default, float) else f"default {default}".lower())
+        parts.append(f"default {default:g}" if isinstance(default, float) else f"default {default}")
     return ", ".join(parts)
 
 

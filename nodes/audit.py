@@ -92,10 +92,15 @@ def suspects(patcher: Any, options: dict) -> str:
     patcher: the ModelPatcher that samples, or None; options: transformer_options.
     """
     found = [*_replaced_blocks(options), *_wrappers(options), *_model_changes(patcher)]
-    compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    if compiled or COMPILE_KWARGS in _model_options(patcher):
+    if is_compiled(patcher, options):
         found.append("The model is compiled: put SafeRoPE Apply before TorchCompileModel.")
     return " ".join(found) or "Remove the node that replaces FLUX's blocks or its forward."
+
+
+def is_compiled(patcher: Any, options: dict) -> bool:
+    """Whether ComfyUI knows of a torch.compile on the model; arguments as in `suspects`."""
+    wrapped = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    return wrapped or COMPILE_KWARGS in _model_options(patcher)
 
 
 def _wrong_block(geometry: Geometry, block: Block) -> str:

@@ -16,7 +16,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..saferope_core import BLOCK_TYPES, Forward, Geometry, Protection, Run
-from .audit import TEXT_END, WRAPPER_KEY, Block, require_hook, require_network, suspects, watched_queries
+from .audit import TEXT_END, WRAPPER_KEY, Block, is_compiled, require_hook, require_network, suspects, watched_queries
 from .recorder import Recorder
 
 POSITIVE = 0  # in extra_options["cond_or_uncond"], one entry for each chunk of the batch; 1 is negative
@@ -36,10 +36,10 @@ class AttentionPatch:
 
     Fails closed: torch.compile may replay a graph traced without the patch (ComfyUI's TorchCompileModel drops the
     guards that would notice), other nodes may replace blocks, the forward or the network. `around_forward` audits
-    every forward: the first of each input shape in a sampling run must go through every protected block, and in later
-    ones no protected block may project queries without calling the patch; step caches (EasyCache, TeaCache) may skip
-    them. If a forward fails, it runs again without compiled graphs, and these are dropped if they were to blame; if it
-    fails again, RuntimeError names the nodes to move. `around_sampling` raises where no forward came by at all.
+    every forward: the first of a sampling run must go through every protected block, and in later ones no protected
+    block may project queries without calling the patch; step caches (EasyCache, TeaCache) and skip-layer guidance may
+    leave blocks out. What a compiled graph may hide runs again without it, and the graphs are dropped if they were to
+    blame. Otherwise RuntimeError names the nodes to move. `around_sampling` raises where no forward came by at all.
 
     One object serves all clones of a model and several threads: what a sampling run has proven goes with that run. It
     has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes; the protection keeps one copy per
@@ -103,21 +103,25 @@ class AttentionPatch:
         require_network(model, self.protection.geometry)
         run = options.get(self._run_key) or _Run()
         run.forwards += 1
-        acting, shape = self._in_range(model.model_sampling, sigma), _shape(x, *args, *kwargs.values())
+        run.compiled = run.compiled or is_compiled(model.current_patcher, options)
+        acting = self._in_range(model.model_sampling, sigma)
 
-        # EasyCache adds to x in place
-        out = self._run(model, run, options, acting, executor, x.clone(), sigma, *args, **kwargs)
+        self._now.record = run.blank(model, x, sigma, options)
+        out = self._run(model, acting, executor, x.clone(), sigma, *args, **kwargs)  # EasyCache adds to x in place
         missing = self.protected - self._now.called
-        if missing and (run.compiled or self._passed_by(run, shape)):
+        if missing and (run.compiled or self._passed_by(run)):
             del out
+            self._now.record = run.blank(model, x, sigma, options)
             with torch.compiler.set_stance("force_eager"):  # what a compiled graph hides shows here
-                out = self._run(model, run, options, acting, executor, x, sigma, *args, **kwargs)
-            if self._passed_by(run, shape):
+                out = self._run(model, acting, executor, x, sigma, *args, **kwargs)
+            if self._passed_by(run):
                 raise RuntimeError(self._complaint(model, options))
             if self._now.projected:
                 torch._dynamo.reset()  # the graph was traced without the patch
-                run.compiled = True
-        self._remember(run, shape)
+        run.whole = run.whole or self.protected <= self._now.called
+        run.compiled = run.compiled or bool(self.protected & self._now.called - self._now.projected)
+        if self._now.record is not None:
+            run.record.add(self._now.record)
         return out
 
     def cleanup(self) -> None:
@@ -128,41 +132,21 @@ class AttentionPatch:
         seen = self._now.record.saw if self._now.record else None
         return self.protection.rotate(x, role, *block, text=(0, text), image=(text, x.shape[2]), seen=seen)
 
-    def _run(
-        self,
-        model: Any,
-        run: _Run,
-        options: dict,
-        acting: bool,
-        executor: Callable,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        *args,
-        **kwargs,
-    ) -> Any:
-        """The forward's output; `_now` holds which blocks called the patch, which were seen to need it, and the record."""
+    def _run(self, model: Any, acting: bool, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The forward's output; `_now` holds which blocks called the patch, and which were seen to need it."""
         now = self._now
         now.acting, now.called, now.projected = acting, set(), set()
-        now.record = None if run.record is None else _record_of(model, x, sigma, options)
         network = model.diffusion_model
         try:
             with watched_queries(network, self.protected, lambda block: now.projected.add(block)):
-                return executor(x, sigma, *args, **kwargs)
+                return executor(*args, **kwargs)
         finally:
             now.acting = True
 
-    def _passed_by(self, run: _Run, shape: tuple) -> bool:
+    def _passed_by(self, run: _Run) -> bool:
         """Whether the forward just run had attention without the patch; a skipped block is none, after the first."""
         missing = self.protected - self._now.called
-        return bool(missing & self._now.projected if shape in run.proven else missing)
-
-    def _remember(self, run: _Run, shape: tuple) -> None:
-        if self.protected <= self._now.called:
-            run.proven.add(shape)
-        if self._now.record is not None:
-            run.record.add(self._now.record)
-            self._now.record = None
-        run.compiled = run.compiled or bool(self._now.called & self.protected - self._now.projected)
+        return bool(missing & self._now.projected if run.whole else missing)
 
     def _complaint(self, model: Any, options: dict) -> str:
         missing = self.protected - self._now.called
@@ -184,8 +168,17 @@ class _Run:
 
     def __init__(self, record: Run | None = None) -> None:
         self.forwards, self.record = 0, record
-        self.proven: set[tuple] = set()  # shapes that have gone through every protected block
-        self.compiled = False  # the patch was called in blocks whose queries nobody saw being made
+        self.whole = False  # a forward has gone through every protected block
+        self.compiled = False  # the patch may be, or was, called in blocks whose queries nobody saw being made
+
+    def blank(self, model: Any, x: torch.Tensor, sigma: torch.Tensor, options: dict) -> Forward | None:
+        """An empty record for a forward of this run; None where nobody keeps one."""
+        if self.record is None:
+            return None
+        patch = model.diffusion_model.patch_size
+        rows, columns = ((side + patch // 2) // patch for side in x.shape[-2:])  # as ComfyUI's Flux counts them
+        entries = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+        return Forward(list(entries), sigma.max(), (rows, columns))
 
 
 class _Forward(threading.local):
@@ -209,13 +202,6 @@ def _transformer_options(args: tuple, kwargs: dict) -> dict:
     return kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
 
 
-def _record_of(model: Any, x: torch.Tensor, sigma: torch.Tensor, options: dict) -> Forward:
-    """An empty record for one forward of a sampling run."""
-    patch = model.diffusion_model.patch_size
-    rows, columns = ((side + patch // 2) // patch for side in x.shape[-2:])  # as ComfyUI's Flux counts them
-    return Forward(list(zip(options["cond_or_uncond"], options["uuids"], strict=True)), sigma.max(), (rows, columns))
-
-
 def _in_chunks(kinds: list[int], x: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
     """`turned` in the chunks of positive prompts, `x` in the others; both [B, H, L, D]."""
     parts = zip(kinds, x.chunk(len(kinds)), turned.chunk(len(kinds)), strict=True)
@@ -225,8 +211,3 @@ def _in_chunks(kinds: list[int], x: torch.Tensor, turned: torch.Tensor) -> torch
 def _blocks(geometry: Geometry) -> list[Block]:
     counts = zip(BLOCK_TYPES, (geometry.double_blocks, geometry.single_blocks), strict=True)
     return [(block_type, index) for block_type, count in counts for index in range(count)]
-
-
-def _shape(*values: Any) -> tuple:
-    """What torch.compile tells inputs apart by: shapes, dtypes and devices of tensors, types of everything else."""
-    return tuple((v.shape, v.dtype, v.device) if torch.is_tensor(v) else type(v) for v in values)

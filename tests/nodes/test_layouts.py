@@ -241,6 +241,35 @@ def test_a_controlnet_is_left_alone(check, comfy, flux):
     assert reference.seen
 
 
+def test_skip_layer_guidance(check, comfy, flux):
+    """Its second forward of a step leaves a block out, which is no attention without protection."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    def node(model):
+        return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1", "0")[0]
+
+    check(flux, {TEXT + 16: TEXT}, prompt(), prompt(seed=1), cfg=3.0, node=node)
+
+
+def test_guidance_by_attention_outputs(check, comfy, flux):
+    """NAG adds rows of a negative prompt and mixes what attention gives for them."""
+    from comfy_extras.nodes_nag import NAGuidance
+
+    def node(model):
+        return NAGuidance.execute(model, 5.0, 0.5, 1.5)[0]
+
+    check(flux, {TEXT + 16: TEXT}, prompt(), prompt(seed=1), cfg=3.0, node=node)
+
+
+def test_scaled_positions(check, comfy, flux):
+    from comfy_extras.nodes_rope import ScaleROPE
+
+    def node(model):
+        return ScaleROPE.execute(model, 1.5, 2.0, 0.5, 1.0, 0.0, 0.0)[0]
+
+    check(flux, {TEXT + 16: TEXT}, prompt(), node=node)
+
+
 def lora(flux):
     """A small LoRA file's tensors on one layer of each kind of block."""
     tensors = {}

@@ -22,26 +22,63 @@ def compiled(comfy):
     torch._dynamo.reset()
 
 
+@pytest.fixture(scope="module")
+def least(core, make_flux):
+    """A model of one block of each kind: tracing takes most of the time here, and blocks are alike."""
+    return make_flux(core.Geometry(1, 1, 2, 128))
+
+
+@pytest.fixture(scope="module")
+def make_least(core, make_concept):
+    return lambda **changes: make_concept(core.Geometry(1, 1, 2, 128), **changes)
+
+
 @pytest.mark.parametrize("compile_first", [False, True])
 @pytest.mark.parametrize("plain_first", [False, True])
-def test_torch_compile_is_protected_in_every_order(apply, compiled, flux, sample, concept, compile_first, plain_first):
+def test_torch_compile_is_protected_in_every_order(
+    apply, compiled, least, sample, make_least, compile_first, plain_first
+):
     """A graph traced without the patch would be replayed: ComfyUI drops the guards that would notice."""
-    plain, protected = (sample(model, steps=2) for model in (flux, apply(flux, [concept], 1.0)))
+    concept = make_least()
+    plain, protected = (sample(model, steps=2) for model in (least, apply(least, [concept], 1.0)))
     assert not torch.allclose(protected, plain, atol=1e-2)
     if plain_first:
-        torch.testing.assert_close(sample(compiled(flux), steps=2), plain)
-    model = apply(compiled(flux), [concept], 1.0) if compile_first else compiled(apply(flux, [concept], 1.0))
+        torch.testing.assert_close(sample(compiled(least), steps=2), plain)
+    model = apply(compiled(least), [concept], 1.0) if compile_first else compiled(apply(least, [concept], 1.0))
     torch.testing.assert_close(sample(model, steps=2), protected)
 
 
-def test_torch_compile_notices_a_second_patch_and_its_removal(apply, compiled, flux, sample, concept, make_concept):
-    other = make_concept(slug="heart", seed=1)
-    one, two = apply(flux, [concept], 1.0), apply(apply(flux, [concept], 1.0), [other], 1.0)
-    models = (one, two, one, flux)
+def test_torch_compile_notices_a_second_patch_and_its_removal(apply, compiled, least, sample, make_least):
+    concept, other = make_least(), make_least(slug="heart", seed=1)
+    one, two = apply(least, [concept], 1.0), apply(apply(least, [concept], 1.0), [other], 1.0)
+    models = (one, two, one, least)
     expected = [sample(model, steps=1) for model in models]
     assert not torch.equal(expected[0], expected[1])
     for model, latents in zip(models, expected, strict=True):
         torch.testing.assert_close(sample(compiled(model), steps=1), latents)
+
+
+def test_a_graph_traced_amid_a_run_is_found_out(apply, comfy, compiled, least, sample, make_least):
+    """In the second step another model's forward leaves a graph without the patch; ComfyUI has no guard against it."""
+    from comfy.patcher_extension import WrappersMP
+
+    concept = make_least()
+    model = apply(compiled(least), [concept], 1.0)
+    calls, called, patch = iter(range(1000)), [], patches(model)[0]
+
+    def intruder(executor, *args, **kwargs):
+        if next(calls) == 1:
+            torch._dynamo.reset()
+            executor(*args[:5], {**args[5], "patches": {}}, **kwargs)
+            patch._now.called.clear()
+        out = executor(*args, **kwargs)
+        called.append(len(patch._now.called))
+        return out
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "intruder", intruder)
+    latents = sample(model, steps=2)
+    assert called == [2, 0, 2], "the second forward was to miss the patch, its repetition not"
+    torch.testing.assert_close(latents, sample(apply(least, [concept], 1.0), steps=2))
 
 
 def test_a_forward_outside_of_sampling_is_protected(apply, flux, concept):
