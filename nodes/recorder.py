@@ -59,7 +59,8 @@ class Recorder:
         """Reads a run that is over and files it under what it sampled."""
         found = (run.readings(number) for number in range(len(self.names)))
         readings = tuple(tuple(sorted(each, key=lambda reading: reading.entry[0])) for each in found)
-        record = Record(self.names, readings, usual=set(guider.original_conds) <= USUAL)
+        conditionings = set(getattr(guider, "original_conds", ("of an unknown guider",)))
+        record = Record(self.names, readings, usual=conditionings <= USUAL)
         with self._lock:
             self._records[_digest(samples)] = record
             while len(self._records) > KEPT:
