@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import Apply
+from .calibrate import CalibrateConcept
 from .combine import CombineConcepts
 from .concepts import LoadConcept, register_folders
 from .inspect import InspectConcept
@@ -15,7 +16,7 @@ class SafeRoPE(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadConcept, CombineConcepts, SaveConcept, InspectConcept, Apply, TinyWorld]
+        return [LoadConcept, CombineConcepts, CalibrateConcept, SaveConcept, InspectConcept, Apply, TinyWorld]
 
 
 async def comfy_entrypoint() -> SafeRoPE:

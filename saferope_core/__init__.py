@@ -10,7 +10,7 @@ from .concept import Concept
 from .concept_file import ConceptFileError, load_concepts, save_concepts, sha256
 from .generators import fixed_generators, random_generators
 from .geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
-from .heads import CriticalHeads, HeadTable, Ranks, critical_heads, read_heads
+from .heads import CriticalHeads, HeadTable, Ranks, critical_heads, histogram, read_heads
 from .merge import Overlap, orthogonalised, overlap
 from .protection import Protection
 from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
@@ -77,6 +77,7 @@ __all__ = [
     "fold",
     "gated",
     "head_discrimination_score",
+    "histogram",
     "latent_risk_score",
     "load_concepts",
     "orthogonalised",

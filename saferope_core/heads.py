@@ -110,7 +110,7 @@ def critical_heads(table: HeadTable, geometry: Geometry) -> CriticalHeads:
     """Picks the heads with a discrimination score of 1, doubles first. ValueError where there is none."""
     if not table.critical.any():
         raise ValueError(
-            f"no head of {geometry.describe()} tells the concept apart; heads by Δ: {_histogram(table.discrimination)}; "
+            f"no head of {geometry.describe()} tells the concept apart; heads by Δ: {histogram(table.discrimination)}; "
             "give more prompts, check that their spans mark the concept's word, or lower the cut"
         )
     row, head = table.critical.nonzero(as_tuple=True)
@@ -194,8 +194,8 @@ def _energies(statistics: Statistics, bases: Tensor) -> Tensor:
     return torch.einsum("bhdr,bhde,bher->bhr", bases, gram, bases).clamp(min=0).sqrt().float()
 
 
-def _histogram(delta: Tensor) -> str:
-    """How many heads have which Δ, for an error message."""
+def histogram(delta: Tensor) -> str:
+    """How many heads have which Δ, in one line for people."""
     edges = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.01)
     ranges = [(low, high, ((delta >= low) & (delta < high)).sum().item()) for low, high in pairwise(edges)]
     filled = [f"{low:g} to {min(high, 1):g}: {count}" for low, high, count in ranges if count]

@@ -11,7 +11,8 @@ from dev.comfyui import PACK, ComfyUI, ComfyUIError, copy_pack, find_comfyui
 pytestmark = pytest.mark.host
 NODES = {"SafeRoPE_LoadConcept", "SafeRoPE_Apply", "SafeRoPE_TinyWorld"}
 NODES |= {f"SafeRoPE_{name}Concept" for name in ("Save", "Inspect")} | {
-    "SafeRoPE_CombineConcepts"
+    "SafeRoPE_CombineConcepts",
+    "SafeRoPE_CalibrateConcept",
 }  # ids are for ever: workflows name them
 IMPORT_SECONDS = 3.0  # every user waits for it at every start; 0.1 s when written, the rest is for slow machines
 
