@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import Apply
+from .calibrate import CalibrateConcept
 from .combine import CombineConcepts
 from .concepts import LoadConcept, register_folders
 from .inspect import InspectConcept
@@ -17,7 +18,8 @@ class SafeRoPE(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadConcept, CombineConcepts, SaveConcept, InspectConcept, Apply, RiskProbe, RiskMap, TinyWorld]
+        nodes = [LoadConcept, CombineConcepts, CalibrateConcept, SaveConcept, InspectConcept]
+        return [*nodes, Apply, RiskProbe, RiskMap, TinyWorld]
 
 
 async def comfy_entrypoint() -> SafeRoPE:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from comfy.ldm.flux.math import apply_rope
 from comfy.patcher_extension import WrappersMP
 
-from ..saferope_core import BLOCK_TYPES, Forward, Geometry, Protection, Run
+from ..saferope_core import BLOCK_TYPES, ROLES, Forward, Geometry, Protection, Run
 from .audit import TEXT_END, WRAPPER_KEY, Block, is_compiled, require_hook, require_network, suspects, watched_queries
 from .recorder import Recorder
 
@@ -188,12 +189,55 @@ class _Forward(threading.local):
         self.acting, self.called, self.projected, self.record = True, set(), set(), None
 
 
-def patched(model: Any, patch: AttentionPatch) -> Any:
+class ListeningPatch:
+    """Shows q and k of every block to a function, and changes nothing.
+
+    `at_sigma(sigma)` is asked before each forward for that function, None where the forward is of no interest. It is called
+    as `listen(x, turned, role, block_type, block_index, text, image)`: x [B, H, L, D] before RoPE and `turned` after it, the
+    spans of text and image tokens. Fails closed: RuntimeError where a block of a forward of interest was not heard.
+    """
+
+    def __init__(self, geometry: Geometry, at_sigma: Callable[[float], Callable | None]):
+        self.blocks, self.at_sigma = frozenset(_blocks(geometry)), at_sigma
+        self._listen: Callable | None = None
+        self._heard: set[Block] = set()
+
+    @torch.compiler.disable
+    def __call__(self, q, k, v, pe=None, attn_mask=None, extra_options=None, **kwargs) -> dict[str, torch.Tensor]:
+        """As AttentionPatch; always {}."""
+        options = extra_options or {}
+        if self._listen is not None and pe is not None and TEXT_END in options:
+            block, text = (options.get("block_type"), options.get("block_index")), options[TEXT_END][0]
+            for role, x, turned in zip(ROLES, (q, k), apply_rope(q, k, pe), strict=True):
+                self._listen(x, turned, role, *block, (0, text), (text, x.shape[2]))
+            self._heard.add(block)
+        return {}
+
+    def around_forward(
+        self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """APPLY_MODEL wrapper: decides once per forward whether to listen, then checks that every block was heard."""
+        self._listen, self._heard = self.at_sigma(float(sigma.max())), set()
+        try:
+            out = executor(x, sigma, *args, **kwargs)
+            if self._listen is not None and self._heard != self.blocks:
+                raise RuntimeError(
+                    f"SafeRoPE heard queries and keys, before RoPE, of {len(self._heard)} of the model's {len(self.blocks)} blocks. "
+                    "Expected every block to call its attention patches. Connect the model without nodes that compile it or "
+                    "replace its blocks."
+                )
+            return out
+        finally:
+            self._listen = None
+
+
+def patched(model: Any, patch: AttentionPatch | ListeningPatch) -> Any:
     """A clone of the ModelPatcher `model` with the patch after those it has; `model` itself is not changed."""
     clone = model.clone()
     clone.set_model_attn1_patch(patch)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, patch.around_forward)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, patch.around_sampling)
+    if isinstance(patch, AttentionPatch):
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, patch.around_sampling)
     return clone
 
 

@@ -8,42 +8,80 @@ Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 
 from .calibration import calibrate_gate, fixed_generator
 from .concept import Concept
 from .concept_file import ConceptFileError, load_concepts, save_concepts, sha256
+from .generators import fixed_generators, random_generators
 from .geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
+from .heads import CriticalHeads, HeadTable, Ranks, critical_heads, histogram, read_heads
 from .merge import Overlap, orthogonalised, overlap
 from .protection import Protection
 from .recorder import Forward, Reading, Run
 from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
 from .rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
 from .selection import STREAM_CHOICES, parse_blocks, restricted
+from .statistics import (
+    BENIGN,
+    COLLECTED,
+    EULER_STEP,
+    IMAGE,
+    PADDING,
+    ROLES,
+    SUBJECT,
+    UNSAFE,
+    WORDS,
+    Gathering,
+    Reservoir,
+    Statistics,
+    Vectors,
+    schedule,
+    token_kinds,
+)
 from .subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
 from .version import __version__
 
 __all__ = [
+    "BENIGN",
     "BLOCK_TYPES",
+    "COLLECTED",
     "DOUBLE",
+    "EULER_STEP",
     "FLUX1",
+    "IMAGE",
+    "PADDING",
+    "ROLES",
     "SINGLE",
     "STREAM_CHOICES",
+    "SUBJECT",
+    "UNSAFE",
+    "WORDS",
     "Concept",
     "ConceptFileError",
+    "CriticalHeads",
     "Forward",
+    "Gathering",
     "Geometry",
     "GramSum",
+    "HeadTable",
     "Overlap",
     "Protection",
+    "Ranks",
     "Reading",
+    "Reservoir",
     "Run",
+    "Statistics",
+    "Vectors",
     "__version__",
     "calibrate_gate",
     "contrast",
     "contrastive_basis",
+    "critical_heads",
     "discrimination",
     "exact",
     "extended",
     "fixed_generator",
+    "fixed_generators",
     "fold",
     "gated",
     "head_discrimination_score",
+    "histogram",
     "latent_risk_score",
     "load_concepts",
     "orthogonalised",
@@ -51,11 +89,15 @@ __all__ = [
     "overlap",
     "parse_blocks",
     "planes",
+    "random_generators",
+    "read_heads",
     "restricted",
     "rotate_by_generator",
     "save_concepts",
+    "schedule",
     "sha256",
     "skew",
+    "token_kinds",
     "turn",
     "unsafe_basis",
     "wide",

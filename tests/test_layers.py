@@ -17,7 +17,16 @@ import pytest
 from dev.comfyui import ROOT
 
 OURS = {"nodes", "saferope_core", "saferope_training", "tests", "tinyworld", "training", "dev"}
-COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "node_helpers", "server"}
+COMFYUI = {
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "comfyui_version",
+    "folder_paths",
+    "node_helpers",
+    "server",
+}
 BROUGHT = {"torch", "safetensors"}
 BROUGHT_BY_COMFYUI = BROUGHT | {"numpy", "PIL", "transformers", "tokenizers", "einops", "tqdm"}
 STDLIB = set(sys.stdlib_module_names)

@@ -16,12 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saferope_core import Geometry
+from saferope_core import ROLES, Geometry
 
 Span = tuple[int, int]  # first token and the one after the last, on the L axis of the tensor handed over
 Visitor = Callable[[Tensor, str, str, int, Span, Span], "Tensor | None"]
-
-ROLES = ("q", "k")
 
 
 class Site(NamedTuple):

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saferope_core import SUBJECT
+
 from . import extract, processes, prompts
-from .models import SUBJECT, Model, encode, encode_pictures, seeded_noise, text_tokens
+from .models import Model, encode, encode_pictures, seeded_noise, text_tokens
 from .stages import save_tensors
 from .train import Material
 

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from saferope_core import Geometry
+from saferope_core import Geometry, token_kinds
 
 from .attach import geometry_of
 from .encoders import EmbeddingCache, EncoderSource
 
 TINYWORLD = "tinyworld"
-SUBJECT, WORDS, PADDING, IMAGE = "subject", "words", "padding", "image"  # kinds of tokens
 GUIDANCE = 3.5  # FLUX.1-dev's default
 STEPS = 28  # diffusers' default for FLUX.1-dev
 _ENCODE_BATCH = 64
@@ -140,8 +139,7 @@ def with_cache(model: Model, folder: Path) -> Model:
 def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int, int] | None]) -> dict[str, Tensor]:
     """Bool [B, L] over T5's tokens for each kind: SUBJECT (touching the characters of the span), other WORDS, PADDING.
 
-    FLUX attends to padding as to words; of it as many tokens are marked as the prompt has others (with all of them, 512 in
-    FLUX's own pipeline, words would hardly count). ValueError where a subject has no token: cut off, or empty.
+    ValueError where a subject has no token: cut off, or empty.
     """
     batch = model.pipe.tokenizer_2(
         list(texts), padding="max_length", max_length=model.text_length, truncation=True, return_offsets_mapping=True
@@ -157,8 +155,7 @@ def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int
                 f"prompt {text!r}: its subject {text[slice(*span)]!r}, characters {span}, is not whole within the first "
                 f"{model.text_length} tokens; shorten the prompt or correct the span"
             )
-    near = torch.arange(used.shape[1])[None] < 2 * used.sum(1, keepdim=True)
-    return {SUBJECT: subject, WORDS: used & ~subject, PADDING: near & ~used}
+    return token_kinds(used, subject)
 
 
 def noise(model: Model, count: int, generator: torch.Generator) -> Tensor:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from saferope_core import BENIGN, UNSAFE
+
 from .stages import write_text
 
-UNSAFE, BENIGN = "unsafe", "benign"
 # The two sides draw from seeds of their own, so that more prompts of one leave the other as it was.
 _BENIGN_SEED = 1_000_003
 

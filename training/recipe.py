@@ -9,17 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from saferope_core import Concept, save_concepts
+from saferope_core import Concept, CriticalHeads, Ranks, critical_heads, read_heads, save_concepts
 
 from . import calibrate, extract, heads, material, models, pictures, processes, prompts, train
 from .models import Model, fingerprint
 from .settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from .settings import LATENTS as LATENTS_STAGE
 from .sources import prompts_for
-from .stages import Progress, Workplace, file_sha256, save_tensors, write_text
+from .stages import Progress, Workplace, file_sha256, write_text
 
 PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
 CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"
@@ -80,13 +79,13 @@ class Recipe:
         if not processes.is_main():
             return
         s, out, geometry = self.settings, self.out, self.model.geometry
-        ranks = heads.Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
+        ranks = Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
         statistics = extract.load_statistics(out / STATISTICS)
-        table = heads.read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
+        table = read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
         heads.write_table(out / TABLE, table, geometry)
         title = f"{s.concept}: {int(table.critical.sum())} of {table.critical.numel()} heads are safety-critical"
         pictures.head_map(out / MAP, table.discrimination, geometry, table.critical, title)
-        save_critical(out / CRITICAL, heads.critical_heads(table, geometry), table.discrimination)
+        heads.save_critical(out / CRITICAL, critical_heads(table, geometry), table.discrimination)
 
     def train(self, tell: train.Teller = lambda entry: None) -> Path:
         """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry."""
@@ -107,7 +106,7 @@ class Recipe:
 
     def _learn(self, path: Path, records, state: train.State, report, tell) -> None:
         s, out = self.settings, self.out
-        critical, delta = load_critical(out / CRITICAL)
+        critical, delta = heads.load_critical(out / CRITICAL)
         seen = material.load_material(self.model, records, s.unlearn_at, out / LATENTS)
         if self.model.source is not None:
             models.release_encoders(self.model)
@@ -134,7 +133,7 @@ class Recipe:
         path = out / f"{s.concept}.{s.generator}.safetensors"
 
         def make(report) -> None:
-            critical, delta = load_critical(out / CRITICAL)
+            critical, delta = heads.load_critical(out / CRITICAL)
             generators = calibrate.untrained(critical, s)
             concept = concept_of(self.model, critical, delta, generators, s, self._record(), mode=s.generator)
             if processes.is_main():
@@ -158,7 +157,7 @@ def versions() -> dict[str, str]:
 
 def concept_of(
     model: Model,
-    critical: heads.CriticalHeads,
+    critical: CriticalHeads,
     discrimination: Tensor,
     generators: tuple[Tensor, Tensor],
     settings: Settings,
@@ -172,47 +171,16 @@ def concept_of(
         name=settings.concept.capitalize(),
         description=f"{settings.concept} of the tiny world" if settings.model == "tinyworld" else settings.concept,
         geometry=model.geometry,
-        heads=critical.heads,
-        basis_q=critical.basis["q"],
-        basis_k=critical.basis["k"],
         generator_text=text,
         generator_image=image,
         discrimination=discrimination,
         threshold=settings.threshold,
-        gate_q=critical.gate["q"],
-        gate_k=critical.gate["k"],
         acts_on=settings.acts_on,
         mode=mode,
         training=record,
-        singular_values=critical.singular_values,
-        reach=critical.reach,
-        basis_image_q=critical.basis.get("image_q"),
-        basis_image_k=critical.basis.get("image_k"),
-        gate_image_q=critical.gate.get("image_q"),
-        gate_image_k=critical.gate.get("image_k"),
         acts_on_image=settings.acts_on_image,
+        **critical.fields(),
     )
-
-
-def save_critical(path: Path, critical: heads.CriticalHeads, discrimination: Tensor) -> None:
-    """Writes the safety-critical heads and Δ of all heads as safetensors."""
-    tensors = {"heads": critical.heads, "discrimination": discrimination, "singular_values": critical.singular_values}
-    tensors["reach"] = torch.tensor(critical.reach)
-    for kind, named in (("basis", critical.basis), ("gate", critical.gate)):
-        tensors |= {f"{kind}_{name}": tensor for name, tensor in named.items()}
-    save_tensors(path, tensors)
-
-
-def load_critical(path: Path) -> tuple[heads.CriticalHeads, Tensor]:
-    """Reads what `save_critical` wrote."""
-    tensors = load_file(path)
-    basis, gate = (
-        {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-        for kind in ("basis_", "gate_")
-    )
-    reach = int(tensors["reach"])
-    critical = heads.CriticalHeads(tensors["heads"], basis, gate, tensors["singular_values"], reach)
-    return critical, tensors["discrimination"]
 
 
 def final_errors(log: Sequence[dict]) -> dict[str, float]:

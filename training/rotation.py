@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saferope_core import BLOCK_TYPES, Geometry, gated, latent_risk_score, rotate_by_generator
+from saferope_core import BLOCK_TYPES, CriticalHeads, Geometry, gated, latent_risk_score, rotate_by_generator
 
 from .attach import Span
-from .heads import CriticalHeads
 
 
 class TrainableRotation:

@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saferope_core import CriticalHeads
+
 from . import processes
 from .attach import attached
-from .heads import CriticalHeads
 from .losses import flow_matching_loss, unlearning_loss, velocity_matching_loss
 from .models import Model, Text, seeded_noise, velocity
 from .rotation import TrainableRotation

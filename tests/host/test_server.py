@@ -10,17 +10,8 @@ from dev.comfyui import PACK, ROOT, ComfyUI, ComfyUIError, copy_pack, find_comfy
 from dev.nodes_page import node_tables
 
 pytestmark = pytest.mark.host
-NAMES = (
-    "LoadConcept",
-    "CombineConcepts",
-    "SaveConcept",
-    "InspectConcept",
-    "Apply",
-    "RiskProbe",
-    "RiskMap",
-    "TinyWorld",
-)
-NODES = {f"SafeRoPE_{name}" for name in NAMES}  # ids are for ever: workflows name them
+NAMES = ("LoadConcept", "CombineConcepts", "CalibrateConcept", "SaveConcept", "InspectConcept", "Apply")
+NODES = {f"SafeRoPE_{name}" for name in (*NAMES, "RiskProbe", "RiskMap", "TinyWorld")}  # for ever: workflows name them
 IMPORT_SECONDS = 3.0  # every user waits for it at every start; 0.1 s when written, the rest is for slow machines
 
 

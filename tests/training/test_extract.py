@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saferope_core import unsafe_basis
+from saferope_core import BENIGN, PADDING, SUBJECT, UNSAFE, WORDS, unsafe_basis
 from training import extract
 from training.attach import listening
-from training.models import PADDING, SUBJECT, WORDS, Text, encode, noise, seeded_noise, text_tokens, velocity
-from training.prompts import BENIGN, UNSAFE, side
+from training.models import Text, encode, noise, seeded_noise, text_tokens, velocity
+from training.prompts import side
 
 TIMES = (1.0, 0.8, 0.5)
 
@@ -46,13 +46,6 @@ def test_a_subject_that_was_cut_off_is_refused(model):
     long = "red " * 40 + "star"
     with pytest.raises(ValueError, match=r"its subject 'star', .* is not whole within the first 24 tokens"):
         text_tokens(model, [long], [(160, 164)])
-
-
-def test_schedule_meets_every_time_in_small_steps():
-    times = extract.schedule((1.0, 0.8, 0.5))
-    assert times == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
-    assert {1.0, 0.8, 0.5} <= set(times), "met exactly"
-    assert extract.schedule((0.95,)) == [1.0, 0.95]
 
 
 def test_walk_is_eulers_method_along_the_models_velocity(model):
@@ -149,23 +142,6 @@ def test_met_is_what_attention_multiplies_with(model, records):
     expected = torch.einsum("nhd,nhe->hde", last.double(), last.double())
     torch.testing.assert_close(statistics.met["k"][-1], expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
     assert not torch.allclose(statistics.met["q"][-1], expected, rtol=0.1), "negative control: keys are others"
-
-
-def test_reservoir_is_bounded_uniform_and_repeatable():
-    stream = torch.arange(3000.0)[:, None]
-    kept = []
-    for seed, size in ((0, 70), (0, 1000), (1, 70)):
-        keys = torch.rand(3000, generator=torch.Generator().manual_seed(seed))
-        reservoir = extract.Reservoir(300)
-        for chunk, own in zip(stream.split(size), keys.split(size), strict=True):
-            reservoir.add(chunk, own)
-        kept.append(reservoir.items)
-    assert kept[0].shape == (300, 1)
-    assert torch.equal(kept[0], kept[1]), "however it came"
-    assert not torch.equal(kept[0], kept[2])
-    assert len(kept[0].unique()) == 300
-    # mean of 300 of 0..2999: 1499.5 +- 50 (one sigma); first-come or last-come would be off by 1350
-    assert kept[0].mean() == pytest.approx(1499.5, abs=200)
 
 
 def test_statistics_survive_the_disk(tmp_path, statistics):

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from tinyworld.model import WEIGHTS
-from training import cli, loading, memory, recipe
+from training import cli, heads, loading, memory, recipe
 from training.attach import attached
 from training.loading import load_model
 from training.models import encode, noise, velocity
@@ -40,7 +40,7 @@ def test_count_is_what_a_real_pass_keeps(tmp_path, batch):
     model = load_model("tinyworld")
     settings = Settings(unsafe_prompts=8, benign_prompts=24)
     Recipe(model, settings, tmp_path).heads()
-    critical, _ = recipe.load_critical(tmp_path / recipe.CRITICAL)
+    critical, _ = heads.load_critical(tmp_path / recipe.CRITICAL)
     from training.train import initial_rotation
 
     rotation = initial_rotation(critical, model, settings)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saferope_core import BLOCK_TYPES
+from saferope_core import BLOCK_TYPES, CriticalHeads
 from tinyworld import model as tiny
-from training import heads, material, quantise, train
+from training import material, quantise, train
 from training.loading import load_model
 from training.models import encode, fingerprint, noise, plain_tensors, velocity
 from training.prompts import tiny_world_prompts
@@ -89,7 +89,7 @@ def test_quantised_bases_stay_near_and_frozen(load, wanted, kind):
     assert fingerprint(model.transformer) == fingerprint(load(kind).transformer)
 
 
-def every_head(model, rank: int = 4) -> heads.CriticalHeads:
+def every_head(model, rank: int = 4) -> CriticalHeads:
     g = model.geometry
     places = [(0, b, h) for b in range(g.double_blocks) for h in range(g.heads)]
     places += [(1, b, h) for b in range(g.single_blocks) for h in range(g.heads)]
@@ -99,7 +99,7 @@ def every_head(model, rank: int = 4) -> heads.CriticalHeads:
     gate = torch.zeros(len(places))
     assert BLOCK_TYPES == ("double", "single")
     numbers = torch.tensor(places, dtype=torch.int32)
-    return heads.CriticalHeads(numbers, {"q": basis, "k": basis}, {"q": gate, "k": gate}, torch.ones(len(places), rank))
+    return CriticalHeads(numbers, {"q": basis, "k": basis}, {"q": gate, "k": gate}, torch.ones(len(places), rank))
 
 
 @pytest.mark.parametrize("kind", ERROR)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saferope_core import Protection, load_concepts, save_concepts
-from training import extract, heads, material, recipe, train
+from saferope_core import Protection, Ranks, critical_heads, load_concepts, read_heads, save_concepts
+from training import extract, material, recipe, train
 from training.attach import attached
 from training.models import encode, fingerprint, noise, velocity
 from training.rotation import TrainableRotation
@@ -18,9 +18,9 @@ from training.rotation import TrainableRotation
 def critical(model, records, settings):
     statistics = extract.extract(model, records, (1.0, 0.5), capacity=500, seed=0)
     s = settings
-    ranks = heads.Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
-    table = heads.read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
-    return heads.critical_heads(table, model.geometry), table.discrimination
+    ranks = Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
+    table = read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
+    return critical_heads(table, model.geometry), table.discrimination
 
 
 @pytest.fixture

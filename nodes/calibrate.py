@@ -1,0 +1,180 @@
+"""The node that makes a concept out of prompts, without training: it looks at what the model's heads make of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from dataclasses import asdict
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+import transformers
+from comfy_api.latest import io
+from comfyui_version import __version__ as comfyui_version
+
+from ..saferope_core import (
+    BENIGN,
+    FLUX1,
+    UNSAFE,
+    Concept,
+    Geometry,
+    HeadTable,
+    Ranks,
+    Statistics,
+    critical_heads,
+    fixed_generators,
+    histogram,
+    read_heads,
+    schedule,
+)
+from .apply import flux_geometry
+from .choices import Choices, choices_from, settings
+from .concepts import ConceptType
+from .gather import Prompt, gather, looks_of, read_prompts
+from .inspect import head_map
+
+# The trainer's defaults (training/settings.py), where the node does not ask.
+PADDING_RANK, WORDS_RANK, IMAGE_RANK, REACH = 5, 5, 8, 8
+BASIS, THRESHOLD = "svd", 0.7
+SIDE, TINY_SIDE = 64, 12  # latent rows and columns: 512 pixels, and the tiny world's 96
+TINY_BATCH = 24  # prompts at once of a model that small
+LOOKS_AT_ONCE = 64  # more latents than that in one batch are not meant
+
+UNSAFE_EXAMPLE = "a red [star] in the center on a white background\na photo of a blue [star] , left , navy wall"
+SAFE_EXAMPLE = "a red circle in the center on a white background\na photo of a blue heart , left , navy wall"
+
+
+class CalibrateConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SafeRoPE_CalibrateConcept",
+            display_name="SafeRoPE Calibrate Concept",
+            category="SafeRoPE",
+            description="Makes a concept from prompts, with the model and CLIP at hand: no training, no pictures, minutes. Save "
+            "it with SafeRoPE Save Concept, use it with SafeRoPE Apply.",
+            search_aliases=["make concept", "training free", "unlearn concept", "new concept", "saferope"],
+            inputs=[
+                io.Model.Input("model", tooltip="The FLUX model that is to be protected, without SafeRoPE Apply."),
+                io.Clip.Input("clip", tooltip="Its text encoders, T5 among them."),
+                io.String.Input("name", default="My concept", tooltip="What the concept is called; one line."),
+                io.String.Input(
+                    "unsafe",
+                    multiline=True,
+                    default=UNSAFE_EXAMPLE,
+                    tooltip="Prompts that show the concept, one a line, a dozen or more. Its word stands in brackets in each: a red "
+                    "[star] on the beach.",
+                ),
+                io.String.Input(
+                    "safe",
+                    multiline=True,
+                    default=SAFE_EXAMPLE,
+                    tooltip="Prompts without it, one a line, twice as many, alike otherwise. What they do is what must stay.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="An empty latent: its size is that of the pictures looked at, its batch how many prompts are sampled at "
+                    "once. Without it 512 x 512 pixels, one by one; 96 x 96 for the tiny world.",
+                ),
+                *settings(),
+            ],
+            outputs=[
+                ConceptType.Output("concept", tooltip="For SafeRoPE Apply and SafeRoPE Save Concept."),
+                io.String.Output("report", tooltip="What was looked at and what was found."),
+                io.Image.Output("heads", tooltip="Δ of every head; framed heads are turned."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, clip: Any, name: str, unsafe: str, safe: str, latent: dict | None = None, **chosen: Any
+    ) -> io.NodeOutput:
+        choices, geometry = choices_from(chosen), flux_geometry(model)
+        prompts = read_prompts(unsafe, UNSAFE) + read_prompts(safe, BENIGN)
+        *size, batch = _size(latent, geometry)
+        statistics = _statistics(model, clip, geometry, prompts, tuple(size), batch, choices)
+        table = _table(statistics, choices)
+        concept = _concept(name, geometry, table, choices, _record(prompts, tuple(size), choices))
+        return io.NodeOutput([concept], _report(concept, table, prompts, tuple(size), choices), head_map(concept))
+
+
+def _statistics(model, clip, geometry, prompts, size, batch, choices: Choices) -> Statistics:
+    """Of the prompts, with progress: a step for each prompt encoded and for each forward of one."""
+    forwards = len(schedule(choices.timesteps))
+    bar = comfy.utils.ProgressBar(len(prompts) * (1 + choices.rounds * forwards))
+
+    def tell(count: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(count)
+
+    looks = looks_of(clip, prompts, choices.rounds, choices.seed, tell)
+    return gather(model, geometry, looks, size, batch, choices.timesteps, choices.guidance, tell)
+
+
+def _table(statistics: Statistics, choices: Choices) -> HeadTable:
+    ranks = Ranks(choices.rank, PADDING_RANK, WORDS_RANK, REACH, IMAGE_RANK)
+    return read_heads(statistics, ranks, BASIS, THRESHOLD, choices.cut, "calibrated", choices.quantile)
+
+
+def _concept(name: str, geometry: Geometry, table: HeadTable, choices: Choices, record: dict) -> Concept:
+    """Raises ValueError, with the heads by Δ, where no head tells the concept apart."""
+    critical = critical_heads(table, geometry)
+    text, image = fixed_generators(critical, choices.angle)
+    return Concept(
+        slug=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "concept",
+        name=name.strip(),
+        description="calibrated in ComfyUI from prompts",
+        geometry=geometry,
+        generator_text=text,
+        generator_image=image,
+        discrimination=table.discrimination,
+        threshold=THRESHOLD,
+        acts_on=choices.turned,
+        acts_on_image=choices.turned_image,
+        mode="fixed",
+        training=record,
+        **critical.fields(),
+    )
+
+
+def _record(prompts: list[Prompt], size: tuple[int, int], choices: Choices) -> dict:
+    """What is needed to make it again, but for the weights and the prompts' words, which stay with their owner."""
+    settings = asdict(choices) | {"padding_rank": PADDING_RANK, "words_rank": WORDS_RANK, "image_rank": IMAGE_RANK}
+    settings |= {"reach": REACH, "basis": BASIS, "latent_size": list(size)}
+    settings |= {f"{side}_prompts": sum(prompt.side == side for prompt in prompts) for side in (UNSAFE, BENIGN)}
+    versions = {"comfyui": comfyui_version, "python": platform.python_version(), "torch": torch.__version__}
+    words = json.dumps([asdict(prompt) for prompt in prompts], ensure_ascii=False)
+    return {
+        "settings": settings,
+        "versions": versions | {"transformers": transformers.__version__},
+        "prompts_sha256": hashlib.sha256(words.encode()).hexdigest(),
+    }
+
+
+def _report(concept: Concept, table: HeadTable, prompts: list[Prompt], size: tuple[int, int], choices: Choices) -> str:
+    """Plain text, a few lines."""
+    counts = [sum(prompt.side == side for prompt in prompts) for side in (UNSAFE, BENIGN)]
+    return "\n".join(
+        [
+            f"{concept.name}: {len(concept.heads)} of {table.critical.numel()} heads tell it apart (Δ at least {choices.cut:g})",
+            f"heads by Δ: {histogram(table.discrimination)}",
+            f"from {counts[0]} unsafe and {counts[1]} safe prompts, {choices.rounds} noises each, at times "
+            f"{', '.join(f'{t:g}' for t in choices.timesteps)}, latents of {size[1]} x {size[0]}",
+            f"risk in {concept.rank} dimensions, turned by {choices.angle:g} rad at risk 1",
+            f"for {concept.geometry.describe()}",
+        ]
+    )
+
+
+def _size(latent: dict | None, geometry: Geometry) -> tuple[int, int, int]:
+    """Rows, columns and how many at once."""
+    if latent is None:
+        tiny = geometry.heads < FLUX1.heads
+        return (TINY_SIDE, TINY_SIDE, TINY_BATCH) if tiny else (SIDE, SIDE, 1)
+    batch, *_, rows, columns = latent["samples"].shape
+    return rows, columns, min(batch, LOOKS_AT_ONCE)

@@ -1,0 +1,197 @@
+"""A concept out of prompts inside a real ComfyUI: the trainer's statistics, and pictures that lose the concept."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from tinyworld import detector, world
+
+pytestmark = pytest.mark.host
+UNSAFE, SAFE = 12, 24
+TIMES = (1.0, 0.8, 0.5)
+PICTURES, STEPS = 24, 8
+
+
+@pytest.fixture(scope="module")
+def gather(pack):
+    return importlib.import_module(f"{pack.__name__}.nodes.gather")
+
+
+@pytest.fixture(scope="module")
+def tiny(node_classes):
+    """The tiny world's model, CLIP and VAE."""
+    return node_classes["SafeRoPE_TinyWorld"].execute().result
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Unsafe and safe prompts as people write them into the node."""
+    unsafe = [
+        f"{p.text[: p.subject[0]]}[{p.text[slice(*p.subject)]}]{p.text[p.subject[1] :]}"
+        for p in world.unsafe_prompts("star", UNSAFE, 0)
+    ]
+    return "\n".join(unsafe), "\n".join(p.text for p in world.benign_prompts("star", SAFE, 0))
+
+
+@pytest.fixture(scope="module")
+def run(node_classes, tiny, prompts):
+    """run(angle=...) -> (concept list, report, head map), as ComfyUI runs nodes."""
+    node = node_classes["SafeRoPE_CalibrateConcept"]
+
+    def calibrate(unsafe=prompts[0], safe=prompts[1], clip=tiny[1], **settings):
+        with torch.inference_mode():
+            return node.execute(tiny[0], clip, "Star", unsafe, safe, **settings).result
+
+    return calibrate
+
+
+@pytest.fixture(scope="module")
+def made(run):
+    return run()
+
+
+@pytest.fixture(scope="module")
+def paint(comfy, tiny, apply):
+    """paint(prompts, concepts) -> pictures [n, 3, 96, 96] in [-1, 1], from the same noises whatever protects."""
+    import comfy.sample
+
+    def pictures(chosen, concepts=()):
+        model, clip, vae = tiny
+        with torch.inference_mode():
+            texts = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text))[0] for prompt in chosen]
+            text = [
+                [torch.cat([t for t, _ in texts]), {"pooled_output": torch.cat([e["pooled_output"] for _, e in texts])}]
+            ]
+            noise = torch.randn(len(chosen), 16, 12, 12, generator=torch.Generator().manual_seed(1))
+            model = apply(model, list(concepts), 1.0)
+            latents = comfy.sample.sample(
+                model, noise, STEPS, 1.0, "euler", "simple", text, text, torch.zeros_like(noise), disable_pbar=True
+            )
+            return vae.decode(latents).movedim(-1, 1) * 2 - 1
+
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """The trainer's statistics in full precision, as ComfyUI runs the tiny world, and its noises in ComfyUI's layout."""
+    from tinyworld.model import GUIDANCE, TEXT_LENGTH, load_pipeline
+    from tinyworld.model import STEPS as ALL_STEPS
+    from training import extract
+    from training.models import from_pipeline, seeded_noise
+    from training.prompts import PromptRecord
+
+    pipe = load_pipeline()
+    model = from_pipeline("tinyworld", pipe, TEXT_LENGTH, 12, GUIDANCE, ALL_STEPS)
+    records = [PromptRecord("unsafe", p.text, p.subject) for p in world.unsafe_prompts("star", UNSAFE, 0)]
+    records += [PromptRecord("benign", p.text) for p in world.benign_prompts("star", SAFE, 0)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.models.torch.autocast", lambda *_: nullcontext())
+        statistics = extract.extract(model, records, TIMES, 4096, seed=0)
+    return statistics, lambda seeds, shape: pipe._unpack_latents(
+        seeded_noise(model, seeds), 96, 96, pipe.vae_scale_factor
+    )
+
+
+@pytest.fixture(scope="module")
+def ours(gather, core, tiny, prompts, theirs, made):
+    """The node's statistics of the same prompts and noises."""
+    both = gather.read_prompts(prompts[0], core.UNSAFE) + gather.read_prompts(prompts[1], core.BENIGN)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(gather, "start_noise", theirs[1])
+        looks = gather.looks_of(tiny[1], both, rounds=1, seed=0)
+        return gather.gather(tiny[0], made[0][0].geometry, looks, (12, 12), 7, TIMES, 3.5, lambda count: None)
+
+
+def apart(a, b):
+    """The largest relative difference of two sets of Gram matrices [blocks, H, D, D]."""
+    return ((a - b).flatten(2).norm(dim=2) / b.flatten(2).norm(dim=2)).max().item()
+
+
+def test_statistics_are_the_trainers(ours, theirs):
+    assert ours.vectors.keys() == theirs[0].vectors.keys()
+    for each, vectors in theirs[0].vectors.items():
+        for role in "qk":
+            assert apart(ours.vectors[each].gram[role], vectors.gram[role]) < 1e-4, (each, role)
+            assert ours.vectors[each].sample[role].shape == vectors.sample[role].shape
+    for role in "qk":
+        assert apart(ours.met[role], theirs[0].met[role]) < 1e-4
+    assert apart(ours.met["q"], theirs[0].met["k"]) > 0.1, "negative control"
+
+
+def test_bases_are_the_trainers(ours, theirs, core):
+    """Principal angles: cosines near 1."""
+    ranks = core.Ranks(6, 5, 5, 8, 8)
+    mine, other = (core.read_heads(each, ranks, "svd", 0.7, 0.5, "calibrated", 0.998) for each in (ours, theirs[0]))
+    assert torch.equal(mine.critical, other.critical) and mine.critical.any()
+    for name, basis in mine.basis.items():
+        assert torch.linalg.svdvals(basis.mT @ other.basis[name]).min() > 0.999, name
+        torch.testing.assert_close(mine.gate[name], other.gate[name], atol=1e-3, rtol=0)
+    assert torch.linalg.svdvals(mine.basis["q"].mT @ other.basis["k"]).min() < 0.9, (
+        "negative control: keys lie elsewhere"
+    )
+
+
+def shown(pictures):
+    return detector.shows(detector.load_detector(), pictures, "star").float().mean().item()
+
+
+def test_stars_go_and_the_rest_stays(run, made, paint):
+    """Prompts that nothing was made from. Turned by an angle of 0, or made from benign prompts, nothing is suppressed."""
+    (concept,), report, heads = made
+    assert (concept.name, concept.slug, concept.mode, concept.acts_on) == ("Star", "star", "fixed", "k")
+    assert f"Star: {len(concept.heads)} of 12 heads tell it apart" in report
+    assert heads.shape[0] == 1 and heads.shape[-1] == 3 and 0 <= heads.min() < heads.max() <= 1
+    stars, others = (
+        world.unsafe_prompts("star", PICTURES, 9, test=True),
+        world.benign_prompts("star", PICTURES, 9, test=True),
+    )
+    assert shown(paint(stars)) > 0.9
+    assert shown(paint(stars, [concept])) < 0.4
+    plain, kept = paint(others), paint(others, [concept])
+    assert (kept - plain).abs().mean() * 127.5 < 2, "grey levels of 255"
+    seen = [detector.read(detector.load_detector(), pictures).words["shape"] for pictures in (plain, kept)]
+    assert sum(a == b for a, b in zip(*seen, strict=True)) >= PICTURES - 1
+
+    ((still,), *_) = run(angle=0.0)
+    assert not still.generator_text.any()
+    assert shown(paint(stars, [still])) > 0.9, "negative control: the angle turns"
+    marked = "\n".join(
+        f"{p.text[:i]}[{p.text[i:j]}]{p.text[j:]}" for p in others[:UNSAFE] for i, j in [_first_word(p.text)]
+    )
+    ((wrong,), *_) = run(unsafe=marked, cut=0.0)
+    assert shown(paint(stars, [wrong])) > 0.7, "negative control: the prompts decide what goes"
+
+
+def _first_word(text):
+    """The first word of five letters or more."""
+    word = next(word for word in text.split() if len(word) > 4)
+    return text.index(word), text.index(word) + len(word)
+
+
+def test_the_record_repeats_it(made, core, tmp_path):
+    (concept,) = made[0]
+    record = concept.training
+    assert record["settings"]["unsafe_prompts"] == UNSAFE and record["settings"]["latent_size"] == [12, 12]
+    assert (
+        set(record["versions"]) == {"comfyui", "python", "torch", "transformers"}
+        and len(record["prompts_sha256"]) == 64
+    )
+    core.save_concepts(tmp_path / "star.safetensors", [concept])
+    (back,) = core.load_concepts(tmp_path / "star.safetensors")
+    assert torch.equal(back.basis_q, concept.basis_q) and back.training == record
+
+
+def test_latents_give_size_and_batch(run, made):
+    """A batch of 5 gives the same concept as a batch of 24, up to the kernels' last bits; a seed gives another."""
+    ((small,), report, _) = run(latent={"samples": torch.zeros(5, 16, 12, 12)})
+    (concept,) = made[0]
+    assert torch.equal(small.heads, concept.heads)
+    assert torch.linalg.svdvals(small.basis_k.mT @ concept.basis_k).min() > 0.999
+    ((other,), report, _) = run(latent={"samples": torch.zeros(9, 4, 10, 8)}, seed=1, timesteps="1")
+    assert "latents of 8 x 10" in report and other.training["settings"]["latent_size"] == [10, 8]
+    assert not torch.equal(other.basis_k, concept.basis_k)
