@@ -49,6 +49,7 @@ class Verdict:
     opaque: list[tuple[str, str]]
     notes: list[str]
     names: dict[str, str]
+    idle: set[str]  # Applies on no path to a sampler
     form: str = ""
 
     @property
@@ -109,7 +110,9 @@ def _disagreement(verdict: Verdict, workflow: Any, required: Required, digest: D
 
 
 def _gist(verdict: Verdict) -> tuple:
-    acting = {key: (p.settings, p.parts) for key, p in verdict.protections.items() if p.acts}
+    acting = {
+        key: (p.settings, p.parts) for key, p in verdict.protections.items() if p.acts and key not in verdict.idle
+    }
     return verdict.protected, {sampler.node: sampler.protected for sampler in verdict.samplers}, acting
 
 
@@ -129,9 +132,10 @@ def audit(graph: Graph, required: Required, digest: Digest | None = None) -> Ver
     anything = walk.exposed(set())
     for sampler in samplers:
         _finish(sampler, walk, found, anything)
-    for id, _ in graph.opaque:
-        names.setdefault(id, f"node {id}")
-    return Verdict(samplers, found, graph.opaque, graph.notes, names)
+    names |= {key: f"node {key}" for key, _ in graph.opaque if key not in names}
+    used = {key for sampler in samplers for key in sampler.protections}
+    idle = set(found) - used if walk.left > 0 else set()
+    return Verdict(samplers, found, graph.opaque, graph.notes, names, idle)
 
 
 def _finish(sampler: Sampler, walk: Walk, found: dict[str, Protection], anything: dict[str, str | None]) -> None:

@@ -31,7 +31,7 @@ def as_json(file: str, verdict: Verdict) -> dict[str, Any]:
         "exit_code": 0 if verdict.protected else 1,
         "form": verdict.form,
         "samplers": [_sampler_json(sampler) for sampler in verdict.samplers],
-        "protections": [_protection_json(each) for each in verdict.protections.values()],
+        "protections": [_protection_json(each, key in verdict.idle) for key, each in verdict.protections.items()],
         "opaque": [{"node": node, "reason": reason} for node, reason in verdict.opaque],
         "notes": verdict.notes,
     }
@@ -50,7 +50,7 @@ def _sampler_json(sampler: Sampler) -> dict[str, Any]:
     }
 
 
-def _protection_json(each: Protection) -> dict[str, Any]:
+def _protection_json(each: Protection, idle: bool) -> dict[str, Any]:
     concepts = [
         {
             "node": p.node,
@@ -61,7 +61,7 @@ def _protection_json(each: Protection) -> dict[str, Any]:
         }
         for p in each.parts
     ]
-    told = {"node": each.node, "acts": each.acts, "full": each.full(), "concepts": concepts}
+    told = {"node": each.node, "acts": each.acts, "full": each.full(), "on_no_path": idle, "concepts": concepts}
     return told | each.settings | {"does_not_act_because": each.stops, "weakened_by": each.weak}
 
 
@@ -110,6 +110,8 @@ def _arrows(verdict: Verdict, path: list[str]) -> str:
 
 def _protection_lines(verdict: Verdict, each: Protection) -> list[str]:
     name = plain(verdict.names[each.node])
+    if each.node in verdict.idle:
+        return [f"  {name} is on no path to a sampler"]
     if not each.acts:
         return [f"  {name} does not act: {plain(reason, LONG)}" for reason in each.stops[:SHOWN]]
     lines = [f"  {name} acts: {plain(_settings(each), LONG)}"]

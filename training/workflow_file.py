@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -206,8 +207,10 @@ def _exif_texts(data: bytes) -> list[str]:
 
     exif = Image.Exif()
     try:
-        exif.load(data)
-        values = [exif.get(tag) for tag in EXIF_TAGS]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's word on a damaged table
+            exif.load(data)
+            values = [exif.get(tag) for tag in EXIF_TAGS]
     except Exception as error:  # Pillow raises whatever a damaged table leads it to
         raise Unreadable(f"holds EXIF that cannot be read ({type(error).__name__})") from None
     return [value for value in values if isinstance(value, str)]

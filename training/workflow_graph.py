@@ -28,13 +28,13 @@ APPLY, LOAD, COMBINE, CALIBRATE = (
 _OURS = {
     APPLY: [{"model": "MODEL"}, ["MODEL", OTHER]],
     LOAD: [{}, [OTHER, OTHER]],
-    COMBINE: [{}, [OTHER, OTHER, "IMAGE"]],
-    CALIBRATE: [{"model": ANY, "clip": OTHER}, [OTHER, OTHER]],
+    COMBINE: [{"concepts": ANY}, [OTHER, OTHER, "IMAGE"]],
+    CALIBRATE: [{"model": "MODEL"}, [OTHER, OTHER]],
     "SafeRoPE_SaveConcept": [{}, [OTHER]],
     "SafeRoPE_InspectConcept": [{}, ["IMAGE", "IMAGE", OTHER]],
     "SafeRoPE_TinyWorld": [{}, ["MODEL", OTHER, OTHER]],
 }
-_ADDS_NOISE_ONLY = {"AddNoise"}  # asks the model for its noise schedule and gives a latent, but draws nothing
+_ASKS_ONLY = {"AddNoise", CALIBRATE}  # take a model and may give a latent or picture, but draw nothing
 # what unknown nodes call a model, in the API form, which has no types
 _MODEL_NAME = re.compile(r"(\w*_)?(model|unet|guider|pipe|basic_pipe)_?\d*", re.IGNORECASE)
 _DRAWN_NAME = re.compile(r"samples|latents?|latent_image|images?|pixels", re.IGNORECASE)
@@ -233,5 +233,5 @@ class Flow:
         results = self.results(node)
         if self.known(node):
             takes = bool(set(self.table[node.kind][0].values()) & MODELS)
-            return takes and bool(results & DRAWN) and not results & MODELS and node.kind not in _ADDS_NOISE_ONLY
+            return takes and bool(results & DRAWN) and not results & MODELS and node.kind not in _ASKS_ONLY
         return bool(self.models(node)) and (not results & MODELS or bool(results & DRAWN))
