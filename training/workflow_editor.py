@@ -31,7 +31,7 @@ from .workflow_graph import (
 MUTED, BYPASSED = 2, 4
 MODES = (0, 1, MUTED, 3, BYPASSED)
 MAX_NESTING = 32  # of subgraphs
-MAX_LINKS, MAX_SLOTS = 100_000, 2_000  # with all subgraphs unfolded; inputs or outputs of one node
+MAX_LINKS, MAX_SLOTS = 100_000, 2_000  # links and inputs with all subgraphs unfolded; inputs or outputs of one node
 MAX_HOPS = 200  # reroutes and borders of subgraphs between two nodes
 INPUT_NODE, OUTPUT_NODE = -10, -20  # where a subgraph does not name its own
 ASIDE = {"Note", "MarkdownNote"}
@@ -62,6 +62,7 @@ class Scope:
     inner: dict[str, Scope] = field(default_factory=dict)
 
     def __post_init__(self):
+        self.size = len(self.links) + sum(len(_get(node, "inputs", list)) for node in self.nodes.values())
         self.outgoing: dict[int, set[tuple[str, int]]] = {}  # by output of the subgraph: what is linked to it inside
         for source, slot, target, index in self.links.values():
             if target == self.ends[1]:
@@ -75,15 +76,17 @@ def from_editor(workflow: Any) -> Graph:
     graph, definitions = Graph(), _definitions(workflow)
     groups = _get(_get(workflow, "extra", dict), "groupNodes", dict)
     scopes = [_scope(workflow)]
-    nodes, links = len(scopes[0].nodes), len(scopes[0].links)
+    nodes, links = len(scopes[0].nodes), scopes[0].size
     for scope in scopes:  # it grows: all scopes come first, since links lead from one to another
         for key, node in scope.nodes.items():
             if node["type"] not in definitions or node["mode"] in (MUTED, BYPASSED):
                 continue
             inner = scope.inner[key] = _inside(scope, key, node, definitions[node["type"]])
-            nodes, links = nodes + len(inner.nodes), links + len(inner.links)
+            nodes, links = nodes + len(inner.nodes), links + inner.size
             if nodes > MAX_NODES or links > MAX_LINKS:
-                raise Unreadable(f"has more than {MAX_NODES} nodes or {MAX_LINKS} links with its subgraphs unfolded")
+                raise Unreadable(
+                    f"has more than {MAX_NODES} nodes or {MAX_LINKS} links and inputs with its subgraphs unfolded"
+                )
             scopes.append(inner)
     for scope in scopes:
         for key, node in scope.nodes.items():

@@ -157,14 +157,14 @@ def graphs(draw):
     for number in range(10, 10 + count + samplers):
         kinds = between if number < 10 + count or not models else sorted(SAMPLERS)
         usable = [kind for kind in kinds if not KINDS[kind] or (guiders if "guider" in KINDS[kind] else models)]
-        kind = draw(st.sampled_from([*usable, *["SafeRoPE_Apply"] * (3 * ("SafeRoPE_Apply" in usable))]))
+        kind = draw(st.sampled_from([*usable, *["SafeRoPE_Apply"] * (6 * ("SafeRoPE_Apply" in usable))]))
         inputs = {slot: (draw(latest(guiders if slot == "guider" else models)), 0) for slot in KINDS[kind]}
         if kind == "SafeRoPE_Apply":
             inputs |= {
-                "concept": (draw(st.sampled_from("11123")), 0),
-                "strength": draw(st.sampled_from([1.0, 1.0, 0.5, 0.0])),
+                "concept": (draw(st.sampled_from("1111123")), 0),
+                "strength": draw(st.sampled_from([1.0] * 5 + [0.5, 0.0])),
             }
-            inputs |= draw(st.sampled_from([{}, {}, {"end_percent": 0.0}, {"streams": "text"}]))
+            inputs |= draw(st.sampled_from([{}] * 5 + [{"end_percent": 0.0}, {"streams": "text"}]))
         prompt[str(number)] = node(kind, **inputs)
         if kind not in SAMPLERS:
             (guiders if kind in GUIDERS else models).append(str(number))
@@ -225,4 +225,6 @@ def test_the_verdict_is_that_of_all_paths():
             assert found.protected is answers[-1], as_text("f", found)
 
     check()
-    assert 0.1 < sum(answers) / len(answers) < 0.9, "else the comparison would say nothing"
+    assert 0.1 < sum(answers) / len(answers) < 0.9, (
+        f"{sum(answers)} of {len(answers)}: else the comparison would say nothing"
+    )
