@@ -146,13 +146,15 @@ class ComfyUI:
         """Every node by its id, with inputs and outputs, as the browser sees them."""
         return self.get("/object_info")
 
-    def run(self, workflow: dict, timeout: float = 600) -> dict:
+    def run(self, prompt: dict, timeout: float = 600, workflow: dict | None = None) -> dict:
         """Runs a workflow in API form ({node id: {"class_type", "inputs"}}) to its end.
+
+        workflow: its form in the editor, which ComfyUI then writes into pictures beside what ran.
 
         Returns the history's outputs, {node id: {"images": [...], ...}}; a node that was cached shows its outputs too.
         Raises ComfyUIError where ComfyUI refuses the workflow, a node raises, or `timeout` seconds have passed.
         """
-        key = self._queue(workflow)
+        key = self._queue(prompt, workflow)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self._require_running("finish the workflow")
@@ -164,9 +166,10 @@ class ComfyUI:
             time.sleep(POLL_SECONDS)
         raise ComfyUIError(f"The workflow did not finish within {timeout:g} s. ComfyUI's log ends:\n{self.log_tail()}")
 
-    def _queue(self, workflow: dict) -> str:
+    def _queue(self, prompt: dict, workflow: dict | None) -> str:
+        extra = {"extra_data": {"extra_pnginfo": {"workflow": workflow}}} if workflow else {}
         try:
-            answer = self._post("/prompt", {"prompt": workflow})
+            answer = self._post("/prompt", {"prompt": prompt} | extra)
         except urllib.error.HTTPError as error:
             raise ComfyUIError(f"ComfyUI refused the workflow: {error.read().decode()}") from None
         if answer["node_errors"]:  # it would run what else is asked for; a workflow that is shown must be whole
@@ -185,7 +188,11 @@ class ComfyUI:
         """The picture (PIL) that `{"filename", "subfolder", "type"}`, an entry of a node's "images", stands for."""
         from PIL import Image
 
-        return Image.open(io.BytesIO(self._read("/view?" + urllib.parse.urlencode(reference)))).convert("RGB")
+        return Image.open(io.BytesIO(self.file(reference))).convert("RGB")
+
+    def file(self, reference: dict) -> bytes:
+        """The same as it was saved, metadata and all."""
+        return self._read("/view?" + urllib.parse.urlencode(reference))
 
     def images(self, outputs: dict) -> list:
         """All pictures (PIL) of a run's outputs, in the order of node ids as numbers, then of each batch."""

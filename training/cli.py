@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from .commands import evaluate, files, generate, stages
+from .commands import audit, evaluate, files, generate, stages
 
 app = typer.Typer(
     help="SafeRoPE for FLUX: make concept files that suppress what is not wanted, and measure what they do.",
@@ -25,6 +25,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 for name in ("inspect", "merge", "convert", "card"):
     app.command(name)(getattr(files, name))
+app.command("audit")(audit.audit)
 
 
 def main() -> None:

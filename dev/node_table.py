@@ -1,0 +1,47 @@
+"""Writes training/comfyui_nodes.json: what ComfyUI's own nodes take and give, as far as an audit of workflows asks.
+
+    python -m dev.node_table
+
+The file names every node of the ComfyUI that is found; of inputs and outputs it keeps models, guiders, latents and images.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from .comfyui import PACK, ROOT, ComfyUI
+
+TABLE = ROOT / "training" / "comfyui_nodes.json"
+KEPT = {"MODEL", "GUIDER", "LATENT", "IMAGE"}
+ANY = "*"  # a wildcard, or a node whose slots take the type of what is linked
+
+
+def kind(spec: object) -> str:
+    """The type of a slot: one of KEPT, ANY where it may be one of them, "" for all that is neither."""
+    if not isinstance(spec, str):
+        return ""  # a list of choices
+    wild = spec == ANY or spec.startswith(("COMFY_MATCHTYPE", "COMFY_AUTOGROW", "COMFY_DYNAMIC"))
+    parts = set(spec.split(","))
+    return spec if spec in KEPT else ANY if wild or parts & KEPT else ""
+
+
+def row(info: dict) -> list:
+    """[{input: type}, [type of each output]] of a node, inputs without a type left out."""
+    slots = {
+        name: kind(spec[0]) for group in ("required", "optional") for name, spec in info["input"].get(group, {}).items()
+    }
+    return [{name: found for name, found in slots.items() if found}, [kind(spec) for spec in info["output"]]]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as base, ComfyUI(Path(base)) as server:
+        found = {name: info for name, info in server.object_info().items() if PACK not in info["python_module"]}
+    lines = [f"{json.dumps(name)}: {json.dumps(row(info))}" for name, info in sorted(found.items())]
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    print(f"{TABLE.name}: {len(lines)} nodes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,498 @@
+"""`saferope audit`: each rule in every form of a workflow, with its opposite; pictures; the command."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image, PngImagePlugin
+from typer.testing import CliRunner
+
+from dev.workflow import BUNDLED
+from training import cli
+from training.audit import Required, audit_file
+from training.audit_report import as_json, as_text, plain
+from training.workflow_file import MAX_TEXT, Documents, Unreadable, read, sorted_out
+
+from .workflows import OTHER_PIN, PIN, STAR, editor, forms, node, protected
+
+REQUIRED = Required()
+
+
+def verdict(value, required=REQUIRED, digest=None):
+    return audit_file(sorted_out(json.loads(json.dumps(value))), required, digest)
+
+
+def verdicts(prompt, required=REQUIRED, digest=None):
+    """By form; each is also told in both ways, which must not fail."""
+    found = {name: verdict(value, required, digest) for name, value in forms(prompt).items()}
+    for each in found.values():
+        assert all(line.isprintable() for line in as_text("f", each).split("\n"))
+        json.dumps(as_json("f", each), allow_nan=False)
+    return {name: each.protected for name, each in found.items()}
+
+
+def everywhere(answer):
+    return dict.fromkeys(("api", "lists", "objects", "subgraph", "nested"), answer)
+
+
+def with_nodes(changes, **apply):
+    """The protected workflow with nodes added or replaced."""
+    return protected(**apply) | changes
+
+
+def combined(one=None, **more):
+    """Two concepts over a Combine node."""
+    nodes = {
+        "7": node("SafeRoPE_LoadConcept", concept="moon.safetensors", **(one or {})),
+        "8": node("SafeRoPE_CombineConcepts", concepts__concept0=("7", 0), concepts__concept1=("2", 0), **more),
+    }
+    return with_nodes(nodes, concept=("8", 0))
+
+
+GUIDED = {
+    "4": node("SamplerCustomAdvanced", guider=("9", 0), sigmas=("10", 0)),
+    "10": node("BasicScheduler", model=("1", 0)),  # reads the model's schedule, draws nothing
+}
+SAFE = {
+    "plain": protected(),
+    "strength by a primitive": with_nodes({"7": node("PrimitiveFloat", value=0.5)}, strength=("7", 0)),
+    "a part of the steps": protected(start_percent=0.2, end_percent=0.3),
+    "some blocks": protected(blocks="d0-18, s3", streams="text", conditionings="positive only"),
+    "a fixed gate": protected(gate="fixed", threshold=0.99),
+    "calibrated": with_nodes({"2": node("SafeRoPE_CalibrateConcept", unsafe="a star")}),
+    "combined": combined(),
+    "combined, one off": combined({"strength": 0.0}),
+    "combined, taken apart": combined(orthogonalise=True),
+    "merged, both protected": with_nodes(
+        {
+            "7": node("StrangeLoader"),
+            "8": node("SafeRoPE_Apply", model=("7", 0), concept=("2", 0), strength=1.0),
+            "9": node("ModelMergeSimple", model1=("3", 0), model2=("8", 0)),
+            "4": node("KSampler", model=("9", 0)),
+        }
+    ),
+    "merged, Apply after": with_nodes(
+        {"7": node("StrangeLoader"), "9": node("ModelMergeSimple", model1=("1", 0), model2=("7", 0))}, model=("9", 0)
+    ),
+    "LoRA before and after": with_nodes(
+        {
+            "7": node("LoraLoader", model=("1", 0)),
+            "8": node("StrangeLora", model=("3", 0)),
+            "4": node("KSampler", model=("8", 0)),
+        },
+        model=("7", 0),
+    ),
+    "unknown LoRA before": with_nodes({"7": node("StrangeLora", model=("1", 0))}, model=("7", 0)),
+    "two Applies, one off": with_nodes(
+        {
+            "7": node("SafeRoPE_Apply", model=("3", 0), concept=("2", 0), strength=0.0),
+            "4": node("KSampler", model=("7", 0)),
+        }
+    ),
+    "unknown sampler": with_nodes({"4": node("StrangeSampler", model=("3", 0))}),
+    "saved as it was loaded": with_nodes({"7": node("ModelSave", model=("1", 0))}),
+    "both sides of a switch": with_nodes(
+        {
+            "8": node("SafeRoPE_Apply", model=("1", 0), concept=("2", 0), strength=1.0),
+            "9": node("ComfySwitchNode", on_true=("3", 0), on_false=("8", 0)),
+            "4": node("KSampler", model=("9", 0)),
+        }
+    ),
+    "beside another family": with_nodes(
+        {
+            "7": node("PixArtCheckpointLoader"),
+            "8": node("KSampler", model=("7", 0)),
+            "9": node("VAEDecode", samples=("8", 0)),
+        }
+    ),
+} | {
+    guider: with_nodes(GUIDED | {"9": node(guider, model=("3", 0))})
+    for guider in ("BasicGuider", "CFGGuider", "DualCFGGuider", "PerpNegGuider")
+}
+UNSAFE = {
+    "no Apply": with_nodes({"4": node("KSampler", model=("1", 0))}),
+    "strength 0": protected(strength=0.0),
+    "strength NaN": protected(strength=float("nan")),
+    "strength a text": protected(strength="1"),
+    "strength above the range": protected(strength=3.0),
+    "strength is true": protected(strength=True),
+    "strength by a primitive of 0": with_nodes({"7": node("PrimitiveFloat", value=0.0)}, strength=("7", 0)),
+    "strength by an unknown node": with_nodes({"7": node("StrangeFloat", value=1.0)}, strength=("7", 0)),
+    "concept's strength 0": with_nodes({"2": node("SafeRoPE_LoadConcept", concept=STAR, strength=0.0)}),
+    "concept by an unknown node": with_nodes({"2": node("StrangeConcept")}),
+    "no concept": protected(concept=None),
+    "no model": protected(model=None),
+    "concept's report": protected(concept=("2", 1)),
+    "empty range": protected(start_percent=0.5, end_percent=0.5),
+    "range backwards": protected(start_percent=0.6, end_percent=0.5),
+    "range outside": protected(end_percent=1.5),
+    "gate at 1": protected(gate="fixed", threshold=1.0),
+    "unknown gate": protected(gate="open"),
+    "blocks that are none": protected(blocks="all of them"),
+    "unknown stream": protected(streams="neither"),
+    "a pin that no file has": with_nodes({"2": node("SafeRoPE_LoadConcept", concept=STAR, sha256="1234")}),
+    "combined, both off": combined({"strength": 0.0}) | {"2": node("SafeRoPE_LoadConcept", concept=STAR, strength=0.0)},
+    "combined, taken apart from one that is off": combined({"strength": 0.0}, orthogonalise=True),
+    "combined, nothing": with_nodes({"8": node("SafeRoPE_CombineConcepts")}, concept=("8", 0)),
+    "merged, one protected": with_nodes(
+        {
+            "7": node("StrangeLoader"),
+            "9": node("ModelMergeSimple", model1=("3", 0), model2=("7", 0)),
+            "4": node("KSampler", model=("9", 0)),
+        }
+    ),
+    "two samplers, one protected": with_nodes({"7": node("KSampler", model=("1", 0))}),
+    "advanced": with_nodes({"7": node("KSamplerAdvanced", model=("1", 0))}),
+    "custom": with_nodes({"7": node("SamplerCustom", model=("1", 0))}),
+    "unknown sampler": with_nodes({"4": node("StrangeSampler", model=("1", 0)), "7": node("KSampler", model=("3", 0))}),
+    "a sampler that passes its model on": with_nodes(
+        {"7": node("StrangeSamplerThatPassesOn", model=("1", 0))}, model=("7", 0)
+    )
+    | {"9": node("VAEDecode", samples=("7", 1))},
+    "unknown loader": with_nodes({"7": node("StrangeLoader"), "4": node("KSampler", model=("7", 0))}),
+    "unknown LoRA alone": with_nodes({"7": node("StrangeLora", model=("1", 0)), "4": node("KSampler", model=("7", 0))}),
+    "one side of a switch": with_nodes(
+        {
+            "9": node("ComfySwitchNode", on_true=("3", 0), on_false=("1", 0)),
+            "4": node("KSampler", model=("9", 0)),
+        }
+    ),
+    "negative pass of a dual guider": with_nodes(
+        GUIDED | {"9": node("DualModelGuider", model=("3", 0), model_negative=("1", 0))}
+    ),
+    "no sampler": {"1": node("UNETLoader"), "5": node("VAEDecode")},
+    "another family alone": {"1": node("PixArtCheckpointLoader"), "4": node("KSampler", model=("1", 0))},
+    "a circle": with_nodes(
+        {
+            "7": node("ModelMergeSimple", model1=("3", 0), model2=("8", 0)),
+            "8": node("LoraLoader", model=("7", 0)),
+            "4": node("KSampler", model=("8", 0)),
+        }
+    ),
+    "a sampler without a model": with_nodes({"7": node("KSampler", seed=3)}),
+} | {
+    guider: with_nodes(GUIDED | {"9": node(guider, model=("1", 0))})
+    for guider in ("BasicGuider", "CFGGuider", "DualCFGGuider", "PerpNegGuider")
+}
+
+
+@pytest.mark.parametrize("name", SAFE)
+def test_protected_in_every_form(name):
+    assert verdicts(SAFE[name]) == everywhere(True)
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_not_protected_in_any_form(name):
+    assert verdicts(UNSAFE[name]) == everywhere(False)
+
+
+def test_a_missing_strength_is_no_strength():
+    """ComfyUI refuses such a graph; in the editor's form the widget is always there."""
+    assert not verdict(protected(strength=None)).protected
+
+
+def test_the_report_names_path_and_reason():
+    told = as_text("f", verdict(UNSAFE["merged, one protected"]))
+    assert "f: NOT PROTECTED (API form)" in told
+    assert "a path without an Apply that acts: StrangeLoader 7 -> ModelMergeSimple 9 -> KSampler 4" in told
+    assert "path: UNETLoader 1 -> SafeRoPE_Apply 3 -> ModelMergeSimple 9 -> KSampler 4" in told
+    assert "not known, followed by links alone: StrangeLoader 7" in told
+    assert (
+        "SafeRoPE_Apply 3 acts: strength 1, gate as calibrated, all steps, all blocks, both streams, all conditionings"
+        in told
+    )
+    assert "concept star.safetensors, strength 1, not pinned" in told
+
+
+@pytest.mark.parametrize(
+    ("apply", "told"),
+    [
+        ({"strength": 0.5}, "concept 'star.safetensors' has strength 0.5"),
+        ({"start_percent": 0.2}, "only a part of the steps, 0.2 to 1"),
+        ({"gate": "fixed", "threshold": 0.8}, "a fixed gate of 0.8"),
+        ({"blocks": "d0"}, "only the blocks 'd0'"),
+        ({"streams": "image"}, "only the image stream"),
+        ({"conditionings": "positive only"}, "only the positive conditioning"),
+    ],
+)
+def test_what_weakens_is_told_and_not_full(apply, told):
+    assert f"weakened: {told}" in as_text("f", verdict(protected(**apply)))
+    assert verdicts(protected(**apply)) == everywhere(True)
+    assert verdicts(protected(**apply), Required(full=True)) == everywhere(False)
+    assert verdicts(protected(), Required(full=True)) == everywhere(True)
+
+
+def test_full_counts_the_product_of_strengths():
+    both = with_nodes({"2": node("SafeRoPE_LoadConcept", concept=STAR, strength=0.5)}, strength=2.0)
+    assert verdicts(both, Required(full=True)) == everywhere(True)
+    both["3"]["inputs"]["strength"] = 1.9
+    assert verdicts(both, Required(full=True)) == everywhere(False)
+
+
+def test_full_counts_no_concept_that_cannot_be_verified():
+    doubtful = combined() | {"7": node("StrangeConcept")}
+    assert verdicts(doubtful) == everywhere(True)
+    assert verdicts(doubtful, Required(full=True)) == everywhere(False)
+
+
+def test_required_pins():
+    pinned = with_nodes({"2": node("SafeRoPE_LoadConcept", concept=STAR, sha256=f" {PIN.upper()} ")})
+    assert verdicts(pinned, Required((PIN,))) == everywhere(True)
+    assert verdicts(pinned, Required((OTHER_PIN,))) == everywhere(False)
+    assert verdicts(pinned, Required((PIN, OTHER_PIN))) == everywhere(False)
+    assert verdicts(protected(), Required((PIN,))) == everywhere(False)
+    assert f"star.safetensors, strength 1, pinned to sha256 {PIN}" in as_text("f", verdict(pinned))
+    both = combined({"sha256": PIN}) | {"2": node("SafeRoPE_LoadConcept", concept=STAR, sha256=OTHER_PIN)}
+    assert verdicts(both, Required((PIN, OTHER_PIN))) == everywhere(True)
+    off = combined({"sha256": PIN, "strength": 0.0})
+    assert verdicts(off) == everywhere(True) and verdicts(off, Required((PIN,))) == everywhere(False)
+
+
+def test_a_pin_counts_only_where_it_is_on_every_path():
+    two = SAFE["merged, both protected"] | {"2": node("SafeRoPE_LoadConcept", concept=STAR, sha256=PIN)}
+    assert verdicts(two, Required((PIN,))) == everywhere(True)
+    two = two | {"10": node("SafeRoPE_LoadConcept", concept="moon.safetensors", sha256=OTHER_PIN)}
+    two["8"] = node("SafeRoPE_Apply", model=("7", 0), concept=("10", 0), strength=1.0)
+    assert verdicts(two) == everywhere(True) and verdicts(two, Required((PIN,))) == everywhere(False)
+
+
+def test_a_full_and_a_pinned_apply_are_not_a_full_pinned_one():
+    prompt = with_nodes(
+        {
+            "2": node("SafeRoPE_LoadConcept", concept=STAR, sha256=PIN),
+            "8": node("SafeRoPE_LoadConcept", concept="moon.safetensors"),
+            "7": node("SafeRoPE_Apply", model=("3", 0), concept=("8", 0), strength=1.0),
+            "4": node("KSampler", model=("7", 0)),
+        },
+        start_percent=0.9,
+    )
+    assert verdicts(prompt, Required((PIN,))) == verdicts(prompt, Required(full=True)) == everywhere(True)
+    assert verdicts(prompt, Required((PIN,), full=True)) == everywhere(False)
+
+
+def test_files_of_the_folder_must_be_there_and_fit():
+    pinned = with_nodes({"2": node("SafeRoPE_LoadConcept", concept=STAR, sha256=PIN)})
+    assert verdicts(pinned, digest={STAR: PIN}.get) == everywhere(True)
+    assert verdicts(pinned, digest={STAR: OTHER_PIN}.get) == everywhere(False)
+    assert verdicts(pinned, digest={}.get) == everywhere(False)
+    assert verdicts(protected(), digest={STAR: PIN}.get) == everywhere(True)
+
+
+def test_nothing_hangs_where_paths_are_countless():
+    """60 merges in a row, each of one model with itself over two LoRAs: 2^60 paths."""
+    prompt, last = protected(), "1"
+    for step in range(60):
+        a, b, c = (str(100 + 3 * step + i) for i in range(3))
+        prompt |= {a: node("LoraLoader", model=(last, 0)), b: node("LoraLoader", model=(last, 0))}
+        prompt[c] = node("ModelMergeSimple", model1=(a, 0), model2=(b, 0))
+        last = c
+    prompt["3"]["inputs"]["model"] = [last, 0]
+    start = time.monotonic()
+    assert verdicts(prompt) == everywhere(True)
+    prompt["4"]["inputs"]["model"] = [last, 0]
+    assert verdicts(prompt) == everywhere(False)
+    assert "and more paths" in as_text("f", verdict(prompt))
+    assert time.monotonic() - start < 20
+
+
+def test_concepts_combined_again_and_again_do_not_hang():
+    prompt = protected(concept=("39", 0)) | {
+        str(20 + step): node(
+            "SafeRoPE_CombineConcepts",
+            **{f"concepts.concept{i}": (str(19 + step) if step else "2", 0) for i in range(30)},
+        )
+        for step in range(20)
+    }
+    start = time.monotonic()
+    assert verdicts(prompt) == everywhere(False)
+    assert "more than 64 concepts" in as_text("f", verdict(prompt)) and time.monotonic() - start < 10
+
+
+def png(path, texts, **options):
+    """A picture with texts as ComfyUI writes them."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in texts.items():
+        info.add_text(name, value if isinstance(value, str) else json.dumps(value), **options)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def audit(*arguments):
+    result = CliRunner().invoke(cli.app, ["audit", *map(str, arguments)])
+    assert "Traceback" not in result.output and (result.exception is None or isinstance(result.exception, SystemExit))
+    return result.exit_code, result.output
+
+
+SHOWN, UNSHOWN = protected(), UNSAFE["no Apply"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pictures(tmp_path, packed):
+    assert audit(png(tmp_path / "a.png", {"prompt": SHOWN}, zip=packed))[0] == 0
+    assert audit(png(tmp_path / "b.png", {"prompt": UNSHOWN}, zip=packed))[0] == 1
+    code, told = audit(png(tmp_path / "c.png", {"workflow": editor(SHOWN)}, zip=packed))
+    assert code == 0 and "only the editor's workflow, not what ran" in told
+
+
+def test_what_ran_counts_and_a_disagreement_is_told(tmp_path):
+    code, told = audit(png(tmp_path / "a.png", {"prompt": UNSHOWN, "workflow": editor(SHOWN)}))
+    assert code == 1 and "DISAGREEMENT" in told
+    code, told = audit(png(tmp_path / "b.png", {"prompt": SHOWN, "workflow": editor(UNSHOWN)}))
+    assert code == 0 and "DISAGREEMENT" in told
+    code, told = audit(png(tmp_path / "c.png", {"prompt": SHOWN, "workflow": editor(protected(strength=0.5))}))
+    assert code == 0 and "DISAGREEMENT" in told
+    code, told = audit(png(tmp_path / "d.png", {"prompt": SHOWN, "workflow": "[]"}))
+    assert code == 0 and "DISAGREEMENT" in told
+    code, told = audit(png(tmp_path / "e.png", {"prompt": SHOWN, "workflow": editor(SHOWN)}))
+    assert code == 0 and "DISAGREEMENT" not in told
+
+
+@pytest.mark.parametrize("bad", ["null", "{}", "[]", "{", '{"1": {"class_type": 3}}', "[" * 1000 + "]" * 1000])
+def test_a_prompt_that_says_nothing_is_not_passed_over(tmp_path, bad):
+    assert audit(png(tmp_path / "a.png", {"prompt": bad, "workflow": editor(SHOWN)}))[0] == 2
+
+
+def test_animated_pictures_of_comfyui(tmp_path):
+    """Their chunk is `comf`, after the pixels."""
+    info = PngImagePlugin.PngInfo()
+    info.add(b"comf", b"prompt\0" + json.dumps(UNSHOWN).encode(), after_idat=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    assert audit(tmp_path / "a.png")[0] == 1
+
+
+def test_webp(tmp_path):
+    """As ComfyUI's own node writes them: `name:JSON` in EXIF tags."""
+    for name, prompt, code in (("a", SHOWN, 0), ("b", UNSHOWN, 1)):
+        exif = Image.Exif()
+        exif[0x0110] = "prompt:" + json.dumps(prompt)
+        exif[0x010F] = "workflow:" + json.dumps(editor(prompt))
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.webp", exif=exif)
+        assert audit(tmp_path / f"{name}.webp")[0] == code
+    Image.new("RGB", (8, 8)).save(tmp_path / "c.webp")
+    assert audit(tmp_path / "c.webp")[0] == 2
+    (tmp_path / "d.webp").write_bytes(b"RIFF\x40\0\0\0WEBPEXIF\x08\0\0\0" + b"MM\0*\xff\xff\xff\xff")
+    assert audit(tmp_path / "d.webp")[0] == 2
+
+
+def chunk(kind, body, size=None, crc=None):
+    crc = zlib.crc32(kind + body) if crc is None else crc
+    return struct.pack(">I", len(body) if size is None else size) + kind + body + struct.pack(">I", crc)
+
+
+END = chunk(b"IEND", b"")
+TEXT = b"prompt\0" + json.dumps(SHOWN).encode()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "told"),
+    [
+        (chunk(b"tEXt", TEXT), "ends before its end"),
+        (chunk(b"tEXt", TEXT, crc=1) + END, "checksum is wrong"),
+        (chunk(b"tEXt", TEXT)[:-20], "ends in the middle"),
+        (chunk(b"tEXt", TEXT, size=2**31) + END, "a text of 2147483648 bytes"),
+        (chunk(b"tEXt", TEXT) + chunk(b"iTXt", b"prompt\0\0\0\0\0{}") + END, "two different texts"),
+        (chunk(b"zTXt", b"prompt\0\0" + zlib.compress(b" " * (MAX_TEXT + 1))) + END, "more than 16777216 bytes"),
+        (chunk(b"iTXt", b"prompt\0\1\0\0\0" + zlib.compress(b"{}")[:-4]) + END, "half of one"),
+        (chunk(b"zTXt", b"prompt\0\0nonsense") + END, "damaged"),
+        (END, "holds no workflow"),
+        (chunk(b"abCd", b"") * 100_001 + END, "more than 100000 chunks"),
+    ],
+)
+def test_pictures_that_are_refused(tmp_path, chunks, told):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    with pytest.raises(Unreadable, match=told):
+        read(tmp_path / "a.png")
+
+
+def test_the_same_chunk_undamaged_is_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"tEXt", TEXT) + chunk(b"tEXt", TEXT) + END)
+    assert read(tmp_path / "a.png") == Documents(prompt=SHOWN, picture=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"\xff\xfe", b"3", b"[]", b"{}", b'{"a": 1, "a": 1}', b'{"nodes": []}', b"[" * 5000, b"GIF89a" + b"\0" * 20],
+)
+def test_files_that_are_no_workflow(tmp_path, text):
+    (tmp_path / "a").write_bytes(text)
+    code, told = audit(tmp_path / "a")
+    assert code == 2 and "CANNOT BE READ" in told
+
+
+def test_the_bundled_workflow_has_an_unprotected_half(tmp_path):
+    code, told = audit(BUNDLED)
+    assert code == 1 and "KSampler 8: not protected" in told and "KSampler 11: protected" in told
+    workflow = json.loads(BUNDLED.read_text(encoding="utf-8"))
+    next(node for node in workflow["nodes"] if node["id"] == 8)["mode"] = 2
+    (tmp_path / "a.json").write_text(json.dumps(workflow), encoding="utf-8")
+    assert audit(tmp_path / "a.json")[0] == 0
+    assert audit(tmp_path / "a.json", "--require-full")[0] == 0
+    assert audit(tmp_path / "a.json", "--require-sha256", PIN)[0] == 1
+
+
+def test_the_worst_of_several_files_counts(tmp_path):
+    for name, value in (("0", SHOWN), ("1", UNSHOWN), ("2", [])):
+        (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
+    files = {name: tmp_path / name for name in "012"}
+    assert [audit(files[a], files[b])[0] for a, b in ("00", "01", "10", "12", "20")] == [0, 1, 1, 2, 2]
+    assert audit(tmp_path / "gone", files["0"])[0] == 2
+    code, told = audit(*files.values(), "--json")
+    assert code == 2 and [each["exit_code"] for each in json.loads(told)] == [0, 1, 2]
+    assert json.loads(told)[1]["samplers"][0]["failures"] == [
+        {"reason": "a path without an Apply that acts", "path": ["1", "4"]}
+    ]
+
+
+def test_the_folder_of_concepts(tmp_path):
+    from hashlib import sha256
+
+    (tmp_path / "concepts").mkdir()
+    (tmp_path / "concepts" / STAR).write_bytes(b"a concept")
+    (tmp_path / "outside.safetensors").write_bytes(b"a concept")
+    pin = sha256(b"a concept").hexdigest()
+
+    def code(name, pin):
+        prompt = protected() | {"2": node("SafeRoPE_LoadConcept", concept=name, sha256=pin)}
+        (tmp_path / "a.json").write_text(json.dumps(prompt), encoding="utf-8")
+        return audit(tmp_path / "a.json", "--concepts", tmp_path / "concepts", "--require-sha256", pin)[0]
+
+    assert code(STAR, pin) == 0
+    assert code(STAR, PIN) == 1
+    assert (
+        code("../outside.safetensors", pin)
+        == code(str(tmp_path / "outside.safetensors"), pin)
+        == code("a\0b", pin)
+        == 1
+    )
+    assert audit(tmp_path / "a.json", "--concepts", tmp_path / "gone")[0] == 2
+    assert audit(tmp_path / "a.json", "--require-sha256", "1234")[0] == 2
+
+
+def test_a_strangers_names_do_not_play_with_the_terminal(tmp_path):
+    prompt = protected() | {"2": node("SafeRoPE_LoadConcept", concept="\x1b[2J\u202egnp\n\ud800" + "x" * 500)}
+    prompt["\x1b[31m7"] = node("Evil\r\x07Loader", model=["1", 0])
+    (tmp_path / "a.json").write_text(json.dumps(prompt), encoding="utf-8")
+    code, told = audit(tmp_path / "a.json")
+    assert code == 1 and "Evil??Loader" in told and len(max(told.split("\n"), key=len)) < 600
+    assert all(letter.isprintable() or letter == "\n" for letter in told)
+    code, told = audit(tmp_path / "a.json", "--json")
+    assert code == 1 and told.isascii() and all(letter.isprintable() or letter == "\n" for letter in told)
+    assert plain("a\tb") == "a?b"
+
+
+def test_it_starts_without_torch_and_prints_in_any_encoding(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(protected() | {"2": node("SafeRoPE_LoadConcept", concept="星")}))
+    code = "import sys; from training import cli\ntry: cli.main()\nfinally: print('torch' in sys.modules)"
+    command = [sys.executable, "-X", "utf8=0", "-c", code, "audit", str(tmp_path / "a.json")]
+    environment = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=root)
+    assert run.returncode == 0, run.stderr
+    assert "\\u661f" in run.stdout and run.stdout.strip().endswith("False")
