@@ -27,8 +27,8 @@ NO_BROWSER = (
     "elsewhere: .venv/bin/playwright install chromium), or set CHROMIUM_PATH to a Chromium or Chrome."
 )
 SIZE = {"width": 1600, "height": 1000}
-WAIT_MS = 60_000  # for anything to appear; a fraction of it on an idle machine
-RUN_SECONDS = 120  # for the tiny world's two pictures: 3 s on two idle cores
+WAIT_MS = 180_000  # for anything to appear: 5 s at most on an idle machine, minutes where trainings run beside it
+RUN_SECONDS = 600  # for the tiny world's two pictures: 3 s on two idle cores
 POLL_MS = 200
 PRESS_MS = 40  # a click without any duration is not always one to the canvas
 SETTINGS = {  # of somebody who has been here before; everything else as ComfyUI has it

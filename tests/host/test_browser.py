@@ -8,6 +8,7 @@ draws the documentation's pictures anew. Where no Chromium is to be found these 
 from __future__ import annotations
 
 import io
+import json
 import os
 import warnings
 from pathlib import Path
@@ -16,14 +17,13 @@ import pytest
 from PIL import Image, ImageChops
 
 from dev.browser import NoBrowser, open_browser, open_editor
+from dev.comfyui import ROOT
 
 pytestmark = pytest.mark.host
 
 SCREENSHOTS = os.environ.get("SAFEROPE_SCREENSHOTS")
 SHARPNESS = 1.5 if SCREENSHOTS else 1  # the documentation's pictures stay below 300 kB
 SIDE = 96  # pixels of a picture of the tiny world
-# Names on the page, by language: of SafeRoPE Load Concept and its output.
-NAMES = {"zh": ("SafeRoPE 加载概念", "概念"), "ja": ("SafeRoPE コンセプト読み込み", "コンセプト")}
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +129,15 @@ def test_an_error_reaches_the_person(editor):
     editor.page.get_by_text("blocks: got 'nonsense', expected").first.wait_for()
 
 
-@pytest.mark.parametrize("language", NAMES)
+@pytest.mark.parametrize("language", ["zh", "ja"])
 def test_names_are_shown_in_the_users_language(open_page, language):
-    name, output = NAMES[language]
+    texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    name, output = (texts["SafeRoPE_LoadConcept"][key] for key in ("display_name", "outputs"))
     with open_page(Comfy__Locale=language) as editor:
         editor.open_blank()
-        node = editor.add(name, 500, 420)
-        look = "id => { const node = app.graph.getNodeById(id); return [node.type, node.getTitle(), node.outputs[0].localized_name] }"
-        assert editor.page.evaluate(look, node) == ["SafeRoPE_LoadConcept", name, output]
+        node = editor.add(name, 500, 300)
+        shown = "[node.type, node.getTitle(), node.outputs[0].localized_name]"
+        look = f"id => {{ const node = app.graph.getNodeById(id); return {shown} }}"
+        assert editor.page.evaluate(look, node) == ["SafeRoPE_LoadConcept", name, output["0"]["name"]]
+        assert name != "SafeRoPE Load Concept"
         assert editor.complaints() == []
