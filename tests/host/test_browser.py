@@ -1,0 +1,143 @@
+"""The nodes on ComfyUI's own page, in a headless Chromium: found, linked, run, explained, translated.
+
+    SAFEROPE_SCREENSHOTS=docs make test PYTEST_ARGS=tests/host/test_browser.py
+
+draws the documentation's pictures anew. Where no Chromium is to be found these tests are skipped, with a warning.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from dev.browser import NoBrowser, open_browser, open_editor
+from dev.comfyui import ROOT
+
+pytestmark = pytest.mark.host
+
+SCREENSHOTS = os.environ.get("SAFEROPE_SCREENSHOTS")
+SHARPNESS = 1.5 if SCREENSHOTS else 1  # the documentation's pictures stay below 300 kB
+SIDE = 96  # pixels of a picture of the tiny world
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        with open_browser() as browser:
+            yield browser
+    except NoBrowser as missing:
+        warnings.warn(str(missing), stacklevel=1)
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def open_page(browser, comfyui):
+    """open_page(**settings): a context manager with the editor as somebody finds it who comes for the first time."""
+    return lambda **settings: open_editor(browser, comfyui.address, SHARPNESS, **settings)
+
+
+@pytest.fixture
+def editor(open_page):
+    with open_page() as editor:
+        yield editor
+
+
+@pytest.fixture
+def shoot(tmp_path):
+    """shoot(editor, name, **of a screenshot) saves it, and fails where nothing but one colour is to be seen."""
+    folder = Path(SCREENSHOTS or tmp_path)
+
+    def save(editor, name, **options):
+        editor.page.wait_for_timeout(500 if SCREENSHOTS else 0)  # a tooltip or a notice may be on its way out
+        picture = Image.open(io.BytesIO(editor.page.screenshot(**options))).convert("RGB")
+        assert picture.getcolors(maxcolors=100) is None
+        picture.save(folder / name, optimize=True)
+
+    return save
+
+
+def node_named(editor, title):
+    return editor.page.evaluate("title => app.graph.nodes.find(node => node.getTitle() === title).id", title)
+
+
+def picture_in(editor, title, nodes_2):
+    """The picture that a Preview Image node shows once it is there; painted on the canvas, or an element of the page."""
+    find = {
+        True: "document.querySelector(`[data-node-id='${id}'] img`)",
+        False: "app.graph.getNodeById(id).imgs?.at(-1)",
+    }[nodes_2]
+    look = f"id => {{ const image = {find}; return image?.complete && image.naturalWidth && image.src }}"
+    source = editor.page.wait_for_function(look, arg=node_named(editor, title)).json_value()
+    return Image.open(io.BytesIO(editor.page.request.get(source).body())).convert("RGB")
+
+
+def test_no_browser_says_how_to_get_one(monkeypatch, tmp_path):
+    monkeypatch.delenv("CHROMIUM_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path))
+    with pytest.raises(NoBrowser, match="apt install chromium"), open_browser():
+        pass
+    monkeypatch.setenv("CHROMIUM_PATH", str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="gone"), open_browser():
+        pass
+
+
+@pytest.mark.parametrize("nodes_2", [False, True])
+def test_template_opens_and_shows_two_pictures(open_page, comfyui, shoot, nodes_2):
+    with open_page(Comfy__VueNodes__Enabled=nodes_2) as editor:
+        editor.open_template("SafeRoPE", "SafeRoPE tiny world")
+        editor.run()
+        shown = [picture_in(editor, title, nodes_2) for title in ("Unprotected", "Protected")]
+        assert [picture.size for picture in shown] == [(SIDE, SIDE)] * 2
+        assert ImageChops.difference(*shown).getbbox()
+        assert editor.complaints() == []
+        graph = [node_named(editor, title) for title in ("SafeRoPE Tiny World", "SafeRoPE Apply", "Protected")]
+        shoot(editor, "comfyui-nodes2.png" if nodes_2 else "comfyui.png", clip=editor.box(graph))
+    made = comfyui.images(comfyui.get("/history?max_items=1").popitem()[1]["outputs"])
+    assert [ImageChops.difference(*pair).getbbox() for pair in zip(shown, made, strict=True)] == [None, None]
+
+
+def test_nodes_are_found_linked_and_explained(editor, shoot):
+    editor.open_blank()
+    load = editor.add("SafeRoPE Load Concept", 500, 300)
+    apply = editor.add("SafeRoPE Apply", 950, 300)
+    editor.connect(load, "description", apply, "concept")
+    assert editor.links() == []  # a text is no concept
+    editor.connect(load, "concept", apply, "concept")
+    assert editor.links() == [[load, 0, apply, 1, "SAFEROPE_CONCEPT"]]
+    text = editor.help(apply)
+    assert text.startswith("SafeRoPE Apply") and "It never fails in silence." in text
+    assert editor.complaints() == []
+    shoot(editor, "comfyui-help.png", clip={"x": 340, "y": 40, "width": 1260, "height": 780})
+
+
+def test_an_error_reaches_the_person(editor):
+    """Also what shows that `complaints` would tell."""
+    editor.open_template("SafeRoPE", "SafeRoPE tiny world")
+    editor.type_into(node_named(editor, "SafeRoPE Apply"), "blocks", "nonsense")
+    editor.run()
+    overlay = editor.page.get_by_test_id("error-overlay")
+    overlay.wait_for()
+    assert "SafeRoPE Apply failed" in "".join(editor.complaints())
+    overlay.get_by_role("button", name="View details").click()
+    editor.page.get_by_text("blocks: got 'nonsense', expected").first.wait_for()
+
+
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_names_are_shown_in_the_users_language(open_page, language):
+    texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    name, output = (texts["SafeRoPE_LoadConcept"][key] for key in ("display_name", "outputs"))
+    with open_page(Comfy__Locale=language) as editor:
+        editor.open_blank()
+        node = editor.add(name, 500, 300)
+        shown = "[node.type, node.getTitle(), node.outputs[0].localized_name]"
+        look = f"id => {{ const node = app.graph.getNodeById(id); return {shown} }}"
+        assert editor.page.evaluate(look, node) == ["SafeRoPE_LoadConcept", name, output["0"]["name"]]
+        assert name != "SafeRoPE Load Concept"
+        assert editor.complaints() == []
