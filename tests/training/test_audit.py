@@ -496,3 +496,11 @@ def test_it_starts_without_torch_and_prints_in_any_encoding(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=root)
     assert run.returncode == 0, run.stderr
     assert "\\u661f" in run.stdout and run.stdout.strip().endswith("False")
+
+
+def test_the_page_shows_what_the_command_prints(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    _, told = audit(BUNDLED.relative_to(root))
+    page = (root / "docs" / "audit.md").read_text(encoding="utf-8")
+    assert "".join(f"    {line}\n" for line in told.splitlines()) in page
