@@ -148,6 +148,9 @@ UNSAFE = {
             "4": node("KSampler", model=("9", 0)),
         }
     ),
+    "merged with what is not there": with_nodes(
+        {"9": node("ModelMergeSimple", model1=("3", 0), model2=("99", 0)), "4": node("KSampler", model=("9", 0))}
+    ),
     "two samplers, one protected": with_nodes({"7": node("KSampler", model=("1", 0))}),
     "advanced": with_nodes({"7": node("KSamplerAdvanced", model=("1", 0))}),
     "custom": with_nodes({"7": node("SamplerCustom", model=("1", 0))}),
@@ -196,6 +199,14 @@ def test_not_protected_in_any_form(name):
 def test_a_missing_strength_is_no_strength():
     """ComfyUI refuses such a graph; in the editor's form the widget is always there."""
     assert not verdict(protected(strength=None)).protected
+
+
+def test_unknown_nodes_with_unknown_names_are_followed_in_the_api_form():
+    """Beside the protected path, an unknown node takes from another what may be a model."""
+    prompt = with_nodes({"7": node("StrangeLora", thing=("1", 0))}, model=("7", 0))
+    assert verdict(prompt).protected
+    assert not verdict(prompt | {"9": node("StrangeSampler", thing=("7", 0))}).protected
+    assert verdict(prompt | {"9": node("StrangeSampler", thing=("3", 0))}).protected
 
 
 def test_the_report_names_path_and_reason():
@@ -496,3 +507,11 @@ def test_it_starts_without_torch_and_prints_in_any_encoding(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=root)
     assert run.returncode == 0, run.stderr
     assert "\\u661f" in run.stdout and run.stdout.strip().endswith("False")
+
+
+def test_the_page_shows_what_the_command_prints(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    _, told = audit(BUNDLED.relative_to(root))
+    page = (root / "docs" / "audit.md").read_text(encoding="utf-8")
+    assert "".join(f"    {line}\n" for line in told.splitlines()) in page
