@@ -22,19 +22,21 @@ MAX_NODES = 20_000  # of a workflow with its subgraphs unfolded
 MODELS = {"MODEL", "GUIDER"}  # a guider is a model with its conditionings
 DRAWN = {"LATENT", "IMAGE"}
 ANY, OTHER = "*", ""
-APPLY, LOAD, COMBINE, CALIBRATE = (
-    f"SafeRoPE_{name}" for name in ("Apply", "LoadConcept", "CombineConcepts", "CalibrateConcept")
+APPLY, LOAD, COMBINE, CALIBRATE, PROBE = (
+    f"SafeRoPE_{name}" for name in ("Apply", "LoadConcept", "CombineConcepts", "CalibrateConcept", "RiskProbe")
 )
 _OURS = {
     APPLY: [{"model": "MODEL"}, ["MODEL", OTHER]],
     LOAD: [{}, [OTHER, OTHER]],
     COMBINE: [{"concepts": ANY}, [OTHER, OTHER, "IMAGE"]],
-    CALIBRATE: [{"model": "MODEL"}, [OTHER, OTHER]],
+    CALIBRATE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, "IMAGE"]],
+    PROBE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, OTHER, "IMAGE", "IMAGE"]],
+    "SafeRoPE_RiskMap": [{"latent": "LATENT", "image": "IMAGE"}, [OTHER, OTHER, "IMAGE", "IMAGE", "IMAGE", "IMAGE"]],
     "SafeRoPE_SaveConcept": [{}, [OTHER]],
     "SafeRoPE_InspectConcept": [{}, ["IMAGE", "IMAGE", OTHER]],
     "SafeRoPE_TinyWorld": [{}, ["MODEL", OTHER, OTHER]],
 }
-_ASKS_ONLY = {"AddNoise", CALIBRATE}  # take a model and may give a latent or picture, but draw nothing
+_ASKS_ONLY = {"AddNoise", CALIBRATE, PROBE}  # take a model and may give a latent or picture, but draw nothing
 # what unknown nodes call a model, in the API form, which has no types
 _MODEL_NAME = re.compile(r"(\w*_)?(model|unet|guider|pipe|basic_pipe)_?\d*", re.IGNORECASE)
 _DRAWN_NAME = re.compile(r"samples|latents?|latent_image|images?|pixels", re.IGNORECASE)
