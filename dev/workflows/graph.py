@@ -27,7 +27,7 @@ CORE, PACK = "comfy-core", "saferope"
 
 # Sizes in canvas units. The first four are the editor's own; the rest is room to breathe.
 SLOT, WIDGET, TITLE, PADDING = 20, 24, 30, 10
-WIDTH, TEXT_HEIGHT = 300, 110
+WIDTH, TEXT_HEIGHT, LINKED_TEXT_HEIGHT = 300, 110, 56
 GAP, GROUP_PADDING, GROUP_TITLE, LEFT, TOP = 30, 20, 44, 40, 60
 
 BLUE, PURPLE, YELLOW, GREEN, GREY = "#3f789e", "#7d5ba6", "#a8843a", "#4c8a5c", "#6b7280"
@@ -244,6 +244,7 @@ def _height(slots: list[dict], node: Node, pairs: list[tuple[Input, Any]]) -> in
     widgets = [each for each, _ in pairs if each.has_widget]
     rows = max(sum("widget" not in slot for slot in slots), len(node.outputs))
     linked = {slot["name"] for slot in slots if slot["link"] is not None}
-    texts = sum(bool(each.options.get("multiline")) and each.name not in linked for each in widgets)
-    lines = len(widgets) - texts + sum(each.companion is not None for each in widgets)
-    return rows * SLOT + lines * WIDGET + texts * TEXT_HEIGHT + PADDING + 6
+    texts = [each.name in linked for each in widgets if each.options.get("multiline")]
+    lines = len(widgets) - len(texts) + sum(each.companion is not None for each in widgets)
+    text = sum(LINKED_TEXT_HEIGHT if plugged else TEXT_HEIGHT for plugged in texts)
+    return rows * SLOT + lines * WIDGET + text + PADDING + 6

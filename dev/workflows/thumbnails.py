@@ -11,13 +11,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..comfyui import ComfyUI
 from ..workflow import api_prompt, change, links_of
+from .tiny import HARMLESS
 
 SIZE, MARGIN, LINE = 512, 16, 22
 PAPER, INK, FAINT, SHADOW = (250, 250, 250), (30, 30, 35), (110, 110, 118), (38, 38, 44)
 BOX, ARROW = 58, 22  # a box of the diagram, and the room for the arrow below it
 CHAIN = ("MODEL", "LATENT", "IMAGE")  # what is followed from the loader to the saved picture
-TOLD = ("unet_name", "steps", "strength", "filename_prefix", "concept")  # the widget that a box shows, the first it has
-HARMLESS = "a blue circle in the center on a white background"
+TOLD = ("unet_name", "steps", "concept", "strength", "image")  # the widget that a box shows, the first it has
+BESIDE = {
+    "SafeRoPE_Apply": ("SafeRoPE_LoadConcept",),
+    "KSampler": ("LoadImage", "CLIPTextEncode"),
+}  # the first there is
 
 Tile = tuple[str, Image.Image]
 
@@ -59,8 +63,11 @@ def probe_and_refuse(server: ComfyUI, graph: dict) -> Image.Image:
 
 
 def risk_map(server: ComfyUI, graph: dict) -> Image.Image:
-    words, patches, heads, _ = Run(server, graph).pictures("Words, places, heads and steps")
-    return card("What was suppressed, and where?", [[("", words)], [("", patches), ("", heads)]])
+    run = Run(server, graph)
+    words, places, heads = (
+        ("", *run.pictures(title)) for title in ("Which words", "Where in the picture", "Which heads")
+    )
+    return card("What was suppressed, and where?", [[words], [places, heads]])
 
 
 def card(title: str, rows: list[list[Tile]]) -> Image.Image:
@@ -73,6 +80,7 @@ def card(title: str, rows: list[list[Tile]]) -> Image.Image:
         top += LINE + 6
     wanted = [max(_height(tiles, tile) for tile in tiles) for tiles in rows]
     room = (SIZE - top - MARGIN) / sum(wanted)
+    top += max(0, SIZE - MARGIN - top - sum(wanted)) // 3  # a little above the middle
     for tiles, height in zip(rows, wanted, strict=True):
         _row(sheet, pen, tiles, top, int(height * min(1, room)))
         top += int(height * min(1, room))
@@ -92,10 +100,11 @@ def _row(sheet: Image.Image, pen: ImageDraw.ImageDraw, tiles: list[Tile], top: i
     for place, (caption, picture) in enumerate(tiles):
         left = MARGIN + place * (_width(tiles) + MARGIN)
         head = LINE + 6 if caption else 0
-        pen.text((left, top + 2), caption, FAINT, ImageFont.load_default(18))
         scale = min(_width(tiles) / picture.width, (height - head - MARGIN) / picture.height)
         size = round(picture.width * scale), round(picture.height * scale)
-        sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (left + (_width(tiles) - size[0]) // 2, top + head))
+        left += (_width(tiles) - size[0]) // 2
+        pen.text((left, top + 2), caption, FAINT, ImageFont.load_default(18))
+        sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (left, top + head))
 
 
 def diagram(workflow: dict, title: str) -> Image.Image:
@@ -104,14 +113,13 @@ def diagram(workflow: dict, title: str) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN), title, PAPER, ImageFont.load_default(34))
     top, links, nodes = 76, links_of(workflow), {node["id"]: node for node in workflow["nodes"]}
-    concept = next(node for node in workflow["nodes"] if node["type"] == "SafeRoPE_LoadConcept")
     for number, node in enumerate(chain(workflow, links, nodes)):
         if number:
             _arrow(pen, (166, top - ARROW), (166, top))
         _box(pen, node, (MARGIN, top, 316, top + BOX))
-        if node["type"] == "SafeRoPE_Apply":
+        for beside in [n for kind in BESIDE.get(node["type"], ()) for n in workflow["nodes"] if n["type"] == kind][:1]:
             _arrow(pen, (340, top + BOX // 2), (316, top + BOX // 2))
-            _box(pen, concept, (340, top, SIZE - MARGIN, top + BOX))
+            _box(pen, beside, (340, top, SIZE - MARGIN, top + BOX))
         top += BOX + ARROW
     pen.text(
         (340, SIZE - MARGIN),
@@ -135,7 +143,7 @@ def chain(workflow: dict, links: dict, nodes: dict) -> list[dict]:
 
 def _box(pen: ImageDraw.ImageDraw, node: dict, box: tuple[int, int, int, int]) -> None:
     slots = [slot["name"] for slot in node["inputs"] if "widget" in slot]
-    fill, edge = node.get("bgcolor", "#3a3a42"), "#b79ad8" if "bgcolor" in node else "#77777f"
+    fill, edge = node.get("bgcolor", "#3a3a42"), "#b79ad8" if node["type"].startswith("SafeRoPE") else "#77777f"
     pen.rounded_rectangle(box, 8, fill, edge, 2)
     name = node.get("title") or {"UNETLoader": "Load Diffusion Model", "VAEDecode": "VAE Decode"}.get(
         node["type"], node["type"]

@@ -6,8 +6,9 @@ from .graph import BLUE, GREEN, GREY, PURPLE, YELLOW, Graph, group
 from .parts import painted, prompt
 
 SIDE, STEPS, SEED = 96, 16, 7  # the tiny world's own size and steps
-STAR = "a red star in the center on a white background"
-STAR_AND_SWIRL = "a red star in the center on a white background , swirly style"
+STAR = "a red star in the center on a pink background"
+HARMLESS = "a blue circle in the center on a pink background"
+STAR_AND_SWIRL = f"{STAR} , swirly style"
 PICTURE = (260, 240)  # a node that shows one picture of the tiny world
 DARK = 0x2B2B33  # behind the words of a refusal
 
@@ -32,10 +33,10 @@ def tiny_world(info: dict) -> Graph:
     note = graph.note(
         "# SafeRoPE in the tiny world\n\nPress **Run**: nothing has to be downloaded, and it takes seconds on a CPU. Both "
         "pictures come from one prompt and one seed; only the lower one is protected against the concept **star**.\n\n"
-        "- Ask for something else (`a blue circle in the center on a white background`): both pictures stay alike.\n"
+        f"- Ask for something else (`{HARMLESS}`): both pictures stay alike.\n"
         "- *strength* 0 switches the protection off exactly, 1 is what the concept was made for.\n"
         f"- {WORDS}\n\nWith a real FLUX: see the FLUX.1 workflows of this pack.",
-        (640, 270),
+        (600, 250),
     )
     graph.arrange(
         [
@@ -57,7 +58,9 @@ def several_concepts(info: dict) -> Graph:
     given = prompt(graph, world["clip"], STAR_AND_SWIRL, SIDE)
     star = graph.add("SafeRoPE_LoadConcept", "An object: star", concept="star.safetensors")
     swirl = graph.add("SafeRoPE_LoadConcept", "A style: swirl", concept="swirl.safetensors")
-    both = graph.add("SafeRoPE_CombineConcepts", "Both as one", concepts=[star["concept"], swirl["concept"]])
+    both = graph.add(
+        "SafeRoPE_CombineConcepts", "Both as one", (300, 120), concepts=[star["concept"], swirl["concept"]]
+    )
     safe = graph.add("SafeRoPE_Apply", "Protect the model", model=world["model"], concept=both["concept"])
     report = graph.add("PreviewAny", "Overlap in words", (300, 240), source=both["report"])
     overlap = graph.add("PreviewImage", "Overlap as a map", (300, 240), images=both["overlap"])
@@ -69,7 +72,7 @@ def several_concepts(info: dict) -> Graph:
         "# Several concepts\n\nEvery file keeps a strength of its own, in its *Load Concept*; *Apply* has one for all. Connect "
         "as many as you like to *Combine Concepts*: there is always one more free input.\n\nThe map and the report say how much "
         "two concepts share: near 0 their order does not matter. Where they share much, switch *orthogonalise* on.",
-        (640, 200),
+        (560, 190),
     )
     graph.arrange(
         [
@@ -124,10 +127,10 @@ def probe_and_refuse(info: dict) -> Graph:
     shown = graph.add("PreviewImage", "The answer", PICTURE, images=switch["output"])
     note = graph.note(
         "# Probe and refuse\n\nThe probe measures the prompt's risk with **one pass** of the model. The switch is lazy: a flagged "
-        "prompt is never sampled and gets the refusal. Try `a blue circle in the center on a white background`: it is painted.\n\n"
+        f"prompt is never sampled and gets the refusal. Try `{HARMLESS}`: it is painted.\n\n"
         "A service that runs workflows over the API sets *if_flagged* to **stop with an error**: the job then fails with the "
         "risk in its message, whatever comes after the probe. *flag_above* says from which risk on.",
-        (640, 200),
+        (560, 190),
     )
     graph.arrange(
         [
@@ -154,29 +157,32 @@ def risk_map(info: dict) -> Graph:
     shown = graph.add("PreviewImage", "Protected picture", PICTURE, images=made.image)
     explained = graph.add(
         "SafeRoPE_RiskMap",
-        "Words, places, heads and steps",
-        (720, 620),
+        "What was suppressed",
+        (300, 460),
         recorder=safe["recorder"],
         latent=made.latent,
         clip=world["clip"],
         text=text["STRING"],
         image=made.image,
     )
-    report = graph.add("PreviewAny", "In words", (720, 170), source=explained["report"])
+    words = graph.add("PreviewImage", "Which words", (400, 180), images=explained["words"])
+    places = graph.add("PreviewImage", "Where in the picture", (360, 390), images=explained["patches"])
+    heads = graph.add("PreviewImage", "Which heads", (400, 170), images=explained["heads"])
+    steps = graph.add("PreviewImage", "At which steps", (400, 250), images=explained["steps"])
+    report = graph.add("PreviewAny", "In words", (360, 190), source=explained["report"])
     note = graph.note(
-        "# Risk map\n\n*Apply* notes which tokens and heads it found risky; *Risk Map* shows it after sampling. Its four pictures: "
-        "the words of the prompt, the places in the picture, the heads, and the steps. Click one to enlarge it.\n\nOne text feeds "
+        "# Risk map\n\n*Apply* notes which tokens and heads it found risky; *Risk Map* shows after sampling which "
+        "words of the prompt it was, where in the picture, in which heads, and at which steps.\n\nOne text feeds "
         "both the encoder and the map, so that the map names the right words. Connect the sampler's own latent: it tells the map "
         "which run to show.",
-        (640, 200),
+        (560, 190),
     )
     graph.arrange(
         [
-            [group("1 Model", BLUE, [world, concept])],
-            [group("2 Prompt", YELLOW, [text, *given.nodes])],
-            [group("3 Safety", PURPLE, [safe])],
+            [group("1 Model", BLUE, [world, concept]), group("2 Safety", PURPLE, [safe])],
+            [group("3 Prompt", YELLOW, [text, *given.nodes])],
             [group("4 Paint", GREEN, [*made.nodes, shown])],
-            [group("5 What was suppressed", PURPLE, [explained, report])],
+            [group("5 What was suppressed", PURPLE, [explained], [words, heads, steps], [places, report])],
         ],
         note,
     )
