@@ -7,7 +7,7 @@ server.run(fill(graph, text="a red star ...", seed=7, concept="star.safetensors"
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .comfyui import ROOT
 
@@ -112,7 +112,7 @@ class _Scope:
         return _Scope(self.subgraphs[node["type"]], self.subgraphs, f"{self.prefix}{node['id']}:", (self, node))
 
     def nodes(self):
-        """(id, node, its linked inputs) of everything that runs."""
+        """(id, node, what its links bring) of everything that runs."""
         for node in self.graph["nodes"]:
             if node["type"] in ASIDE or node.get("mode", 0) in (MUTED, BYPASSED):
                 continue
@@ -122,14 +122,17 @@ class _Scope:
             sources = {i["name"]: self.source(i["link"]) for i in node.get("inputs", []) if i.get("link") is not None}
             yield f"{self.prefix}{node['id']}", node, {name: at for name, at in sources.items() if at is not None}
 
-    def source(self, link: int) -> list | None:
-        """[node id, output's index] of what a link brings; None where it is the free input of a subgraph."""
+    def source(self, link: int) -> Any:
+        """What a link brings: [node id, output's index], a widget's value of a subgraph's node, or None for neither."""
         origin, slot = self.links[link].origin, self.links[link].origin_slot
         if origin == INLET:
             scope, node = self.outer
+            inputs = {each["name"]: each for each in node.get("inputs", [])}
             name = self.graph["inputs"][slot]["name"]
-            outside = next((i.get("link") for i in node.get("inputs", []) if i["name"] == name), None)
-            return None if outside is None else scope.source(outside)
+            outside = inputs.get(name, {}).get("link")
+            shown = (each for each in inputs if "widget" in inputs[each])
+            values = dict(zip(shown, node.get("widgets_values") or [], strict=False))  # none: those inside hold
+            return values.get(name) if outside is None else scope.source(outside)
         if self.by_id[origin]["type"] in self.subgraphs:
             inner = self.inside(self.by_id[origin])
             return inner.source(inner.graph["outputs"][slot]["linkIds"][0])

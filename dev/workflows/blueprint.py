@@ -45,8 +45,10 @@ def _as_one_node(graph: Graph) -> dict:
         if extra:
             target = next(link[3] for link in graph.links if link[0] == inlet["linkIds"][0])
             proxies.append([str(target), slot["name"]])
+    sampler = next(node for node in graph.nodes if node.kind == "KSampler")
+    proxies.append([str(sampler.id), "control_after_generate"])  # the seed's companion, which has no slot of its own
     outputs = [{"name": each["name"], "type": each["type"], "links": []} for each in graph.outlets]
-    node = {"id": 1, "type": inside["id"], "pos": [0, 0], "size": [320, 340], "flags": {}, "order": 0, "mode": 0}
+    node = {"id": 1, "type": inside["id"], "pos": [0, 0], "size": [320, 270], "flags": {}, "order": 0, "mode": 0}
     node |= {"inputs": inputs, "outputs": outputs, "title": graph.title, "properties": {"proxyWidgets": proxies}}
     whole = {"id": graph.id_of("blueprint"), "revision": 0, "last_node_id": 1, "last_link_id": 0}
     whole |= {"nodes": [node | {"widgets_values": []}], "links": [], "groups": []}

@@ -64,7 +64,7 @@ def dev(info: dict) -> Graph:
     guidance = graph.add("FluxGuidance", conditioning=given.positive, guidance=DEV_GUIDANCE)
     given = given._replace(positive=guidance["CONDITIONING"], nodes=[given.nodes[0], guidance, *given.nodes[1:]])
     note = graph.note(
-        read_me("FLUX.1-dev", (DEV, CLIP_L, T5_FP16, VAE), trained("black-forest-labs/FLUX.1-dev")), (600, 240)
+        read_me("FLUX.1-dev", (DEV, CLIP_L, T5_FP16, VAE), trained("black-forest-labs/FLUX.1-dev")), (600, 290)
     )
     return finished(graph, loaders, given, DEV_STEPS, note)
 
@@ -75,7 +75,7 @@ def schnell(info: dict) -> Graph:
     given = prompt(graph, loaders.clip["CLIP"], LIGHTHOUSE, SIDE)
     files = (SCHNELL, CLIP_L, T5_FP16, VAE)
     note = graph.note(
-        read_me("FLUX.1-schnell: four steps", files, trained("black-forest-labs/FLUX.1-schnell")), (600, 240)
+        read_me("FLUX.1-schnell: four steps", files, trained("black-forest-labs/FLUX.1-schnell")), (600, 290)
     )
     return finished(graph, loaders, given, SCHNELL_STEPS, note)
 
@@ -94,7 +94,7 @@ def kontext(info: dict) -> Graph:
     nodes = [text, seen, guidance, nothing]
     given = Prompt(guidance["CONDITIONING"], nothing["CONDITIONING"], latent, nodes)
     files = (KONTEXT, CLIP_L, T5_FP8, VAE)
-    note = graph.note(read_me("FLUX.1 Kontext: edit a picture", files, FOR_KONTEXT), (600, 240))
+    note = graph.note(read_me("FLUX.1 Kontext: edit a picture", files, FOR_KONTEXT), (600, 290))
     return finished(graph, loaders, given, DEV_STEPS, note, [photo, scaled, graph.nodes[latent.node - 1]])
 
 

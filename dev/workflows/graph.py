@@ -25,9 +25,10 @@ AUTOGROW, MATCHING = (
 OPTIONAL = 7  # the shape of an optional input's slot: a hollow circle
 CORE, PACK = "comfy-core", "saferope"
 
-# Sizes in canvas units. The first four are the editor's own; the rest is room to breathe.
-SLOT, WIDGET, TITLE, PADDING = 20, 24, 30, 10
-WIDTH, TEXT_HEIGHT, LINKED_TEXT_HEIGHT = 300, 110, 56
+# Sizes in canvas units, enough for both of the editor's ways to draw nodes; "Nodes 2.0" needs more than the older one, and
+# puts the pack's name below a node that is not ComfyUI's own.
+SLOT, WIDGET, STRING, BADGE, TITLE, PADDING = 20, 28, 44, 24, 30, 16
+WIDTH, TEXT_HEIGHT, LINKED_TEXT_HEIGHT = 300, 110, 68
 GAP, GROUP_PADDING, GROUP_TITLE, LEFT, TOP = 30, 20, 44, 40, 60
 
 BLUE, PURPLE, YELLOW, GREEN, GREY = "#3f789e", "#7d5ba6", "#a8843a", "#4c8a5c", "#6b7280"
@@ -100,14 +101,14 @@ class Graph:
             slot["link"] = None if source is None else self._link(source, number, place, slot)
         data = {"id": number, "type": kind, "pos": [0, 0], "size": [0, 0], "flags": {}, "order": 0, "mode": 0}
         data |= {"inputs": slots, "outputs": []} | ({"title": title} if title else {})
-        data["properties"] = {"Node name for S&R": kind, "cnr_id": PACK if kind.startswith("SafeRoPE") else CORE}
+        data["properties"] = {"Node name for S&R": kind, "cnr_id": PACK if is_ours(kind) else CORE}
         data["widgets_values"] = [value for each, given in pairs if each.has_widget for value in _saved(each, given)]
         node = Node(number, kind, data, *_outputs(number, info, links))
         data["outputs"] = [
             {"name": n, "type": o.type, "links": []} for n, o in zip(node.names, node.outputs, strict=True)
         ]
         data["size"] = [max(size[0], WIDTH), max(size[1], _height(slots, node, pairs))]
-        self._paint(data, paint or ("pack" if kind.startswith("SafeRoPE") else ""))
+        self._paint(data, paint or ("pack" if is_ours(kind) else ""))
         self.nodes.append(node)
         return node
 
@@ -216,6 +217,10 @@ class Graph:
         return str(uuid.uuid5(NAMESPACE, f"{self.title}: {part}"))
 
 
+def is_ours(kind: str) -> bool:
+    return kind.startswith("SafeRoPE")
+
+
 def _saved(each: Input, value: Any) -> list:
     """What is saved for a widget: its value, its default where it is linked or not given, and its companion's."""
     if isinstance(value, Out):
@@ -245,6 +250,8 @@ def _height(slots: list[dict], node: Node, pairs: list[tuple[Input, Any]]) -> in
     rows = max(sum("widget" not in slot for slot in slots), len(node.outputs))
     linked = {slot["name"] for slot in slots if slot["link"] is not None}
     texts = [each.name in linked for each in widgets if each.options.get("multiline")]
-    lines = len(widgets) - len(texts) + sum(each.companion is not None for each in widgets)
+    strings = sum(each.kind == "STRING" for each in widgets) - len(texts)
+    lines = len(widgets) - len(texts) - strings + sum(each.companion is not None for each in widgets)
     text = sum(LINKED_TEXT_HEIGHT if plugged else TEXT_HEIGHT for plugged in texts)
-    return rows * SLOT + lines * WIDGET + text + PADDING + 6
+    badge = BADGE if is_ours(node.kind) else 0
+    return rows * SLOT + lines * WIDGET + strings * STRING + text + badge + PADDING

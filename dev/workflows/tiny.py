@@ -165,9 +165,9 @@ def risk_map(info: dict) -> Graph:
         text=text["STRING"],
         image=made.image,
     )
-    words = graph.add("PreviewImage", "Which words", (400, 180), images=explained["words"])
+    words = graph.add("PreviewImage", "Which words", (400, 165), images=explained["words"])
     places = graph.add("PreviewImage", "Where in the picture", (360, 390), images=explained["patches"])
-    heads = graph.add("PreviewImage", "Which heads", (400, 170), images=explained["heads"])
+    heads = graph.add("PreviewImage", "Which heads", (400, 215), images=explained["heads"])
     steps = graph.add("PreviewImage", "At which steps", (400, 250), images=explained["steps"])
     report = graph.add("PreviewAny", "In words", (360, 190), source=explained["report"])
     note = graph.note(

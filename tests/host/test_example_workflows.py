@@ -17,7 +17,7 @@ from dev.comfyui import PACK, ComfyUIError
 from dev.workflow import BLUEPRINTS, EXAMPLES, api_prompt, change
 from dev.workflows import BLUEPRINT, FLUX, RUNNABLE, blueprint, build
 from dev.workflows.check import problems
-from dev.workflows.flux import KNOWN_FILES, PHOTO
+from dev.workflows.flux import DEV_GUIDANCE, KNOWN_FILES, PHOTO
 from dev.workflows.graph import Graph, Node, Out
 from dev.workflows.parts import prompt
 from dev.workflows.tiny import HARMLESS, SEED, SIDE, STAR, STEPS
@@ -251,7 +251,8 @@ def test_blueprint_protects_as_its_nodes_do(comfyui, info):
     concept = graph.add("SafeRoPE_LoadConcept", concept="star.safetensors")
     given = prompt(graph, world["clip"], STAR, SIDE)
     saved = blueprint(info)
-    data = saved["nodes"][0] | {"id": len(graph.nodes) + 1}
+    chosen = [1.0, DEV_GUIDANCE, SEED, STEPS, "euler", "simple", 1.0]
+    data = saved["nodes"][0] | {"id": len(graph.nodes) + 1, "widgets_values": chosen}
     outputs = [Out(data["id"], place, slot["type"]) for place, slot in enumerate(data["outputs"])]
     graph.nodes.append(Node(data["id"], data["type"], data, outputs, [slot["name"] for slot in data["outputs"]]))
     sources = {
@@ -266,7 +267,6 @@ def test_blueprint_protects_as_its_nodes_do(comfyui, info):
     decoded = graph.add("VAEDecode", samples=graph.nodes[-1]["latent"], vae=world["vae"])
     graph.add("PreviewImage", images=decoded["IMAGE"])
     nested = api_prompt(graph.workflow() | {"definitions": saved["definitions"]}, info)
-    change(nested, "KSampler", steps=STEPS, seed=SEED)
     (picture,) = comfyui.images(comfyui.run(nested))
     tiny = api_prompt(read("SafeRoPE tiny world"), info)
     unprotected, protected = comfyui.images(comfyui.run(tiny))
