@@ -1,0 +1,273 @@
+"""The example workflows and the blueprint in a real ComfyUI: nothing in them is unknown to it, and they do what they promise."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import re
+import urllib.error
+import urllib.request
+
+import aiohttp
+import pytest
+from PIL import Image, ImageChops
+
+from dev.comfyui import PACK, ComfyUIError
+from dev.workflow import BLUEPRINTS, EXAMPLES, api_prompt, change
+from dev.workflows import BLUEPRINT, FLUX, RUNNABLE, blueprint, build
+from dev.workflows.check import problems
+from dev.workflows.flux import DEV_GUIDANCE, KNOWN_FILES, PHOTO
+from dev.workflows.graph import Graph, Node, Out
+from dev.workflows.parts import prompt
+from dev.workflows.tiny import HARMLESS, SEED, SIDE, STAR, STEPS
+
+pytestmark = pytest.mark.host
+
+NAMES = sorted(RUNNABLE | FLUX)
+THUMBNAIL_BYTES = 100_000
+
+
+def read(name):
+    return json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def info(comfyui):
+    Image.new("RGB", (64, 64), "navy").save(comfyui.base / "input" / PHOTO)  # lies in every ComfyUI that was cloned
+    return comfyui.object_info()
+
+
+@pytest.fixture
+def graph(info, request):
+    """The API form of the workflow that a test is marked with."""
+    return api_prompt(read(request.param), info)
+
+
+def of(name):
+    return pytest.mark.parametrize("graph", [name], indirect=True)
+
+
+def shown(comfyui, graph, outputs, title):
+    """The pictures of the node with a title."""
+    (node,) = (number for number, each in graph.items() if each["_meta"]["title"] == title)
+    return [comfyui.image(reference) for reference in outputs[node]["images"]]
+
+
+def executed(comfyui, graph):
+    """Runs a graph; the classes of the nodes that were really executed, as ComfyUI tells its page, and the outputs."""
+
+    async def listen():
+        ran, client = [], "test_example_workflows"
+        async with (
+            aiohttp.ClientSession(comfyui.address) as session,
+            session.ws_connect(f"/ws?clientId={client}") as page,
+        ):
+            await session.post("/prompt", json={"prompt": graph, "client_id": client})
+            async for message in page:
+                told = json.loads(message.data) if message.type == aiohttp.WSMsgType.TEXT else {}
+                if told.get("type") in ("execution_success", "execution_error"):
+                    return {graph[node]["class_type"] for node in ran}
+                if told.get("type") == "executing" and told["data"]["node"]:
+                    ran.append(told["data"]["node"])
+
+    ran = asyncio.run(asyncio.wait_for(listen(), 300))
+    return ran, comfyui.run(graph)  # all of it cached by now
+
+
+def same(one, other):
+    return ImageChops.difference(one, other).getbbox() is None
+
+
+def test_folders_hold_what_the_generator_builds(info):
+    assert {path.stem for path in EXAMPLES.glob("*.json")} == set(NAMES)
+    assert {path.stem for path in BLUEPRINTS.glob("*.json")} == {BLUEPRINT}
+    stale = [name for name, built in build(info).items() if json.loads(json.dumps(built)) != read(name)]
+    assert not stale, "run python -m dev.workflows"
+    saved = json.loads((BLUEPRINTS / f"{BLUEPRINT}.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(blueprint(info))) == saved, "run python -m dev.workflows"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_server_knows_all_that_a_workflow_names(info, name):
+    assert problems(read(name), info, KNOWN_FILES) == []
+
+
+def test_files_that_may_be_missing_are_those_of_flux_alone(info):
+    assert problems(read("SafeRoPE tiny world"), info) == []
+    assert len(problems(read("SafeRoPE FLUX.1-dev"), info)) == 5  # model, two text encoders, VAE, concept
+
+
+def test_blueprint_is_whole_and_offered(comfyui, info):
+    assert problems(blueprint(info), info) == []
+    offered = comfyui.get("/global_subgraphs")
+    ((key, entry),) = ((k, e) for k, e in offered.items() if e["info"]["node_pack"] == f"custom_nodes.{PACK}")
+    assert entry["name"] == BLUEPRINT
+    assert json.loads(comfyui.get(f"/global_subgraphs/{key}")["data"])["nodes"][0]["title"] == BLUEPRINT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workflow_is_offered_with_a_picture(comfyui, name):
+    assert name in comfyui.get("/workflow_templates")[PACK]
+    path = EXAMPLES / f"{name}.jpg"
+    assert path.stat().st_size < THUMBNAIL_BYTES
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG" and 400 <= picture.width <= 800
+        assert picture.convert("RGB").getcolors(maxcolors=50) is None  # not one flat area
+
+
+def node_of(workflow, kind):
+    return next(node for node in workflow["nodes"] if node["type"] == kind)
+
+
+def _value(kind, place, value):
+    return lambda workflow: node_of(workflow, kind)["widgets_values"].__setitem__(place, value)
+
+
+def _retyped(workflow):
+    link = next(link for link in workflow["links"] if link[5] == "MODEL")
+    link[5] = "CLIP"
+
+
+def _moved(workflow):
+    link = next(link for link in workflow["links"] if link[5] == "MODEL")
+    link[2] += 1  # another output of the same node
+
+
+def _loose(workflow):
+    node_of(workflow, "KSampler")["inputs"][0]["link"] = None
+
+
+BROKEN = {
+    "an unknown node": (lambda w: node_of(w, "KSampler").update(type="KSamplr"), "there is no such node"),
+    "a value too many": (lambda w: node_of(w, "KSampler")["widgets_values"].append(1), "8 widget values for 7"),
+    "a value too few": (lambda w: node_of(w, "SafeRoPE_Apply")["widgets_values"].pop(), "8 widget values for 9"),
+    "a choice there is not": (_value("KSampler", 4, "eulre"), "sampler_name is 'eulre'"),
+    "a number out of range": (_value("SafeRoPE_Apply", 0, 2.5), "strength is 2.5, expected FLOAT from 0.0 to 2.0"),
+    "text for a number": (_value("KSampler", 2, "16"), "steps is '16'"),
+    "a switch for a number": (_value("KSampler", 2, True), "steps is True"),
+    "a number for a switch": (_value("SafeRoPE_Apply", 8, 1), "record is 1, expected BOOLEAN"),
+    "a file there is not": (_value("SafeRoPE_LoadConcept", 0, "gone.safetensors"), "concept is 'gone.safetensors'"),
+    "a word of no meaning beside the seed": (
+        _value("KSampler", 1, "sometimes"),
+        "control_after_generate is 'sometimes'",
+    ),
+    "a link of the wrong type": (_retyped, "joins MODEL and MODEL as CLIP"),
+    "a link from the wrong output": (_moved, "is not known to both of its ends"),
+    "an input left free": (_loose, "model is not connected"),
+    "a lost output": (lambda w: node_of(w, "SafeRoPE_Apply")["outputs"].pop(), "outputs ['model'], expected"),
+    "a node on another": (lambda w: node_of(w, "VAEDecode").update(pos=node_of(w, "KSampler")["pos"]), "lies on"),
+    "a node half in a group": (
+        lambda w: node_of(w, "PrimitiveInt")["size"].__setitem__(0, 340),
+        "lies across the edge",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_workflow_is_noticed(info, what):
+    broken, (harm, said) = copy.deepcopy(read("SafeRoPE tiny world")), BROKEN[what]
+    harm(broken)
+    found = problems(broken, info)
+    assert any(said in each for each in found), found
+
+
+@pytest.mark.parametrize("name", FLUX)
+def test_flux_lacks_nothing_but_its_files(comfyui, info, name):
+    """ComfyUI's own check of the whole workflow: it complains of each file, and of nothing else."""
+    request = urllib.request.Request(
+        f"{comfyui.address}/prompt",
+        json.dumps({"prompt": api_prompt(read(name), info)}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(request)
+    nodes = json.loads(refusal.value.read())["node_errors"].values()
+    complaints = [error for node in nodes for error in node["errors"]]
+    assert {error["type"] for error in complaints} == {"value_not_in_list"}
+    lacking = {error["extra_info"]["input_name"]: error["extra_info"]["received_value"] for error in complaints}
+    assert set(lacking) == {"unet_name", "clip_name1", "clip_name2", "vae_name", "concept"}
+    assert all(file in KNOWN_FILES[name] for name, file in lacking.items())
+
+
+@of("SafeRoPE several concepts")
+def test_both_of_several_concepts_act(comfyui, graph):
+    outputs = comfyui.run(graph)
+    (plain,), (both,) = (shown(comfyui, graph, outputs, title) for title in ("Unprotected", "Protected from both"))
+    assert not same(plain, both)
+    (overlap,) = shown(comfyui, graph, outputs, "Overlap as a map")
+    assert overlap.getcolors(maxcolors=50) is None
+    (said,) = (outputs[n]["text"][0] for n, each in graph.items() if each["_meta"]["title"] == "Overlap in words")
+    assert re.search(r"Star / Swirl: overlap 0\.\d+", said, re.IGNORECASE)
+    alone = copy.deepcopy(graph)
+    (combine,) = (each["inputs"] for each in alone.values() if each["class_type"] == "SafeRoPE_CombineConcepts")
+    del combine["concepts.concept1"]
+    (star,) = shown(comfyui, alone, comfyui.run(alone), "Protected from both")
+    assert not same(star, both) and not same(star, plain)
+
+
+@of("SafeRoPE probe and refuse")
+def test_a_risky_prompt_is_refused_and_never_sampled(comfyui, graph):
+    ran, outputs = executed(comfyui, graph)
+    assert {"SafeRoPE_RiskProbe", "ComfySwitchNode"} <= ran and "KSampler" not in ran and "SafeRoPE_Apply" not in ran
+    (answer,) = shown(comfyui, graph, outputs, "The answer")
+    assert answer.size == (384, 384) and answer.getpixel((383, 383)) == (0x2B, 0x2B, 0x33)
+    change(graph, "PrimitiveStringMultiline", value=HARMLESS)
+    ran, outputs = executed(comfyui, graph)
+    assert "KSampler" in ran and "TextOverlay" not in ran
+    (answer,) = shown(comfyui, graph, outputs, "The answer")
+    assert answer.size == (SIDE, SIDE) and answer.getcolors(maxcolors=10) is None
+
+
+@of("SafeRoPE probe and refuse")
+def test_a_service_may_stop_with_an_error(comfyui, graph):
+    change(graph, "SafeRoPE_RiskProbe", if_flagged="stop with an error")
+    with pytest.raises(
+        ComfyUIError, match=r"SafeRoPE_RiskProbe\) raised ValueError: This prompt was refused: its risk is"
+    ):
+        comfyui.run(graph)
+
+
+@of("SafeRoPE risk map")
+def test_risk_map_names_the_word(comfyui, graph):
+    outputs = comfyui.run(graph)
+    risk, words = _report(graph, outputs)
+    assert risk > 0.9 and words.startswith("star ")
+    assert len(shown(comfyui, graph, outputs, "What was suppressed")) == 4
+    change(graph, "PrimitiveStringMultiline", value=HARMLESS)
+    assert _report(graph, comfyui.run(graph))[0] < 0.4
+
+
+def _report(graph, outputs):
+    """The risk and the riskiest words, as the workflow says them."""
+    (text,) = (outputs[node]["text"][0] for node, each in graph.items() if each["_meta"]["title"] == "In words")
+    return float(re.search(r"risk ([\d.]+),", text)[1]), re.search(r"riskiest words: (.*)", text)[1]
+
+
+def test_blueprint_protects_as_its_nodes_do(comfyui, info):
+    """Put into a workflow, with a link from each of its inputs and outputs, it paints the protected picture of the tiny world."""
+    graph = Graph(info, "blueprint in use")
+    world = graph.add("SafeRoPE_TinyWorld")
+    concept = graph.add("SafeRoPE_LoadConcept", concept="star.safetensors")
+    given = prompt(graph, world["clip"], STAR, SIDE)
+    saved = blueprint(info)
+    chosen = [1.0, DEV_GUIDANCE, SEED, STEPS, "euler", "simple", 1.0]
+    data = saved["nodes"][0] | {"id": len(graph.nodes) + 1, "widgets_values": chosen}
+    outputs = [Out(data["id"], place, slot["type"]) for place, slot in enumerate(data["outputs"])]
+    graph.nodes.append(Node(data["id"], data["type"], data, outputs, [slot["name"] for slot in data["outputs"]]))
+    sources = {
+        "model": world["model"],
+        "concept": concept["concept"],
+        "positive": given.positive,
+        "latent_image": given.latent,
+    }
+    for place, slot in enumerate(data["inputs"]):
+        if slot["name"] in sources:
+            slot["link"] = graph._link(sources[slot["name"]], data["id"], place, slot)
+    decoded = graph.add("VAEDecode", samples=graph.nodes[-1]["latent"], vae=world["vae"])
+    graph.add("PreviewImage", images=decoded["IMAGE"])
+    nested = api_prompt(graph.workflow() | {"definitions": saved["definitions"]}, info)
+    (picture,) = comfyui.images(comfyui.run(nested))
+    tiny = api_prompt(read("SafeRoPE tiny world"), info)
+    unprotected, protected = comfyui.images(comfyui.run(tiny))
+    assert same(picture, protected) and not same(picture, unprotected)
