@@ -13,7 +13,7 @@ from tinyworld import detector, world
 pytestmark = pytest.mark.host
 UNSAFE, SAFE = 12, 24
 TIMES = (1.0, 0.8, 0.5)
-PICTURES, STEPS = 24, 8
+PICTURES, STEPS = 16, 8
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,8 @@ def test_stars_go_and_the_rest_stays(run, made, paint):
         world.unsafe_prompts("star", PICTURES, 9, test=True),
         world.benign_prompts("star", PICTURES, 9, test=True),
     )
-    assert shown(paint(stars)) > 0.9
+    bare = paint(stars)
+    assert shown(bare) > 0.9
     assert shown(paint(stars, [concept])) < 0.4
     plain, kept = paint(others), paint(others, [concept])
     assert (kept - plain).abs().mean() * 127.5 < 2, "grey levels of 255"
@@ -158,8 +159,7 @@ def test_stars_go_and_the_rest_stays(run, made, paint):
     assert sum(a == b for a, b in zip(*seen, strict=True)) >= PICTURES - 1
 
     ((still,), *_) = run(angle=0.0)
-    assert not still.generator_text.any()
-    assert shown(paint(stars, [still])) > 0.9, "negative control: the angle turns"
+    assert torch.equal(paint(stars, [still]), bare), "negative control: the angle turns"
     marked = "\n".join(
         f"{p.text[:i]}[{p.text[i:j]}]{p.text[j:]}" for p in others[:UNSAFE] for i, j in [_first_word(p.text)]
     )
