@@ -9,7 +9,6 @@ import re
 from dataclasses import asdict
 from typing import Any
 
-import comfy.model_management
 import comfy.utils
 import torch
 import transformers
@@ -107,13 +106,8 @@ def _statistics(model, clip, geometry, prompts, size, batch, choices: Choices) -
     """Of the prompts, with progress: a step for each prompt encoded and for each forward of one."""
     forwards = len(schedule(choices.timesteps))
     bar = comfy.utils.ProgressBar(len(prompts) * (1 + choices.rounds * forwards))
-
-    def tell(count: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update(count)
-
-    looks = looks_of(clip, prompts, choices.rounds, choices.seed, tell)
-    return gather(model, geometry, looks, size, batch, choices.timesteps, choices.guidance, tell)
+    looks = looks_of(clip, prompts, choices.rounds, choices.seed, bar.update)
+    return gather(model, geometry, looks, size, batch, choices.timesteps, choices.guidance, bar.update)
 
 
 def _table(statistics: Statistics, choices: Choices) -> HeadTable:

@@ -85,8 +85,8 @@ def gather(
 ) -> Statistics:
     """Statistics of every head: looks are sampled in batches, latents of `size` rows and columns, and heard at the timesteps.
 
-    `tell(count)` is called after every forward of `count` looks; an exception that it raises ends the sampling. RuntimeError
-    where a forward at one of the times was left out, as step caches do.
+    `tell(count)` is called after every forward of `count` looks. Ends where ComfyUI is told to stop, with its own exception.
+    RuntimeError where a forward at one of the times was left out, as step caches do.
     """
     device = _device(model)
     _make_room(geometry, device)
@@ -105,6 +105,7 @@ def looks_of(
     for side in (UNSAFE, BENIGN):
         chosen = [prompt for prompt in prompts if prompt.side == side]
         for place, prompt in enumerate(chosen):
+            comfy.model_management.throw_exception_if_processing_interrupted()
             encoded = _encoded(clip, prompt)
             looks += [Look(side, *encoded, seed + place + turn * len(chosen)) for turn in range(rounds)]
             tell(1)
@@ -170,8 +171,8 @@ def _sample(model, gathering, looks, size, sigmas, timesteps, guidance, tell) ->
         return lambda x, turned, *where: visit.listen(x.to(device), turned.to(device), *where)
 
     def after_step(*_) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
         tell(len(looks))
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
     listened = patched(model, ListeningPatch(gathering.geometry, at_sigma))
     noise = start_noise(seeds, (model.get_model_object("latent_format").latent_channels, *size))
