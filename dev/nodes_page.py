@@ -5,6 +5,7 @@ python -m dev.nodes_page        # about two minutes on two cores
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -18,9 +19,13 @@ from training.loading import load_model
 from training.models import Model, encode, seeded_noise, velocity
 
 from .comfyui import ROOT, ComfyUI
+from .workflow import api_prompt
 
 PAGE = ROOT / "docs" / "nodes.md"
 BUNDLED = ROOT / "tinyworld" / "concepts"
+RISK_MAP = ROOT / "example_workflows" / "SafeRoPE risk map.json"
+RISK_PICTURES = ("words", "patches", "heads", "steps")  # in the order in which the node shows them
+COLOURS = 128
 OURS = "SafeRoPE_"
 PROMPTS, SEED = 96, 2026
 FLAG_ABOVE = 0.4  # the default of SafeRoPE Risk Probe
@@ -116,9 +121,18 @@ def auroc(high: Tensor, low: Tensor) -> float:
     return ((pairs > 0).float() + 0.5 * (pairs == 0).float()).mean().item()
 
 
+def draw_risk(server: ComfyUI, info: dict) -> None:
+    """docs/risk-*.png: what Risk Map shows in its own example workflow."""
+    outputs = server.run(api_prompt(json.loads(RISK_MAP.read_text(encoding="utf-8")), info))
+    (shown,) = (each["images"] for each in outputs.values() if len(each.get("images", [])) == len(RISK_PICTURES))
+    for name, reference in zip(RISK_PICTURES, shown, strict=True):
+        server.image(reference).quantize(COLOURS).save(ROOT / "docs" / f"risk-{name}.png", optimize=True)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as base, ComfyUI(Path(base)) as server:
         info = server.object_info()
+        draw_risk(server, info)
     parts = {"NODES": node_tables(info), "PROBE": probe_table()}
     page = PAGE.with_suffix(".md.in").read_text(encoding="utf-8")
     for name, lines in parts.items():
