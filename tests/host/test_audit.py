@@ -13,8 +13,8 @@ from dev.workflow import BUNDLED, api_prompt
 from saferope_core import sha256
 from tinyworld.model import WEIGHTS
 from training import cli
-from training.workflow_editor import WIDGETS
-from training.workflow_graph import node_table
+from training.audit.editor import WIDGETS
+from training.audit.graph import node_table
 
 pytestmark = pytest.mark.host
 

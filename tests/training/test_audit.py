@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from dev.workflow import BUNDLED
 from training import cli
-from training.audit import Required, audit_file
-from training.audit_report import as_json, as_text, plain
-from training.workflow_file import MAX_TEXT, Documents, Unreadable, read, sorted_out
+from training.audit.file import MAX_TEXT, Documents, Unreadable, read, sorted_out
+from training.audit.report import as_json, as_text, plain
+from training.audit.verdict import Required, audit_file
 
 from .workflows import OTHER_PIN, PIN, STAR, editor, forms, node, protected
 

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from dev.comfyui import find_comfyui
-from training.audit import Required, audit_file
-from training.audit_report import as_text
-from training.workflow_file import Unreadable, sorted_out
+from training.audit.file import Unreadable, sorted_out
+from training.audit.report import as_text
+from training.audit.verdict import Required, audit_file
 
 from .workflows import editor, inside, node, protected
 

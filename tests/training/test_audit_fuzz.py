@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from dev.workflow import BUNDLED
-from training.audit import Required, audit_file
-from training.audit_report import as_json, as_text
-from training.workflow_file import Unreadable, read, sorted_out
+from training.audit.file import Unreadable, read, sorted_out
+from training.audit.report import as_json, as_text
+from training.audit.verdict import Required, audit_file
 
 from .workflows import PIN, STAR, editor, inside, node, protected
 

@@ -40,9 +40,9 @@ def audit(
     It reads what a file says, and a file can lie: nothing here proves how a picture was made, a pinned sha256 neither. A node
     that loads and samples by itself, without a model going in, looks like any other node and is not seen.
     """
-    from ..audit import Required, audit_file
-    from ..audit_report import LONG, as_json, as_text, plain, unreadable
-    from ..workflow_file import Unreadable, read
+    from ..audit.file import Unreadable, read
+    from ..audit.report import LONG, as_json, as_text, plain, unreadable
+    from ..audit.verdict import Required, audit_file
 
     required = Required(tuple(_digest(each) for each in require_sha256 or ()), require_full)
     digest = _digests(concepts) if concepts else None
@@ -68,7 +68,7 @@ def _dumps(reports: list[dict]) -> str:
 
 
 def _digest(text: str) -> str:
-    from ..protections import SHA256
+    from ..audit.protections import SHA256
 
     if not SHA256.fullmatch(found := text.strip().lower()):
         raise ValueError(f"--require-sha256: got {text!r:.80}, expected the 64 hexadecimal digits of a file's SHA-256")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .workflow_editor import PRIMITIVES
-from .workflow_graph import APPLY, CALIBRATE, COMBINE, LOAD, Flow, Graph, Link, Node, Unknown, Value
+from .editor import PRIMITIVES
+from .graph import APPLY, CALIBRATE, COMBINE, LOAD, Flow, Graph, Link, Node, Unknown, Value
 
 STRENGTH_MAX = 2.0  # of the nodes
 CALIBRATED, FIXED = "as calibrated", "fixed"

@@ -1,7 +1,7 @@
 """One small graph for both forms of a ComfyUI workflow, and where models flow in it.
 
 An input holds a Link to another node's output, a Value, or is Unknown with the reason; an input that nothing is linked to is
-missing. The API form becomes a graph here, the editor's form in workflow_editor.
+missing. The API form becomes a graph here, the editor's form in `editor`.
 
 Types of slots come from ComfyUI's own nodes (comfyui_nodes.json, written by dev/node_table.py), else from what the editor
 saved beside a slot, else from what is at the other end. Where nothing tells, a link that may carry a model counts as one.
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .workflow_file import Unreadable
+from .file import Unreadable
 
 MAX_NODES = 20_000  # of a workflow with its subgraphs unfolded
 MODELS = {"MODEL", "GUIDER"}  # a guider is a model with its conditionings

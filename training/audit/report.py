@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .audit import Sampler, Verdict
 from .protections import FIXED, Part, Protection
+from .verdict import Sampler, Verdict
 
 SHOWN = 20  # samplers that are told in full
 LONGEST = 12  # nodes of a path that are shown

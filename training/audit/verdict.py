@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from .editor import from_editor
+from .file import Documents, Unreadable
+from .graph import Flow, Graph, Node, Unknown, from_api
 from .protections import Digest, Protection, protections
-from .workflow_editor import from_editor
-from .workflow_file import Documents, Unreadable
-from .workflow_graph import Flow, Graph, Node, Unknown, from_api
 
 # loaders of single other architectures (the pack ComfyUI_ExtraModels); ComfyUI's own load whatever the file holds
 OTHER_FAMILIES = {"PixArtCheckpointLoader", "SanaCheckpointLoader", "DitCheckpointLoader"}

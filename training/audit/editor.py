@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .workflow_file import Unreadable
-from .workflow_graph import (
+from .file import Unreadable
+from .graph import (
     ANY,
     APPLY,
     COMBINE,

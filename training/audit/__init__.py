@@ -1,0 +1,4 @@
+"""`saferope audit`: was a workflow, or a picture made by ComfyUI, protected?
+
+file (JSON, PNG, WEBP) -> graph (from the API's form, or by editor from the editor's) -> protections -> verdict -> report
+"""
