@@ -18,6 +18,7 @@ from PIL import Image, ImageChops
 
 from dev.browser import NoBrowser, open_browser, open_editor
 from dev.comfyui import ROOT
+from dev.workflow import EXAMPLES, api_prompt
 
 pytestmark = pytest.mark.host
 
@@ -141,3 +142,15 @@ def test_names_are_shown_in_the_users_language(open_page, language):
         assert editor.page.evaluate(look, node) == ["SafeRoPE_LoadConcept", name, output["0"]["name"]]
         assert name != "SafeRoPE Load Concept"
         assert editor.complaints() == []
+
+
+LOAD = "async workflow => { await app.loadGraphData(workflow); return (await app.graphToPrompt()).output }"
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.json")), ids=lambda file: file.stem)
+def test_the_page_sends_example_workflows_as_our_converter_does(editor, comfyui, file):
+    """What the other tests run is what a person gets who presses Run."""
+    workflow = json.loads(file.read_text(encoding="utf-8"))
+    sent, ours = editor.page.evaluate(LOAD, workflow), api_prompt(workflow, comfyui.object_info())
+    parts = [{key: (node["class_type"], node["inputs"]) for key, node in prompt.items()} for prompt in (sent, ours)]
+    assert parts[0] == parts[1] and len(ours) > 5
