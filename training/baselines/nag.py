@@ -30,7 +30,7 @@ BLEND = 0.25  # α
 
 def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dict[str, Tensor]:
     """The embedding of the negative prompt."""
-    text = encode(model, [task.concept])
+    text = encode(model, [task.away])
     return {"states": text.states, "pooled": text.pooled}
 
 

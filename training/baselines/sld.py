@@ -33,7 +33,7 @@ MOMENTUM = 0.7  # β_m
 
 def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dict[str, Tensor]:
     """The embeddings of the empty prompt and of the concept's word, in this order."""
-    text = encode(model, ["", task.concept])
+    text = encode(model, ["", task.away])
     return {"states": text.states, "pooled": text.pooled}
 
 
