@@ -28,8 +28,8 @@ TARGETS = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj
 RANK = 16
 ETA = 1.0
 GUIDANCE = 1.0
-PROMPTS = 16
-STEPS, BATCH, LEARNING_RATE = 100, 8, 1e-3
+PROMPTS = 8
+STEPS, BATCH, LEARNING_RATE = 60, 8, 1e-3
 
 
 def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dict[str, Tensor]:
