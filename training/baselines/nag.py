@@ -8,7 +8,7 @@ under the negative prompt:
 The prompt's and the negative prompt's text streams run side by side; both see the same image stream, which goes on with
 Z. Both are modulated with the prompt's pooled vector, or their image streams would part. Nothing is learned; the strength
 is s - 1, so that 0 is no guidance. Defaults of the paper for FLUX: s 5, τ 2.5, α 0.25. The negative prompt is the
-concept's word. The cost is about twice a pass.
+concept's word, or in the tiny world a caption of it (see `task_of`). The cost is about twice a pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..models import Model, Text, encode
 from .passes import together
 from .task import Progress, Task, silent
 
-STRENGTHS = (2.0, 4.0, 8.0, 16.0)  # s - 1; 4 is the default
+STRENGTHS = (2.0, 3.0, 4.0, 8.0)  # s - 1; 4 is the default
 LARGEST_RATIO = 2.5  # τ
 BLEND = 0.25  # α
 

@@ -1,6 +1,6 @@
 """SLD, safe latent diffusion (Schramowski et al., CVPR 2023): guidance away from the concept, three passes a step.
 
-Per element and step, with the velocities v_p of the prompt, v_∅ of the empty one and v_s of the concept's word:
+Per element and step, with the velocities v_p of the prompt, v_∅ of the empty one and v_s of the negative one:
 
     φ = min(1, s_S |v_p - v_s|)      μ = φ where v_p - v_s < λ, else 0
     γ = μ (v_s - v_∅) + s_m ν        ν <- β_m ν + (1 - β_m) γ        v = v_∅ + g (v_p - v_∅ - γ)
@@ -8,7 +8,8 @@ Per element and step, with the velocities v_p of the prompt, v_∅ of the empty 
 γ acts after a warm-up of δ of the steps; the momentum ν gathers from the first. The paper says all this of the predicted
 noise. At a given x_t a flow's velocity is that noise times a positive number plus what the three passes share, so the
 formulas hold as they stand, λ and s_S in units of velocity. g = 1: FLUX.1-dev has its guidance embedded, so v_p is guided
-already. Nothing is learned; the strength is s_S. Defaults: the paper's strongest configuration, "max" (δ 0, s_S 5000,
+already. The negative prompt is the concept's word, or in the tiny world a caption of it
+(see `task_of`). Nothing is learned; the strength is s_S. Defaults: the paper's strongest configuration, "max" (δ 0, s_S 5000,
 λ 1, s_m 0.5, β_m 0.7).
 """
 
@@ -24,7 +25,7 @@ from ..models import Model, Text, encode
 from .passes import together
 from .task import Progress, Task, silent
 
-STRENGTHS = (0.5, 1.0, 2.0, 5000.0)  # s_S; from about 100 on φ is 1 nearly everywhere
+STRENGTHS = (0.1, 0.3, 1.0, 5000.0)  # s_S; from about 100 on φ is 1 nearly everywhere
 WARM_UP = 0.0  # δ, share of the steps
 THRESHOLD = 1.0  # λ
 MOMENTUM_SCALE = 0.5  # s_m
@@ -32,7 +33,7 @@ MOMENTUM = 0.7  # β_m
 
 
 def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dict[str, Tensor]:
-    """The embeddings of the empty prompt and of the concept's word, in this order."""
+    """The embeddings of the empty prompt and of the negative one, in this order."""
     text = encode(model, ["", task.away])
     return {"states": text.states, "pooled": text.pooled}
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..models import SUBJECT, WORDS, Model, encode, text_tokens
 from .task import Progress, Task, silent
 
-STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+STRENGTHS = (1.0, 2.0, 4.0, 10.0)
 RIDGE = 0.5  # λ
 KEEP = 1.0  # b
 
