@@ -9,8 +9,8 @@ With E the encoder that learns, E0 the frozen one, embeddings flattened, and d t
 λ = 0.3. E is what FLUX reads: all of T5's states, and CLIP's pooled vector. The paper's k = 200 belongs to CLIP's 77 states,
 whose flat embedding is about as long; here k is a share of the mean length of E0(s), so that it means the same for any
 encoder. In the paper AdamW 1e-5 and two epochs of 6,911 pairs; the tiny encoders (two layers of 64) take a larger rate,
-fewer steps and the task's own prompts. Synonyms that are not among
-them are erased far less. The strength is the weight of what the encoders' parameters learned, 1 being all of it.
+fewer steps and the task's own prompts. Synonyms that are not among them are erased far less. The strength is the weight
+of what the encoders' parameters learned, 1 being all of it.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ the prompt's tokens here: their first token's state, used with SD3, says nothing
 taken out by padding in its place, which FLUX's T5 sees as it sees all padding. The paper's own strength would be α; here it
 is the share of the way that a trigger token goes, 1 being the paper's.
 
-In the tiny world it cannot do much: T5's other tokens take the concept up. With the states of the concept's own tokens set to
-zero the model still draws 7 of 8 stars.
+In the tiny world it cannot do much: T5's other tokens take the concept up. With the states of the concept's own tokens
+set to zero the model still draws 7 of 8 stars.
 """
 
 from __future__ import annotations

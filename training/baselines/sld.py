@@ -8,9 +8,8 @@ Per element and step, with the velocities v_p of the prompt, v_∅ of the empty 
 γ acts after a warm-up of δ of the steps; the momentum ν gathers from the first. The paper says all this of the predicted
 noise. At a given x_t a flow's velocity is that noise times a positive number plus what the three passes share, so the
 formulas hold as they stand, λ and s_S in units of velocity. g = 1: FLUX.1-dev has its guidance embedded, so v_p is guided
-already. The negative prompt is the concept's word, or in the tiny world a caption of it
-(see `task_of`). Nothing is learned; the strength is s_S. Defaults: the paper's strongest configuration, "max" (δ 0, s_S 5000,
-λ 1, s_m 0.5, β_m 0.7).
+already. The negative prompt is the concept's word, or in the tiny world a caption of it (see `task_of`). Nothing is
+learned; the strength is s_S. Defaults: the paper's strongest configuration, "max" (δ 0, s_S 5000, λ 1, s_m 0.5, β_m 0.7).
 """
 
 from __future__ import annotations
