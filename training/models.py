@@ -6,8 +6,9 @@ Latents are packed, `[B, L, C]`, in model space; t runs from 1 (pure noise) to 0
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ class Model:
     """A frozen pipeline in eval mode. `latent_side`: height and width of the unpacked latents.
 
     `guidance` and `steps` are what it is sampled with. `source` gives the text encoders where the pipeline has none yet,
-    `cache` keeps their embeddings on disk.
+    `cache` keeps their embeddings on disk. `edits` change what `encode` gives, see `edited`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Model:
     steps: int = STEPS
     source: EncoderSource | None = None
     cache: EmbeddingCache | None = None
+    edits: list[Edit] = field(default_factory=list, compare=False)
 
     @property
     def transformer(self) -> nn.Module:
@@ -67,6 +69,9 @@ class Text:
     def pick(self, index: Tensor | slice) -> Text:
         """Some of the prompts."""
         return Text(self.states[index], self.pooled[index])
+
+
+Edit = Callable[[Sequence[str], Text], Text]
 
 
 def from_pipeline(
@@ -97,21 +102,45 @@ def encode(model: Model, texts: Sequence[str]) -> Text:
         chunk = list(texts[start : start + _ENCODE_BATCH])
         known = model.cache.read(chunk) if model.cache else None
         if known is None:
-            known = _embed(model, chunk)
+            known = embed(model, chunk)
             if model.cache:
                 model.cache.write(chunk, *known)
         parts.append(known)
-    return Text(*(torch.cat(part).float() for part in zip(*parts, strict=True)))
+    text = Text(*(torch.cat(part).float() for part in zip(*parts, strict=True)))
+    for edit in model.edits:
+        text = edit(texts, text)
+    return text
 
 
-def _embed(model: Model, texts: list[str]) -> tuple[Tensor, Tensor]:
+@contextmanager
+def edited(model: Model, edit: Edit) -> Iterator[None]:
+    """While the context is open, `encode` gives `edit(texts, text)` of what the encoders made of the texts.
+
+    The cache keeps the encoders' own embeddings, never edited ones. Contexts may be nested: the inner edit comes last.
+    """
+    model.edits.append(edit)
+    try:
+        yield
+    finally:
+        model.edits.remove(edit)
+
+
+@torch.no_grad()
+def embed(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """States and pooled vectors as the encoders give them now, on the CPU: no cache, no edit."""
+    load_encoders(model)
+    states, pooled, _ = model.pipe.encode_prompt(
+        list(texts), None, device=model.device, max_sequence_length=model.text_length
+    )
+    return states.cpu(), pooled.cpu()
+
+
+def load_encoders(model: Model) -> tuple[nn.Module, nn.Module]:
+    """CLIP and T5 on the model's device, loaded where they are missing."""
     pipe = model.pipe
     if pipe.text_encoder is None or pipe.text_encoder_2 is None:
         pipe.text_encoder, pipe.text_encoder_2 = model.source.load()
-    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-        encoder.to(model.device)
-    states, pooled, _ = pipe.encode_prompt(texts, None, device=model.device, max_sequence_length=model.text_length)
-    return states.cpu(), pooled.cpu()
+    return pipe.text_encoder.to(model.device), pipe.text_encoder_2.to(model.device)
 
 
 def release_encoders(model: Model) -> None:
@@ -169,12 +198,12 @@ def seeded_noise(model: Model, seeds: Sequence[int]) -> Tensor:
     return torch.cat([noise(model, 1, torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def velocity(model: Model, latents: Tensor, t: Tensor, text: Text) -> Tensor:
-    """The transformer's velocity [B, L, C] in fp32 at times t [B] in [0, 1]; runs in bf16 autocast."""
+def velocity(model: Model, latents: Tensor, t: Tensor, text: Text, autocast: bool = True) -> Tensor:
+    """The transformer's velocity [B, L, C] in fp32 at times t [B] in [0, 1]; runs in bf16 autocast unless told not to."""
     device, guidance = model.device, None
     if model.transformer.config.guidance_embeds:
         guidance = torch.full((len(latents),), model.guidance, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         (result,) = model.transformer(
             hidden_states=latents,
             timestep=t.to(device),
