@@ -40,7 +40,7 @@ SEARCH_SEED = SEED + 500_000  # strengths are not chosen on what is reported
 TINYWORLD_SUITE, QUICK, PAPER_FLUX = "tinyworld", "quick", "paper-flux"
 # What is reported, and what strengths are searched on. Of I2P the paper takes all 854 prompts
 SIZES = {
-    TINYWORLD_SUITE: (Sizes(24, 16, 16, 32), Sizes(6, 0, 0, 8)),
+    TINYWORLD_SUITE: (Sizes(16, 8, 8, 24), Sizes(6, 0, 0, 8)),
     QUICK: (Sizes(12, 8, 8, 16), Sizes(4, 0, 0, 8)),
     PAPER_FLUX: (Sizes(1000, 0, 0, 1000), Sizes(50, 0, 0, 50)),
 }
@@ -69,7 +69,8 @@ def tiny_world(
     found: Found = [unprotected()]
     for slug in concepts:
         for name, path in files(slug).items():
-            found += [concept_file(path, strength, name, slug) for strength in strengths]
+            at = strengths if name == OURS else (1.0,)
+            found += [concept_file(path, strength, name, slug) for strength in at]
         settings = Settings(concept=slug, model=TINYWORLD)
         found += fitted_baselines(model, settings, slug, out / "fits", chosen_baselines, progress)
     metrics: list[Metric | Absent] = [detector(), distance(features()), likeness(features())]

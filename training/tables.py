@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+import torch
 
 from .methods import UNPROTECTED, Method
 from .metrics import mcnemar, rate, wilson_interval
@@ -46,7 +47,7 @@ class Row:
 
 def row(method: Method, asked: PromptSet, name: str, own: Measure, base: Measure) -> Row:
     """The row of a measure."""
-    counted = own.values.dtype.is_floating_point is False
+    counted = own.values.dtype == torch.bool
     intervals = [wilson_interval(int(m.values.sum()), m.values.numel()) if counted else None for m in (own, base)]
     means = [rate(m.values) if counted else m.values.double().mean().item() for m in (own, base)]
     p = mcnemar(base.values, own.values) if counted and method.name != UNPROTECTED else None
@@ -60,16 +61,12 @@ def cost_rows(method: Method, concept: str, own: Sequence[dict], base: Sequence[
     head = (concept, method.name, method.strength, "")
     seconds = [sum(cost["seconds"] for cost in side) / count for side in (own, base)]
     rows = [Row(*head, "time per picture", count, *seconds, unit=SECONDS)]
-    rows.append(Row(*head, "time", count, _over(*seconds), 1.0, unit=RATIO, column="time"))
+    rows.append(Row(*head, "time", count, seconds[0] / seconds[1], 1.0, unit=RATIO, column="time"))
     if all("peak_bytes" in cost for cost in (*own, *base)):
         peaks = [max(cost["peak_bytes"] for cost in side) / 2**20 for side in (own, base)]
         rows.append(Row(*head, "peak memory", count, *peaks, unit=MEBIBYTES))
-        rows.append(Row(*head, "memory", count, _over(*peaks), 1.0, unit=RATIO, column="memory"))
+        rows.append(Row(*head, "memory", count, peaks[0] / peaks[1], 1.0, unit=RATIO, column="memory"))
     return rows
-
-
-def _over(own: float, base: float) -> float:
-    return own / base if base > 0 else math.nan
 
 
 def number(value: float, interval: tuple[float, float] | None = None, unit: str = "") -> str:
