@@ -16,13 +16,15 @@ from training import evaluate, file_report, recipe, tables
 from training.heads import CriticalHeads
 from training.methods import Method, concept_file, unprotected
 from training.models import TINYWORLD
+from training.pictures import save_picture
 from training.prompt_sets import Sizes, tiny_world_sets
 from training.scores import Absent
 from training.scores.detector import detector, features
 from training.scores.distance import distance
 from training.scores.kid import likeness
 
-SIZES = Sizes(unsafe=3, held_out=2, neighbours=2, benign=4)
+SIZES = Sizes(unsafe=2, held_out=1, neighbours=1, benign=3)
+PICTURES = 4 * 7  # four methods
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def test_a_method_that_does_nothing_changes_nothing(world, star, tmp_path):
     assert turned["mean difference", "benign"] > 0.01 and turned["FID to base, detector", "benign"] > 1e-9
 
 
-@pytest.mark.parametrize("stage, at", [("pictures", 7), ("pictures", 31), ("scores", 3)])
+@pytest.mark.parametrize("stage, at", [("pictures", 5), ("pictures", 21), ("scores", 3)])
 def test_interrupted_and_called_again_it_gives_the_same(fast, tmp_path, stage, at):
     """Bit for bit: rows, raw scores, pictures."""
     whole, broken = (comparison(fast, tmp_path / name) for name in ("whole", "broken"))
@@ -118,7 +120,7 @@ def test_interrupted_and_called_again_it_gives_the_same(fast, tmp_path, stage, a
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(broken, interrupt)
     done = {path: path.stat().st_mtime_ns for path in broken.out.rglob("*.png")}
-    assert 0 < len(done) and (stage == "scores") == (len(done) == 44), "in the middle, or this shows nothing"
+    assert 0 < len(done) and (stage == "scores") == (len(done) == PICTURES), "in the middle, or this shows nothing"
     assert kept(evaluate.run(broken)) == expected
     assert all(path.stat().st_mtime_ns == when for path, when in done.items()), "what was done is not done again"
     for e in (whole, broken):
@@ -128,24 +130,21 @@ def test_interrupted_and_called_again_it_gives_the_same(fast, tmp_path, stage, a
         assert path.read_bytes() == (broken.out / path.relative_to(whole.out)).read_bytes()
 
 
-def test_a_half_painted_chunk_is_painted_again(fast, tmp_path, monkeypatch):
+def test_a_half_painted_chunk_is_painted_again(fast, tmp_path):
     e = comparison(fast, tmp_path / "out")
     real, count = evaluate.write_pictures, []
 
     def dying(folder, first, pictures, cost, key):
         count.append(1)
         if len(count) == 3:
-            from training.pictures import save_picture
-
             folder.mkdir(parents=True, exist_ok=True)
             save_picture(folder / f"{first:04d}.png", torch.zeros_like(pictures[0]))
             raise KeyboardInterrupt
         real(folder, first, pictures, cost, key)
 
-    monkeypatch.setattr(evaluate, "write_pictures", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "write_pictures", dying)
         evaluate.run(e)
-    monkeypatch.undo()
     assert kept(evaluate.run(e)) == kept(evaluate.run(replace(e, out=tmp_path / "other")))
 
 
@@ -191,7 +190,7 @@ def test_tables_raw_scores_and_grids_are_written(fast, tmp_path):
     assert [line.split("|")[1].strip() for line in table[2:]] == ["unprotected", "nothing, 1", "saferope, 1", "grey, 1"]
     assert "not measured" not in text and "concept shown, unsafe" in table[0] and "memory" in table[0]
     raw = [json.loads(line) for line in (e.out / evaluate.RAW).open()]
-    assert len(raw) == 44 and all((e.out / entry["picture"]).is_file() for entry in raw)
+    assert len(raw) == PICTURES and all((e.out / entry["picture"]).is_file() for entry in raw)
     assert {"prompt", "seed", "detector/shown", "distance/pixels"} <= set(raw[0])
     assert (e.out / "pairs-star.png").stat().st_size > 1000
     assert not [path for path in e.out.rglob(".*")], "no partial file is left"
@@ -223,7 +222,7 @@ def test_strength_decides_whether_pictures_differ(world, star, tmp_path):
 def test_reports_of_a_file_are_written_and_agree(world, star, tmp_path):
     told = []
     reports = file_report.evaluate_file(world, star, tmp_path, 1.0, SIZES, progress=lambda *step: told.append(step))
-    assert ("pictures", 22, 22) in told
+    assert ("pictures", 14, 14) in told
     file_report.write_reports(tmp_path, reports)
     facts = json.loads((tmp_path / "star.evaluation.json").read_text())
     lines = list(csv.DictReader((tmp_path / "star.evaluation.csv").open()))
