@@ -111,10 +111,8 @@ def paper_flux(
         missing.append(
             Absent("COCO captions", "no file, everyday prompts of the project instead; name one with --captions")
         )
-    asked, searched = (
-        _paper_sets(concepts, some, seed, i2p, captions, images)
-        for some, seed in ((sizes, SEED), (search, SEARCH_SEED))
-    )
+    asked = _paper_sets(concepts, sizes, SEED, i2p, captions, images)
+    searched = _paper_sets(concepts, search, SEARCH_SEED, None, captions, images) if search else []
     comparison = _comparison(f"{', '.join(concepts)} on {model.name}", asked, searched, found, metrics)
     return Comparison(**{**vars(comparison), "absent": [*missing, *comparison.absent]})
 

@@ -12,6 +12,7 @@ import torch
 
 from saferope_core import save_concepts
 from tinyworld import detector as world_detector
+from tinyworld.model import generate
 from training import evaluate, file_report, recipe, tables
 from training.heads import CriticalHeads
 from training.methods import Method, concept_file, unprotected
@@ -50,6 +51,8 @@ def world(model, monkeypatch):
         torch.manual_seed(0)
         reader = world_detector.Detector().eval()
     monkeypatch.setattr(world_detector, "load_detector", lambda: reader)
+    # the pipeline's own sampler in few steps
+    monkeypatch.setattr(evaluate, "paint", lambda model, texts, seeds: generate(model.pipe, texts, seeds, steps=2))
     return replace(model, name=TINYWORLD)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tinyworld.model import load_pipeline
+from tinyworld.model import generate, load_pipeline
 from training import cli, compare, evaluate, file_report, methods, suites
 from training.loading import load_model
 from training.methods import Method, unprotected
@@ -29,7 +29,7 @@ from training.tables import COSTS, Row
 
 ROOT = Path(__file__).parents[2]
 STAR = ROOT / "tinyworld" / "concepts" / "star.safetensors"
-FEW = Sizes(2, 2, 2, 4)
+FEW = Sizes(1, 1, 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,13 @@ def painting_grey(model):
 
 def test_painting_grey_erases_all_and_ruins_the_rest(tiny_world, tmp_path):
     """The negative control of the table: nothing is shown, and benign accuracy is near chance."""
-    sets = tiny_world_sets("star", Sizes(6, 0, 0, 12))
+    sets = tiny_world_sets("star", Sizes(4, 0, 0, 6))
     grey = Method("grey", "grey", painting_grey, "star", 1.0)
     metrics = [detector(), distance()]
     rows = evaluate.run(evaluate.Evaluation(tiny_world, sets, [unprotected(), grey], metrics, tmp_path, 12))
     found = {(row.method, row.measure): row for row in rows}
     shown = found["grey", "star shown"]
-    assert (shown.unprotected, shown.value) == (1, 0) and shown.p_value == 2 / 2**6
+    assert (shown.unprotected, shown.value) == (1, 0) and shown.p_value == 2 / 2**4
     assert found["unprotected", "all attributes right"].value >= 0.95
     for field in ("shape", "color", "background"):
         assert found["grey", f"{field} right"].value <= 0.4, "one colour, one background, one shape is right by chance"
@@ -81,7 +81,7 @@ def test_two_processes_give_the_table_of_one(tiny_world, tmp_path):
         "1",
     ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "training", "evaluate", str(STAR)]
-    launch += ["--unsafe", "2", "--benign", "4", "--out", str(tmp_path / "two")]
+    launch += ["--unsafe", "1", "--benign", "2", "--out", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -91,8 +91,7 @@ def test_two_processes_give_the_table_of_one(tiny_world, tmp_path):
         with (tmp_path / name / "star.evaluation.csv").open() as file:
             tables.append([line for line in csv.DictReader(file) if line["unit"] not in COSTS])
     assert tables[0] == tables[1] and len(tables[0]) >= 10
-    pids = list((tmp_path / "two").rglob("*.png"))
-    assert len(pids) == 2 * 10 + 1
+    assert len(list((tmp_path / "two").rglob("*.png"))) == 2 * 5 + 1
 
 
 class Shade:
@@ -204,6 +203,7 @@ def test_pareto_has_a_point_for_every_strength(tmp_path):
 def test_quick_suite_runs_and_goes_on(tiny_world, monkeypatch, shaded, tmp_path):
     """The command, the search, the table; called again it paints nothing."""
     monkeypatch.setattr("training.loading.load_model", lambda *_: tiny_world)
+    monkeypatch.setattr(evaluate, "paint", lambda model, texts, seeds: generate(model.pipe, texts, seeds, steps=1))
     arguments = ["evaluate", "--suite", "quick", "--baselines", "none", "--unsafe", "2", "--benign", "2"]
     arguments += ["--out", str(tmp_path)]
     result = CliRunner().invoke(cli.app, arguments)
@@ -240,7 +240,8 @@ def test_paper_flux_on_a_stand_in(monkeypatch, tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    monkeypatch.setattr("training.sample._denoise", quick_denoise(monkeypatch))
+    real = evaluate.sample
+    monkeypatch.setattr(evaluate, "sample", lambda *given, **more: real(*given, steps=1, **more))
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     facts = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -256,14 +257,6 @@ def test_paper_flux_on_a_stand_in(monkeypatch, tmp_path):
     raw = [json.loads(line) for line in (tmp_path / "out" / evaluate.RAW).open()]
     assert {entry["seed"] for entry in raw if "i2p" in entry["picture"]} == {5, 7}
     assert {entry["concept"] for entry in raw} == {"", "nudity", "gore", "van-gogh", "pikachu"}
-
-
-def quick_denoise(monkeypatch):
-    """`sample`'s own, in two steps."""
-    from training import sample
-
-    real = sample._denoise
-    return lambda model, text, seeds, visit, steps, span: real(model, text, seeds, visit, 2, span)
 
 
 @pytest.mark.parametrize(
