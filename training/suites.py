@@ -44,7 +44,7 @@ SIZES = {
     QUICK: (Sizes(12, 8, 8, 16), Sizes(4, 0, 0, 8)),
     PAPER_FLUX: (Sizes(1000, 0, 0, 1000), Sizes(50, 0, 0, 50)),
 }
-OURS, NO_TRAINING, RANDOM = "saferope", "saferope, no training", "random rotation"
+OURS, NO_TRAINING = "saferope", "saferope, no training"
 
 EMBEDDED = Path(tinyworld.__file__).parent / "concepts"  # the star's, the project's own
 
@@ -170,17 +170,13 @@ def fitted_baselines(
 
 
 def made_files(model: Model, folder: Path, progress: Progress) -> Files:
-    """Makes a concept's files in `folder/<slug>`, or takes those that lie there: learned, without training, random."""
+    """Makes a concept's files in `folder/<slug>`, or takes those that lie there: learned, and without training."""
 
     def files(slug: str) -> Mapping[str, Path]:
         plain = Settings(concept=slug, model=model.name)
-        by_calibration = replace(plain, acts_on="qk")  # as `saferope calibrate` has it
         learned = Recipe(model, plain, folder / slug, progress).train()
-        fixed, random = (
-            Recipe(model, replace(by_calibration, generator=kind), folder / slug, progress).calibrate()
-            for kind in ("fixed", "random")
-        )
-        return {OURS: learned, NO_TRAINING: fixed, RANDOM: random}
+        by_calibration = replace(plain, acts_on="qk", generator="fixed")  # as `saferope calibrate` has it
+        return {OURS: learned, NO_TRAINING: Recipe(model, by_calibration, folder / slug, progress).calibrate()}
 
     return files
 
@@ -190,7 +186,6 @@ def found_files(folder: Path) -> Files:
 
     def files(slug: str) -> Mapping[str, Path]:
         names = {OURS: f"{slug}.safetensors", NO_TRAINING: f"{slug}.fixed.safetensors"}
-        names[RANDOM] = f"{slug}.random.safetensors"
         known = {method: (folder / name, folder / slug / name) for method, name in names.items()}
         return {method: path for method, paths in known.items() for path in paths if path.is_file()}
 
