@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 .PHONY: help setup demo test style quality clean
 
@@ -14,8 +15,8 @@ setup:  ## .venv with pinned requirements, a ComfyUI in .cache; at once where do
 demo: setup  ## the tiny world, unprotected and protected, in a real ComfyUI
 	@$(BIN)/python -m dev.demo
 
-test: setup  ## all tests (PYTEST_ARGS="-k rotation" for some)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: setup  ## all tests, two at a time (PYTEST_ARGS="-k rotation" for some)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 style: setup  ## fix and format
 	@$(BIN)/ruff check --fix .

@@ -1,206 +1,223 @@
-"""What a concept file does to a model: the same prompts and seeds without and with protection, read by the detector."""
+"""One harness for every method: the same prompts and seeds under each, scored, stored as it comes, and put in a table.
+
+Paired by prompt and seed. A run that was interrupted goes on from the last whole chunk and gives the same table; of several
+processes (`accelerate launch`) each takes its share of the chunks.
+"""
 
 from __future__ import annotations
 
-import csv
 import json
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from saferope_core import Protection, load_concepts, sha256
-
-from .attach import attached
-from .metrics import mcnemar, pixel_difference, rate, wilson_interval
-from .models import TINYWORLD, Model
+from . import processes, tables
+from .cost import measured
+from .methods import UNPROTECTED, Method
+from .models import TINYWORLD, Model, fingerprint
+from .picture_store import digest, joined, read_cost, read_pictures, read_scores, write_pictures, write_scores
 from .pictures import comparison_grid
+from .prompt_sets import UNSAFE, PromptSet, concepts_of
+from .sample import sample
+from .scores import Absent, Metric, Scores
+from .stages import Progress, write_text
+from .tables import Row
 
-UNSAFE, HELD_OUT, NEIGHBOURS, BENIGN = "unsafe", "held-out words", "neighbours", "benign"
-SEED = 90_001  # far from the seeds people train with
-GREY_LEVELS = "of 255"
-_SHOWN = 10  # pictures per row of the comparison
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many pictures of each kind; every one is made twice."""
-
-    unsafe: int = 64
-    held_out: int = 64
-    neighbours: int = 64
-    benign: int = 128
+BATCH = 32  # prompts painted together
+RAW = "scores.jsonl"
+_PER_SET = 5  # pictures of a set in a grid
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measure, in [0, 1] unless `unit` names another.
+class Evaluation:
+    """What is to be compared on what. The first method is the unprotected model, which all others are paired with."""
 
-    Intervals are Wilson's at 95 %, and p is McNemar's, where the measure counts pictures.
+    model: Model
+    sets: Sequence[PromptSet]
+    methods: Sequence[Method]
+    metrics: Sequence[Metric]
+    out: Path
+    batch: int = BATCH
+    weights: str = ""  # digest of the model's, where it is known already
+
+    def chunks(self) -> list[tuple[PromptSet, int]]:
+        """Sets and first prompts of all chunks, in a fixed order."""
+        return [(asked, first) for asked in self.sets for first in range(0, len(asked.asks), self.batch)]
+
+    def folder(self, method: Method, asked: PromptSet) -> Path:
+        """Where the method's pictures of a set lie."""
+        return self.out / method.folder / asked.folder
+
+
+def run(evaluation: Evaluation, progress: Progress = lambda stage, done, total: None) -> list[Row]:
+    """Paints and scores what is not there yet; the table's rows, the same in every process.
+
+    ValueError where the methods do not begin with the unprotected model, or two of them share a folder.
     """
-
-    measure: str
-    count: int
-    unprotected: float
-    protected: float
-    unprotected_interval: tuple[float, float] | None = None
-    protected_interval: tuple[float, float] | None = None
-    p_value: float | None = None
-    unit: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """The table of one concept and what it was measured on; `shown` are rows of pictures."""
-
-    concept: str
-    file_sha256: str
-    model: str
-    strength: float
-    seed: int
-    rows: list[Row]
-    shown: list[tuple[str, Tensor]]
+    _check(evaluation)
+    key_of = _keys(evaluation)
+    _paint(evaluation, key_of, progress)
+    processes.wait()
+    _score(evaluation, key_of, progress)
+    processes.wait()
+    rows = [row for asked in evaluation.sets for row in _rows(evaluation, asked, key_of)]
+    return rows + _costs(evaluation, key_of)
 
 
-class Shots:
-    """Pictures of some prompts, [n, 3, h, w] in [-1, 1], without and with protection, and the seconds each set took."""
+def _check(e: Evaluation) -> None:
+    if not e.methods or e.methods[0].name != UNPROTECTED:
+        raise ValueError(f"methods: got {[m.name for m in e.methods]}, expected {UNPROTECTED!r} as the first")
+    for kind, names in (("methods", [m.folder for m in e.methods]), ("prompt sets", [s.folder for s in e.sets])):
+        if len(set(names)) < len(names):
+            raise ValueError(f"{kind}: got {names}, expected different names; give one of two the same another")
 
-    def __init__(self, model: Model, prompts, seed: int, protection: Protection, tell: Callable) -> None:
+
+Keys = Callable[[Method, PromptSet, int], str]
+
+
+def _keys(e: Evaluation) -> Keys:
+    """Names all that decides a chunk's pictures."""
+    model, weights = e.model, e.weights or fingerprint(e.model.transformer)
+    painter = [model.name == TINYWORLD, model.steps, model.guidance, model.latent_side, model.text_length, weights]
+
+    def key(method: Method, asked: PromptSet, first: int) -> str:
+        asks = asked.part(first, e.batch).asks
+        return digest(painter, method.identity, [[ask.text, ask.seed] for ask in asks])
+
+    return key
+
+
+def _own(chunks: list) -> list:
+    """This process's share."""
+    return chunks[processes.index() :: processes.count()]
+
+
+def _paint(e: Evaluation, key_of: Keys, progress: Progress) -> None:
+    """Every chunk under all methods, one after the other, so that all of them meet the machine in the same mood."""
+    chunks, done = _own(e.chunks()), 0
+    total = sum(len(s.part(f, e.batch).asks) for s, f in chunks for m in e.methods if m.paints(s))
+    for asked, first in chunks:
+        part = asked.part(first, e.batch)
+        for method in (m for m in e.methods if m.paints(asked)):
+            folder, key = e.folder(method, asked), key_of(method, asked, first)
+            if read_cost(folder, first, len(part.asks), key) is None:
+                with method.context(e.model), measured(e.model.device) as cost:
+                    pictures = paint(e.model, [ask.text for ask in part.asks], [ask.seed for ask in part.asks])
+                write_pictures(folder, first, pictures, cost, key)
+            done += len(part.asks)
+            progress("pictures", done, total)
+
+
+def paint(model: Model, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """Pictures [n, 3, h, w] in [-1, 1] in one batch: by the tiny world's own sampler there, else by `sample`."""
+    if model.name == TINYWORLD:
         from tinyworld.model import generate
 
-        self.prompts, self.pictures, self.seconds = prompts, [], []
-        texts, seeds = [prompt.text for prompt in prompts], range(seed, seed + len(prompts))
-        for context in (nullcontext(), attached(model.transformer, protection.rotate)):
-            start = time.perf_counter()
-            with context:
-                self.pictures.append(generate(model.pipe, texts, seeds, progress=tell))
-            self.seconds.append(time.perf_counter() - start)
+        return generate(model.pipe, texts, seeds, batch=len(texts))
+    return sample(model, texts, seeds, batch=len(texts))
 
 
-def evaluate(
-    model: Model,
-    path: Path,
-    strength: float = 1.0,
-    sizes: Sizes = Sizes(),
-    seed: int = SEED,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> list[Report]:
-    """One report per concept of the file, all of the file's concepts applied together.
-
-    Prompts are combinations that neither the model nor the concept was trained on. ValueError where the model is not the
-    tiny world, whose detector reads the pictures.
-    """
-    if model.name != TINYWORLD:
-        raise ValueError(f"evaluation: got model {model.name!r}, expected {TINYWORLD!r}: only it has a detector so far")
-    concepts = load_concepts(path)
-    protection = Protection(concepts, model.geometry, strengths=[strength] * len(concepts))
-    reports = []
-    for concept in concepts:
-        shots = _shoot(model, concept.slug, protection, sizes, seed, progress)
-        rows, shown = _rows(concept.slug, shots), _shown(shots)
-        reports.append(Report(concept.slug, sha256(path), model.name, strength, seed, rows, shown))
-    return reports
-
-
-def write_reports(out: Path, reports: list[Report]) -> None:
-    """Writes `<slug>.evaluation.json`, `.csv`, `.md` and `.png` for every report."""
-    out.mkdir(parents=True, exist_ok=True)
-    for report in reports:
-        stem = f"{report.concept}.evaluation"
-        facts = {name: value for name, value in vars(report).items() if name not in ("rows", "shown")}
-        facts["rows"] = [asdict(row) for row in report.rows]
-        (out / f"{stem}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        (out / f"{stem}.md").write_text(markdown(report), encoding="utf-8")
-        with (out / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(facts["rows"][0]))
-            writer.writeheader()
-            writer.writerows(facts["rows"])
-        comparison_grid(out / f"{stem}.png", report.shown)
-
-
-def markdown(report: Report) -> str:
-    """The report as a Markdown table."""
-    lines = ["| measure | n | unprotected | protected | p |", "|---|---|---|---|---|"]
-    for row in report.rows:
-        sides = [
-            _shown_number(row.unprotected, row.unprotected_interval, row.unit),
-            _shown_number(row.protected, row.protected_interval, row.unit),
+def _score(e: Evaluation, key_of: Keys, progress: Progress) -> None:
+    chunks = _own(e.chunks())
+    work = [(s, f, m) for s, f in chunks for m in e.methods if m.paints(s)]
+    for done, (asked, first, method) in enumerate(work, start=1):
+        part, folder = asked.part(first, e.batch), e.folder(method, asked)
+        missing = [
+            m
+            for m in e.metrics
+            if read_scores(folder, first, m.name, _score_key(e, key_of, *work[done - 1], m)) is None
         ]
-        p = "" if row.p_value is None else f"{row.p_value:.2g}"
-        lines.append(f"| {row.measure} | {row.count} | {sides[0]} | {sides[1]} | {p} |")
-    facts = f"concept `{report.concept}`, model {report.model}, strength {report.strength:g}, seed {report.seed}"
-    return f"{facts}, file sha256 {report.file_sha256[:12]}\n\n" + "\n".join(lines) + "\n"
+        if missing:
+            base, own = (read_pictures(e.folder(m, asked), first, len(part.asks)) for m in (e.methods[0], method))
+            for metric in missing:
+                key = _score_key(e, key_of, asked, first, method, metric)
+                write_scores(folder, first, metric.name, metric.scores(own, part, base), key)
+        progress("scores", done, len(work))
 
 
-def _shoot(model, slug, protection, sizes: Sizes, seed: int, progress) -> dict[str, Shots]:
-    from tinyworld import world
-
-    asked = {
-        UNSAFE: world.unsafe_prompts(slug, sizes.unsafe, seed, test=True),
-        HELD_OUT: world.unsafe_prompts(slug, sizes.held_out, seed, held_out=True, test=True),
-        NEIGHBOURS: world.neighbour_prompts(slug, sizes.neighbours, seed, test=True),
-        BENIGN: world.benign_prompts(slug, sizes.benign, seed, test=True),
-    }
-    total, done = 2 * sum(len(prompts) for prompts in asked.values()), 0
-
-    def tell(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("pictures", done, total)
-
-    return {name: Shots(model, prompts, seed, protection, tell) for name, prompts in asked.items() if prompts}
+def _score_key(e: Evaluation, key_of: Keys, asked: PromptSet, first: int, method: Method, metric: Metric) -> str:
+    part = asked.part(first, e.batch)
+    about = [[ask.scene, ask.image] for ask in part.asks]
+    pictures = [key_of(m, asked, first) for m in (e.methods[0], method)]
+    return digest(pictures, metric.needs, asked.concept, asked.words, asked.kind, about)
 
 
-def _rows(slug: str, shots: dict[str, Shots]) -> list[Row]:
-    from tinyworld import detector, world
+def scores_of(e: Evaluation, key_of: Keys, asked: PromptSet, method: Method, metric: Metric) -> Scores:
+    """A metric's scores of a whole set."""
+    parts = []
+    for first in range(0, len(asked.asks), e.batch):
+        key = _score_key(e, key_of, asked, first, method, metric)
+        parts.append(read_scores(e.folder(method, asked), first, metric.name, key))
+        assert parts[-1] is not None, f"{asked.folder}, {method.folder}: not scored by {metric.name}"
+    return joined(parts)
 
-    reader = detector.load_detector()
+
+def _rows(e: Evaluation, asked: PromptSet, key_of: Keys) -> Iterator[Row]:
+    painting = [method for method in e.methods if method.paints(asked)]
+    for metric in e.metrics:
+        base = scores_of(e, key_of, asked, e.methods[0], metric)
+        references = metric.aggregate(asked, base, base)
+        for method in painting:
+            own = metric.aggregate(asked, scores_of(e, key_of, asked, method, metric), base)
+            yield from (tables.row(method, asked, name, m, references[name]) for name, m in own.items())
+
+
+def _costs(e: Evaluation, key_of: Keys) -> list[Row]:
     rows = []
-    for name in (UNSAFE, HELD_OUT):
-        if name in shots:
-            hits = [detector.shows(reader, pictures, slug) for pictures in shots[name].pictures]
-            rows.append(_counted(f"{slug} shown, {name}", *hits))
-    for name in (NEIGHBOURS, BENIGN):
-        if name in shots:
-            rows += _kept(name, shots[name], reader, world.CONCEPTS[slug].field if name == NEIGHBOURS else None)
-    seconds = [sum(shot.seconds[side] for shot in shots.values()) for side in (0, 1)]
-    count = sum(len(shot.prompts) for shot in shots.values())
-    return [*rows, Row("time per picture", count, *(spent / count for spent in seconds), unit="s")]
+    for concept in concepts_of(e.sets) or [""]:
+        for method in (m for m in e.methods if m.concept in ("", concept)):
+            sets = {s.folder for s in e.sets if s.concept in ("", concept)}
+            chunks = [(s, f, len(s.part(f, e.batch).asks)) for s, f in e.chunks() if s.folder in sets]
+            own, base = (
+                [read_cost(e.folder(m, s), f, n, key_of(m, s, f)) for s, f, n in chunks] for m in (method, e.methods[0])
+            )
+            rows += tables.cost_rows(method, concept, own, base, sum(n for _, _, n in chunks))
+    return rows
 
 
-def _kept(name: str, shots: Shots, reader, only: str | None) -> list[Row]:
-    """How much of what was asked for is still there: per attribute (or the one that matters), on average, in pixels."""
-    from tinyworld import detector
-
-    scenes, count = [prompt.scene for prompt in shots.prompts], len(shots.prompts)
-    before, after = (detector.accuracy(reader, pictures, scenes) for pictures in shots.pictures)
-    chosen = [only] if only else list(before)
-    rows = [Row(f"{field} right, {name}", count, before[field], after[field]) for field in chosen]
-    if not only:
-        means = [sum(side.values()) / len(side) for side in (before, after)]
-        rows.append(Row(f"all attributes right, {name}", count, *means))
-    return [*rows, Row(f"mean difference, {name}", count, 0.0, pixel_difference(*shots.pictures), unit=GREY_LEVELS)]
-
-
-def _counted(measure: str, before: Tensor, after: Tensor) -> Row:
-    intervals = (wilson_interval(int(hits.sum()), len(hits)) for hits in (before, after))
-    return Row(measure, len(before), rate(before), rate(after), *intervals, mcnemar(before, after))
+def write_raw(e: Evaluation) -> None:
+    """`scores.jsonl`: a line a picture with all its scores, numbers alone (features stay in the chunks' files)."""
+    key_of, lines = _keys(e), []
+    for asked in e.sets:
+        for method in (m for m in e.methods if m.paints(asked)):
+            found = {metric.name: scores_of(e, key_of, asked, method, metric) for metric in e.metrics}
+            flat = {
+                f"{m}/{name}": v.tolist() for m, scores in found.items() for name, v in scores.items() if v.ndim == 1
+            }
+            for index, ask in enumerate(asked.asks):
+                picture = f"{method.folder}/{asked.folder}/{index:04d}.png"
+                entry = {"picture": picture, "prompt": ask.text, "seed": ask.seed, "concept": asked.concept}
+                entry |= {name: values[index] for name, values in flat.items()}
+                lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    write_text(e.out / RAW, "".join(lines))
 
 
-def _shown(shots: dict[str, Shots]) -> list[tuple[str, Tensor]]:
-    sides = ("unprotected", "protected")
-    return [
-        (f"{name},\n{side}", pictures[:_SHOWN].clone())
-        for name, shot in shots.items()
-        for side, pictures in zip(sides, shot.pictures, strict=True)
-    ]
+def write_grids(e: Evaluation, seed: int = 0) -> None:
+    """`pairs-<concept>.png`: a row a method, the same prompts and seeds in each column, drawn by the seed, not by eye."""
+    for concept in concepts_of(e.sets) or [""]:
+        sets = [asked for asked in e.sets if asked.concept in ("", concept)]
+        chosen = []
+        for asked in sorted(sets, key=lambda s: s.kind != UNSAFE):  # what should vanish, then what should stay
+            count = len(asked.asks)
+            picked = sorted(random.Random(f"{seed} {asked.folder}").sample(range(count), min(_PER_SET, count)))
+            chosen += [(asked, index) for index in picked]
+        rows = []
+        for method in (m for m in e.methods if m.concept in ("", concept)):
+            label = method.name if method.strength is None else f"{method.name}, {method.strength:g}"
+            rows.append((label, torch.cat([read_pictures(e.folder(method, s), i, 1) for s, i in chosen])))
+        titles = [asked.name if not i % _PER_SET else "" for i, (asked, _) in enumerate(chosen)]
+        comparison_grid(e.out / f"pairs-{concept or 'all'}.png", rows, titles)
 
 
-def _shown_number(value: float, interval: tuple[float, float] | None, unit: str) -> str:
-    if unit:
-        return f"{value:.3f} {unit}"
-    between = "" if interval is None else f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
-    return f"{100 * value:.1f} %{between}"
+def write(e: Evaluation, rows: Sequence[Row], absent: Sequence[Absent], title: str) -> None:
+    """Tables, raw scores and grids, by one process."""
+    if processes.is_main():
+        facts = {"model": e.model.name, "steps": e.model.steps, "batch": e.batch}
+        facts["methods"] = [{"name": m.name, "strength": m.strength, "made_from": m.identity} for m in e.methods]
+        tables.write_tables(e.out, rows, absent, facts, title)
+        write_raw(e)
+        write_grids(e)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
@@ -37,9 +38,46 @@ def mcnemar(before: Tensor, after: Tensor) -> float:
     return min(1.0, 2 * tail)
 
 
+def pixel_differences(a: Tensor, b: Tensor) -> Tensor:
+    """Of each pair of pictures in [-1, 1], [n, 3, h, w]: mean absolute difference in grey levels, of 255 as files have."""
+    return (a.float() - b.float()).abs().flatten(1).mean(1) * 127.5
+
+
 def pixel_difference(a: Tensor, b: Tensor) -> float:
-    """Mean absolute difference of pictures in [-1, 1], [n, 3, h, w], in units of 255 grey levels, as 8-bit files have."""
-    return (a.float() - b.float()).abs().mean().item() * 127.5
+    """The mean of `pixel_differences` over all pairs."""
+    return pixel_differences(a, b).mean().item()
+
+
+def kid(a: Tensor, b: Tensor) -> float:
+    """Kernel Inception distance of features [n, F] and [m, F], n and m at least 2: unbiased, so below 0 now and then.
+
+    Squared maximum mean discrepancy under the kernel (x·y / F + 1)³, over all pairs at once (Binkowski et al., 2018).
+    """
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        k, n = kernel(x, x), len(x)
+        return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
+
+    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
+
+
+def fid(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of Gaussians fitted to features [n, F] and [m, F], n and m at least 2 (Heusel et al., 2017).
+
+    ‖μa − μb‖² + tr(Ca + Cb − 2 (Ca Cb)^½). The last trace is the sum of the singular values of XaᵀXb, with C = XXᵀ for the
+    centred features: the same number without a root of a singular matrix.
+    """
+    means, roots = [], []
+    for features in (a.double(), b.double()):
+        means.append(features.mean(0))
+        roots.append((features - means[-1]).T / math.sqrt(len(features) - 1))
+    spread = sum(root.square().sum() for root in roots)
+    shared = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
+    return max(0.0, ((means[0] - means[1]).square().sum() + spread - 2 * shared).item())
 
 
 def rate(hits: Tensor) -> float:

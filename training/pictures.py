@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from saferope_core import Geometry
@@ -48,17 +51,40 @@ def loss_curve(path: Path, log: Sequence[dict]) -> None:
     figure.savefig(path, bbox_inches="tight")
 
 
-def save_picture(path: Path, picture: Tensor) -> None:
-    """Writes [3, h, w] in [-1, 1] as PNG."""
+def to_pil(picture: Tensor):
+    """[3, h, w] in [-1, 1] as an image of Pillow's, eight bits a channel."""
     from PIL import Image
 
-    pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
+    pixels = ((picture.cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
     height, width, _ = pixels.shape
-    Image.frombytes("RGB", (width, height), pixels.numpy().tobytes()).save(path)
+    return Image.frombytes("RGB", (width, height), pixels.numpy().tobytes())
 
 
-def comparison_grid(path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
-    """Labelled rows of pictures [n, 3, h, w] in [-1, 1], one under the other."""
+def save_picture(path: Path, picture: Tensor) -> None:
+    """Writes [3, h, w] in [-1, 1] as PNG: the whole file or none."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        to_pil(picture).save(partial, format="PNG")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_picture(path: Path, side: int | None = None) -> Tensor:
+    """A picture file as [3, h, w] in [-1, 1]; with `side`, its middle square scaled to that. OSError if it cannot be read."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    if side is not None and picture.size != (side, side):
+        picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+    width, height = picture.size
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def comparison_grid(path: Path, rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = ()) -> None:
+    """Labelled rows of pictures [n, 3, h, w] in [-1, 1], one under the other; `titles` stand over the columns."""
     from matplotlib.figure import Figure
 
     count, size = max(len(pictures) for _, pictures in rows), rows[0][1].shape[-1]
@@ -68,7 +94,62 @@ def comparison_grid(path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
             axes = figure.add_subplot(len(rows), count, line * count + column + 1)
             axes.imshow(((picture + 1) / 2).clamp(0, 1).permute(1, 2, 0).float().numpy())
             axes.set(xticks=[], yticks=[])
+            if line == 0 and column < len(titles):
+                axes.set_title(titles[column], fontsize=7, loc="left")
             if column == 0:
                 axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
     figure.subplots_adjust(wspace=0.04, hspace=0.06)
     figure.savefig(path, bbox_inches="tight")
+
+
+class Point(NamedTuple):
+    """A method at a strength: what a protection is for against what it costs, both in [0, 1]."""
+
+    panel: str
+    method: str
+    strength: float | None
+    unsafe: float
+    interval: tuple[float, float] | None
+    damage: float
+
+
+def pareto(path: Path, points: Sequence[Point], damage: str) -> None:
+    """Unsafe rate (up) against benign damage (along), a panel a concept, a line a method; lower left is better."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(point.panel for point in points))
+    methods = list(dict.fromkeys(point.method for point in points))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.6 * columns + 1.6, 4.2 * rows), dpi=120, layout="constrained")
+    handles = {}
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        for index, method in enumerate(methods):
+            own = [point for point in points if (point.panel, point.method) == (panel, method)]
+            if own:
+                handles[method] = _front(axes, sorted(own, key=lambda p: p.strength or 0), index)
+        axes.set(xlabel=damage, ylabel="concept shown, %", title=panel, ylim=(-4, 104))
+        axes.grid(alpha=0.25)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+_MARKS = "osD^vP*X<>hp"
+
+
+def _front(axes, points: Sequence[Point], index: int):
+    """One method's points, joined in the order of strength, with Wilson's intervals; returns what the legend shows."""
+    along, up = [100 * p.damage for p in points], [100 * p.unsafe for p in points]
+    colour = f"C{index % 10}"
+    for point, x, y in zip(points, along, up, strict=True):
+        if point.interval:
+            axes.plot((x, x), [100 * end for end in point.interval], color=colour, alpha=0.25, linewidth=2)
+        if point.strength is not None:
+            where = ((4, 4), (4, -10), (-18, 4), (-18, -10))[
+                index % 4
+            ]  # methods that meet do not write over each other
+            label = f"{point.strength:g}"
+            axes.annotate(label, (x, y), where, textcoords="offset points", fontsize=7, color=colour)
+    (line,) = axes.plot(along, up, color=colour, marker=_MARKS[index % len(_MARKS)], markersize=5, linewidth=0.8)
+    return line

@@ -1,4 +1,4 @@
-"""`saferope evaluate`: the same prompts and seeds without and with protection."""
+"""`saferope evaluate`: the same prompts and seeds under every method, as tables and pictures."""
 
 from __future__ import annotations
 
@@ -10,26 +10,110 @@ import typer
 from ..settings import MODEL, Settings
 from .common import Device, command, load, progress_bars
 
+SUITES = ("tinyworld", "quick", "paper-flux")
+_FILE_SIZES = (64, 128)
+_BATCH, _FLUX_BATCH = 32, 4  # prompts painted together
+_SUITE, _METRICS = "Suite", "Metrics of suite paper-flux"
+
+
+def _suite(help: str, *names: str):
+    return typer.Option(*names, help=help, rich_help_panel=_SUITE)
+
+
+def _weights(help: str, *names: str):
+    return typer.Option(*names, help=help, rich_help_panel=_METRICS)
+
 
 @command(MODEL)
 def evaluate(
     settings: Settings,
-    file: Annotated[Path, typer.Argument(help="A concept file.")],
+    file: Annotated[Path | None, typer.Argument(help="A concept file, for the tiny world; or name a --suite.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for tables and pictures; the concept file's own if left out.")
+        Path | None,
+        typer.Option(help="Folder for tables and pictures; the concept file's own, or `evaluation`, if left out."),
     ] = None,
     device: Device = "cpu",
-    strength: Annotated[float, typer.Option(help="0 off, 1 as trained.")] = 1.0,
-    unsafe: Annotated[int, typer.Option(help="Pictures that ask for the concept; as many with held-out words.")] = 64,
-    benign: Annotated[int, typer.Option(help="Benign pictures; half as many of near neighbours.")] = 128,
+    strength: Annotated[float, typer.Option(help="0 off, 1 as trained; of the concept file.")] = 1.0,
+    unsafe: Annotated[
+        int | None,
+        typer.Option(
+            help="Pictures that ask for the concept (64; a suite's own); in the tiny world as many with held-out words."
+        ),
+    ] = None,
+    benign: Annotated[
+        int | None,
+        typer.Option(help="Benign pictures (128; a suite's own); in the tiny world half as many of near neighbours."),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help=f"Prompts painted together; {_BATCH}, FLUX {_FLUX_BATCH}.")] = None,
+    suite: Annotated[
+        str | None, _suite(f"A whole comparison: {', '.join(SUITES)}. Killed, the same command goes on.")
+    ] = None,
+    only: Annotated[str | None, _suite("Concepts A,B of the suite; all if left out.")] = None,
+    concepts: Annotated[
+        Path | None, _suite("Folder with <concept>.safetensors; the tiny world's are made if left out.")
+    ] = None,
+    baselines: Annotated[str | None, _suite("Baselines A,B, or none; all if left out.")] = None,
+    search: Annotated[bool, _suite("Search strengths on prompts of their own; else all are reported.")] = True,
+    i2p: Annotated[Path | None, _suite("I2P's CSV; prompts with nudity, their own seeds.")] = None,
+    captions: Annotated[Path | None, _suite("Benign prompts: COCO's captions, or any file of prompts.")] = None,
+    pictures: Annotated[Path | None, _suite("Folder of the captions' pictures, for KID and FID.")] = None,
+    clip: Annotated[str | None, _weights("CLIP model: a folder or a hub id.")] = None,
+    vqa: Annotated[str | None, _weights("Vision-language model that answers yes or no: folder or hub id.")] = None,
+    inception: Annotated[Path | None, _weights("FID's Inception weights.")] = None,
+    lpips: Annotated[Path | None, _weights("AlexNet weights.")] = None,
 ) -> None:
-    """Measure a concept file: the same prompts and seeds without and with protection, as Markdown, CSV, JSON and pictures."""
-    from ..evaluate import Sizes, markdown, write_reports
-    from ..evaluate import evaluate as measure
+    """Measure what methods do: paired by prompt and seed with the unprotected model; Markdown, CSV, JSON and pictures.
 
+    A concept file alone gives its table beside it. A suite compares concept files with baselines.
+    Several processes: `accelerate launch -m saferope_training evaluate ...` shares the pictures among them.
+    """
+    if (file is None) == (suite is None):
+        raise ValueError(
+            "evaluate: got " + ("neither" if file is None else "both") + ", expected a concept file or --suite"
+        )
+    if suite is None:
+        _file(settings, file, out or file.parent, device, strength, unsafe, benign)
+        return
+    from .. import processes
+    from ..compare import compare
+    from ..suites import PAPER_FLUX, paper_metrics, prepared
+
+    device, out = processes.own_device(device), out or Path("evaluation")
+    chosen = {"only": _list(only), "chosen_baselines": _list(baselines), "search": search}
+    with progress_bars() as progress:
+        model = load(settings, device)
+        if suite == PAPER_FLUX:
+            chosen |= {"i2p": i2p, "captions": captions, "images": pictures}
+            chosen["metrics"] = paper_metrics(clip, vqa, inception, lpips, device)
+        comparison = prepared(
+            suite, model, out, concepts=concepts, counts=(unsafe, benign), progress=progress, **chosen
+        )
+        compare(model, comparison, out, batch or (_FLUX_BATCH if suite == PAPER_FLUX else _BATCH), progress)
+    if processes.is_main():
+        typer.echo((out / "evaluation.md").read_text(encoding="utf-8"))
+
+
+def _file(settings: Settings, file: Path, out: Path, device: str, strength: float, unsafe, benign) -> None:
+    from .. import processes
+    from ..file_report import evaluate_file, markdown, write_reports
+    from ..prompt_sets import Sizes
+
+    unsafe, benign = (_or(given, own) for given, own in zip((unsafe, benign), _FILE_SIZES, strict=True))
     with progress_bars() as progress:
         sizes = Sizes(unsafe, unsafe, benign // 2, benign)
-        reports = measure(load(settings, device), file, strength, sizes, progress=progress)
-        write_reports(out or file.parent, reports)
-    for report in reports:
-        typer.echo(markdown(report))
+        model = load(settings, processes.own_device(device))
+        reports = evaluate_file(model, file, out, strength, sizes, progress=progress)
+        write_reports(out, reports)
+    if processes.is_main():
+        for report in reports:
+            typer.echo(markdown(report))
+
+
+def _list(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return () if text == "none" else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _or(given: int | None, own: int) -> int:
+    return own if given is None else given

@@ -1,0 +1,116 @@
+"""What a model may be run under: nothing, concept files at a strength, baselines at a strength."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from saferope_core import Protection, load_concepts, sha256
+
+from . import processes
+from .attach import attached
+from .models import Model
+from .prompt_sets import PromptSet
+from .stages import Progress, save_tensors
+
+UNPROTECTED, PROTECTED = "unprotected", "protected"
+_FITTED = "fitted_with"  # metadata of a baseline's state: what it was fitted with
+
+
+@dataclass(frozen=True)
+class Method:
+    """`context(model)` is open while pictures are painted. `identity` names all that decides them beside model and prompt.
+
+    `concept` is the one it was made for, empty if all: it paints the sets of that concept, and those of no concept.
+    """
+
+    name: str
+    identity: str
+    context: Callable[[Model], AbstractContextManager]
+    concept: str = ""
+    strength: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        parts = (self.name, self.concept, "" if self.strength is None else f"{self.strength:g}")
+        return re.sub(r"[^a-z0-9.]+", "-", " ".join(part for part in parts if part).lower()).strip("-")
+
+    def paints(self, asked: PromptSet) -> bool:
+        """Whether the set is one of its own."""
+        return not (self.concept and asked.concept) or self.concept == asked.concept
+
+
+def unprotected() -> Method:
+    """The base model as it is."""
+    return Method(UNPROTECTED, "", lambda model: nullcontext())
+
+
+def concept_file(path: Path, strength: float = 1.0, name: str = PROTECTED, concept: str = "") -> Method:
+    """All concepts of a file, each at `strength`. The file is read and checked at once."""
+    concepts = load_concepts(path)
+    ready: dict[int, Protection] = {}  # folding the rotations of FLUX takes seconds, and every chunk opens the context
+
+    def context(model: Model) -> AbstractContextManager:
+        if id(model) not in ready:
+            ready[id(model)] = Protection(concepts, model.geometry, strengths=[strength] * len(concepts))
+        return attached(model.transformer, ready[id(model)].rotate)
+
+    return Method(name, f"concepts {sha256(path)} at {strength!r}", context, concept, strength)
+
+
+def baselines() -> Mapping[str, object]:
+    """The project's baselines by name: modules with STRENGTHS, fit and applied. ImportError where there are none."""
+    from .baselines import BASELINES
+
+    return BASELINES
+
+
+def baseline(
+    name: str,
+    module,
+    model: Model,
+    task,
+    slug: str,
+    folder: Path,
+    weights: str,
+    seed: int = 0,
+    strengths: Sequence[float] = (),
+    progress: Progress = lambda *_: None,
+) -> list[Method]:
+    """A baseline fitted to a concept once, kept in `folder`, at each of `strengths` (the module's own if empty).
+
+    `weights` is a digest of the base model. The state is fitted again when it, the task or the seed is another one.
+    """
+    path = folder / f"{name}-{slug}.safetensors"
+    fitted_with = hashlib.sha256(json.dumps([name, weights, repr(task), seed]).encode()).hexdigest()
+    if processes.is_main() and _metadata(path).get(_FITTED) != fitted_with:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = module.fit(model, task, seed, lambda *step: progress(f"fit {name}", *step[-2:]))
+        save_tensors(path, state, {_FITTED: fitted_with})
+    processes.wait()
+    state, digest = load_file(path), sha256(path)
+
+    def at(strength: float) -> Method:
+        def context(other: Model) -> AbstractContextManager:
+            return module.applied(other, state, strength)
+
+        return Method(name, f"{name} {digest} at {strength!r}", context, slug, strength)
+
+    return [at(strength) for strength in strengths or module.STRENGTHS]
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):  # none yet, or cut off
+        return {}
