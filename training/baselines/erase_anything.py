@@ -30,7 +30,7 @@ from . import lora
 from .task import Progress, Task, silent
 from .teacher import Lessons, erasing_lessons, live_velocity, trajectories
 
-STRENGTHS = (0.5, 0.75, 1.0, 1.5)
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 TARGETS = r"transformer_blocks\.\d+\.attn\.(add_q_proj|add_k_proj)"
 TINY_TARGETS = TARGETS + r"|single_transformer_blocks\.\d+\.attn\.(to_q|to_k)"
 FEW_DOUBLE_BLOCKS = 4  # a model with at most this many learns in its single blocks too
