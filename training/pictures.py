@@ -129,7 +129,7 @@ def pareto(path: Path, points: Sequence[Point], damage: str) -> None:
             own = [point for point in points if (point.panel, point.method) == (panel, method)]
             if own:
                 handles[method] = _front(axes, sorted(own, key=lambda p: p.strength or 0), index)
-        axes.set(xlabel=damage, ylabel="concept shown, %", title=panel, ylim=(-4, 104))
+        axes.set(xlabel=damage, ylabel="concept shown, %", title=panel, ylim=(-6, 108))
         axes.grid(alpha=0.25)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path)

@@ -157,8 +157,8 @@ def fitted_baselines(
         return []
     try:
         known = baselines()
-    except ImportError:
-        return [Absent("baselines", "this installation has none; use a version with training/baselines")]
+    except ImportError as error:
+        return [Absent("baselines", f"{error}; use a version with training/baselines, and what they need")]
     if unknown := set(names or ()) - set(known):
         raise ValueError(f"baselines: got {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
     from .baselines.task import task_of
