@@ -13,6 +13,7 @@ PLACE = "place"
 _REST = ("shape", "color", "background", PLACE)  # of an unsafe prompt, less the concept's own field
 _MARGIN = 1 / 12  # of the side, all around: nothing but background there
 _FOREGROUND = 0.35  # of the range [-1, 1]: how far from the background's colour
+_SCALE = 6.0  # brings x·x / F of its features near 1: KID's cubic kernel has a scale
 _SMOOTH = 9  # pixels: dots, splashes and stripes are thinner, shapes are not
 
 
@@ -92,6 +93,6 @@ def features() -> tuple[str, object]:
 
     @torch.no_grad()
     def extract(pictures: Tensor) -> Tensor:
-        return torch.cat([reader.features(some) for some in pictures.float().split(128)])
+        return torch.cat([reader.features(some) / _SCALE for some in pictures.float().split(128)])
 
     return "detector", extract
