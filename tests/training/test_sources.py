@@ -245,7 +245,8 @@ def _everyday():
 def test_spans_survive_tokenisation(model, tokenizer):
     from types import SimpleNamespace
 
-    from training.models import SUBJECT, text_tokens
+    from saferope_core import SUBJECT
+    from training.models import text_tokens
 
     text = "a quiet red star , center"
     span = (8, 16)
