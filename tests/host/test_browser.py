@@ -98,7 +98,7 @@ def test_template_opens_and_shows_two_pictures(open_page, comfyui, shoot, nodes_
         assert [picture.size for picture in shown] == [(SIDE, SIDE)] * 2
         assert ImageChops.difference(*shown).getbbox()
         assert editor.complaints() == []
-        graph = [node_named(editor, title) for title in ("SafeRoPE Tiny World", "SafeRoPE Apply", "Protected")]
+        graph = [node_named(editor, title) for title in ("Tiny FLUX, embedded", "Protect the model", "Protected")]
         shoot(editor, "comfyui-nodes2.png" if nodes_2 else "comfyui.png", clip=editor.box(graph))
     made = comfyui.images(comfyui.get("/history?max_items=1").popitem()[1]["outputs"])
     assert [ImageChops.difference(*pair).getbbox() for pair in zip(shown, made, strict=True)] == [None, None]
@@ -121,7 +121,7 @@ def test_nodes_are_found_linked_and_explained(editor, shoot):
 def test_an_error_reaches_the_person(editor):
     """Also what shows that `complaints` would tell."""
     editor.open_template("SafeRoPE", "SafeRoPE tiny world")
-    editor.type_into(node_named(editor, "SafeRoPE Apply"), "blocks", "nonsense")
+    editor.type_into(node_named(editor, "Protect the model"), "blocks", "nonsense")
     editor.run()
     overlay = editor.page.get_by_test_id("error-overlay")
     overlay.wait_for()
