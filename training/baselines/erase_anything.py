@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from saferope_core import SUBJECT, WORDS
+
 from ..attach import attached, positioned
 from ..losses import flow_matching_loss, mean_squared_error
-from ..models import SUBJECT, WORDS, Model, Text, encode, text_tokens
+from ..models import Model, Text, encode, text_tokens
 from . import lora
 from .task import Progress, Task, silent
 from .teacher import Lessons, erasing_lessons, live_velocity, trajectories

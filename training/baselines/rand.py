@@ -12,12 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, Protection
+from saferope_core import Concept, Protection, Ranks, critical_heads, read_heads
 
 from ..attach import attached
 from ..calibrate import untrained
 from ..extract import extract
-from ..heads import Ranks, critical_heads, read_heads
 from ..models import Model
 from ..settings import Settings
 from .task import Progress, Task, silent

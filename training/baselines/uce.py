@@ -22,7 +22,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..models import SUBJECT, WORDS, Model, encode, text_tokens
+from saferope_core import SUBJECT, WORDS
+
+from ..models import Model, encode, text_tokens
 from .task import Progress, Task, silent
 
 STRENGTHS = (1.0, 2.0, 4.0, 10.0)
