@@ -125,7 +125,7 @@ def test_an_error_reaches_the_person(editor):
     editor.run()
     overlay = editor.page.get_by_test_id("error-overlay")
     overlay.wait_for()
-    assert "SafeRoPE Apply failed" in "".join(editor.complaints())
+    assert "Protect the model failed" in "".join(editor.complaints())
     overlay.get_by_role("button", name="View details").click()
     editor.page.get_by_text("blocks: got 'nonsense', expected").first.wait_for()
 
