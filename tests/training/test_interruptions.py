@@ -78,7 +78,11 @@ def test_killed_and_called_again_it_ends_the_same(undisturbed, tmp_path, sign):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(command(tmp_path), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # where the tests run in the background, SIGINT is ignored, and so it would be in the process
+    terminal = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(
+        command(tmp_path), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, **terminal
+    )
     until = time.monotonic() + 600  # half a minute on an idle machine
     while not (tmp_path / "train_state.safetensors").exists() and time.monotonic() < until:
         time.sleep(0.01)
