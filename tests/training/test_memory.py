@@ -35,8 +35,9 @@ def test_weights_are_those_of_the_file():
 
 
 @pytest.mark.parametrize("batch", [2, 8])
-def test_count_is_what_a_real_pass_keeps(tmp_path, batch):
+def test_count_is_what_a_real_pass_keeps(tmp_path, batch, monkeypatch):
     """With the rotation that is trained, on the tiny world's own weights: within 15 %."""
+    monkeypatch.setattr("training.models._faster_in_fp32", lambda *_: False)  # the count is of bf16, as on a GPU
     model = load_model("tinyworld")
     settings = Settings(unsafe_prompts=8, benign_prompts=24)
     Recipe(model, settings, tmp_path).heads()
