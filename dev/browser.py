@@ -15,8 +15,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -31,7 +31,7 @@ SIZE = {"width": 1600, "height": 1000}
 WAIT_MS = 180_000  # for anything to appear: 5 s at most on an idle machine, minutes where trainings run beside it
 RUN_SECONDS = 600  # for the tiny world's two pictures: 3 s on two idle cores
 POLL_MS = 200
-CLICKS = 6  # a busy page may take a double click for two single ones; a person clicks again
+CLICKS = 12  # a busy page may miss one, or take a double click for two single ones; a person clicks again
 PRESS_MS = 40  # a click without any duration is not always one to the canvas
 SETTINGS = {  # of somebody who has been here before; everything else as ComfyUI has it
     "Comfy.TutorialCompleted": True,
@@ -40,6 +40,7 @@ SETTINGS = {  # of somebody who has been here before; everything else as ComfyUI
     "Comfy.VueNodes.Enabled": False,
     "Comfy.Locale": "en",
 }
+SEARCH = "[role=combobox][aria-controls=results-list]"
 OWN_LANGUAGE = re.compile(r"/docs/\w+/[a-z-]+\.md")  # the help page in the user's language is asked for first
 ON_SCREEN = """([x, y]) => {
     const [left, top] = app.canvas.ds.convertOffsetToCanvas([x, y]), box = app.canvas.canvas.getBoundingClientRect()
@@ -118,12 +119,8 @@ class Editor:
 
     def search(self, text: str, x: float, y: float) -> str:
         """Double click on the free canvas at (x, y) of the page, type; what the first entry then says."""
-        box = self.page.get_by_role("combobox").and_(self.page.locator("[aria-controls=results-list]"))
-        for _ in range(CLICKS):
-            self.page.mouse.dblclick(x, y, delay=PRESS_MS)
-            with suppress(PageTimeout):
-                box.wait_for(timeout=WAIT_MS / CLICKS)
-                break
+        box = self.page.locator(SEARCH)
+        self._insist(lambda: self.page.mouse.dblclick(x, y, delay=PRESS_MS), f"document.querySelector('{SEARCH}')")
         box.fill("")
         self.page.keyboard.type(text)
         first = self.page.locator("#results-list [role=option]").first
@@ -136,11 +133,23 @@ class Editor:
         self.search(name, x, y)
         self.page.keyboard.press("Enter")
         self.page.wait_for_function("before => app.graph.nodes.length > before", arg=before)
+        self.page.locator(SEARCH).wait_for(state="hidden")  # while it fades, it takes the clicks
         self.page.mouse.move(x + 20, y + 20)  # the node hangs at the mouse ...
         self.page.mouse.move(x, y, steps=4)
-        self.page.mouse.click(x, y, delay=PRESS_MS)  # ... until a click puts it down
-        self.page.wait_for_function("!app.graph.nodes.at(-1).flags.ghost")
+        put_down = "!app.graph.nodes.at(-1).flags.ghost"
+        self._insist(lambda: self.page.mouse.click(x, y, delay=PRESS_MS), put_down)  # ... until a click puts it down
         return self.page.evaluate("app.graph.nodes.at(-1).id")
+
+    def _insist(self, act: Callable[[], None], seen: str) -> None:
+        """Acts until that is seen on the page, CLICKS times at most; then TimeoutError."""
+        for left in reversed(range(CLICKS)):
+            act()
+            try:
+                self.page.wait_for_function(seen, timeout=WAIT_MS / CLICKS)
+                return
+            except PageTimeout:
+                if not left:
+                    raise
 
     def connect(self, source: str, output: str, target: str, input: str) -> None:
         """Drags from an output to an input; what comes of it is in `links`."""
