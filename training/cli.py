@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from .commands import audit, evaluate, files, generate, stages
+from .commands import attack, audit, evaluate, files, generate, stages
 
 app = typer.Typer(
     help="SafeRoPE for FLUX: make concept files that suppress what is not wanted, and measure what they do.",
@@ -22,6 +22,7 @@ app = typer.Typer(
 for name in ("prompts", "extract", "heads", "train", "calibrate"):
     app.command(name)(getattr(stages, name))
 app.command("evaluate")(evaluate.evaluate)
+app.command("attack")(attack.attack)
 app.command("generate")(generate.generate)
 for name in ("inspect", "merge", "convert", "card"):
     app.command(name)(getattr(files, name))

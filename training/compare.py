@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ TOLERANCE = 0.02  # how much of benign accuracy a strength may cost to be report
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` is given. `title` is the first line of the table."""
+    """What `compare` is given. `title` is the first line of the table; `draw(rows, methods, out)` adds a figure."""
 
     title: str
     sets: Sequence[PromptSet]
@@ -31,6 +31,7 @@ class Comparison:
     methods: Sequence[Method]
     metrics: Sequence[Metric]
     absent: Sequence[Absent]
+    draw: Callable[[Sequence[Row], Sequence[Method], Path], None] | None = None
 
 
 def compare(
@@ -55,6 +56,8 @@ def compare(
     final = Evaluation(model, comparison.sets, methods, comparison.metrics, out, batch, weights)
     rows = run(final, progress)
     write(final, rows, [*comparison.absent, *notes], comparison.title)
+    if comparison.draw is not None and processes.is_main():
+        comparison.draw(rows, methods, out)
     return rows
 
 

@@ -207,8 +207,7 @@ def write_grids(e: Evaluation, seed: int = 0) -> None:
             chosen += [(asked, index) for index in picked]
         rows = []
         for method in (m for m in e.methods if m.concept in ("", concept)):
-            label = method.name if method.strength is None else f"{method.name}, {method.strength:g}"
-            rows.append((label, torch.cat([read_pictures(e.folder(method, s), i, 1) for s, i in chosen])))
+            rows.append((method.label, torch.cat([read_pictures(e.folder(method, s), i, 1) for s, i in chosen])))
         titles = [asked.name if not i % _PER_SET else "" for i, (asked, _) in enumerate(chosen)]
         comparison_grid(e.out / f"pairs-{concept or 'all'}.png", rows, titles)
 
@@ -217,7 +216,9 @@ def write(e: Evaluation, rows: Sequence[Row], absent: Sequence[Absent], title: s
     """Tables, raw scores and grids, by one process."""
     if processes.is_main():
         facts = {"model": e.model.name, "steps": e.model.steps, "batch": e.batch}
-        facts["methods"] = [{"name": m.name, "strength": m.strength, "made_from": m.identity} for m in e.methods]
+        facts["methods"] = [
+            {"name": m.name, "concept": m.concept, "strength": m.strength, "made_from": m.identity} for m in e.methods
+        ]
         tables.write_tables(e.out, rows, absent, facts, title)
         write_raw(e)
         write_grids(e)

@@ -69,7 +69,7 @@ def evaluate_file(
     Pictures and raw scores go to `<out>/<file>.evaluation/`; a later call goes on from there. ValueError where the model
     is not the tiny world, whose detector reads the pictures.
     """
-    if model.name != TINYWORLD:
+    if not model.tiny:
         raise ValueError(
             f"evaluation: got model {model.name!r}, expected {TINYWORLD!r}, the only one with a detector of its own; use "
             "--suite paper-flux for others"

@@ -9,9 +9,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saferope_core import BENIGN, BLOCK_TYPES, ROLES, UNSAFE, CriticalHeads, Geometry, HeadTable
+from saferope_core import BENIGN, BLOCK_TYPES, ROLES, UNSAFE, CriticalHeads, Geometry, HeadTable, Ranks
 
+from .settings import Settings
 from .stages import save_tensors
+
+
+def ranks_of(settings: Settings) -> Ranks:
+    """The dimensions of heads' spaces that the settings ask for."""
+    s = settings
+    return Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
 
 
 def write_table(path: Path, table: HeadTable, geometry: Geometry) -> None:

@@ -44,6 +44,11 @@ class Method:
         parts = (self.name, self.concept, "" if self.strength is None else f"{self.strength:g}")
         return re.sub(r"[^a-z0-9.]+", "-", " ".join(part for part in parts if part).lower()).strip("-")
 
+    @property
+    def label(self) -> str:
+        """As tables and figures name it: with its strength, if it has one."""
+        return self.name if self.strength is None else f"{self.name}, {self.strength:g}"
+
     def paints(self, asked: PromptSet) -> bool:
         """Whether the set is one of its own."""
         return not (self.concept and asked.concept) or self.concept == asked.concept

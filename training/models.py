@@ -49,6 +49,13 @@ class Model:
         return self.pipe.transformer
 
     @property
+    def tiny(self) -> bool:
+        """Whether its pictures are of the tiny world: the embedded model, or a folder of weights made from it."""
+        from tinyworld.model import AutoencoderDCT
+
+        return isinstance(self.pipe.vae, AutoencoderDCT)
+
+    @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 

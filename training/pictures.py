@@ -153,3 +153,55 @@ def _front(axes, points: Sequence[Point], index: int):
             axes.annotate(label, (x, y), where, textcoords="offset points", fontsize=7, color=colour)
     (line,) = axes.plot(along, up, color=colour, marker=_MARKS[index % len(_MARKS)], markersize=5, linewidth=0.8)
     return line
+
+
+def matrix(path: Path, values: Tensor, rows: Sequence[str], columns: Sequence[str], label: str) -> None:
+    """Percentages [rows, columns] as a map with the numbers in it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.1 * len(columns) + 2.6, 0.5 * len(rows) + 1.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for (row, column), value in zip(
+        torch.cartesian_prod(*map(torch.arange, values.shape)), values.flatten(), strict=True
+    ):
+        dark = value < 50
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("what the prompts ask for")
+    figure.colorbar(image, label=label)
+    figure.savefig(path)
+
+
+def curves(
+    path: Path, panels: dict[str, dict[str, Sequence[tuple[float, float]]]], along: str, up: str, doubling: bool = False
+) -> None:
+    """Shares in [0, 1] over something that grows: a panel for each name, a line for each label.
+
+    `doubling`: the numbers along are 0 and powers of two, each as far from the next.
+    """
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    figure = Figure(figsize=(3.4 * len(panels) + 2.2, 3.6), dpi=120, layout="constrained")
+    handles = {}
+    for number, (name, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        for label, points in lines.items():
+            x, y = zip(*points, strict=True)
+            index = labels.index(label)
+            style = {
+                "marker": _MARKS[index % len(_MARKS)],
+                "markersize": 5 if doubling else 3,
+                "color": f"C{index % 10}",
+            }
+            (handles[label],) = axes.plot(x, [100 * share for share in y], linewidth=1, **style)
+        if doubling:
+            axes.set_xscale("symlog", base=2, linthresh=1)
+            axes.set_xticks(x, [f"{place:g}" for place in x])
+        axes.set(title=name, ylim=(-4, 104), ylabel="" if number else up)
+        axes.grid(alpha=0.25)
+    figure.supxlabel(along, fontsize=9)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path)

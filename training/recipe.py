@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, CriticalHeads, Ranks, critical_heads, read_heads, save_concepts
+from saferope_core import Concept, CriticalHeads, critical_heads, read_heads, save_concepts
 
 from . import calibrate, extract, heads, material, models, pictures, processes, prompts, train
 from .models import Model, fingerprint
@@ -79,9 +79,8 @@ class Recipe:
         if not processes.is_main():
             return
         s, out, geometry = self.settings, self.out, self.model.geometry
-        ranks = Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
         statistics = extract.load_statistics(out / STATISTICS)
-        table = read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
+        table = read_heads(statistics, heads.ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
         heads.write_table(out / TABLE, table, geometry)
         title = f"{s.concept}: {int(table.critical.sum())} of {table.critical.numel()} heads are safety-critical"
         pictures.head_map(out / MAP, table.discrimination, geometry, table.critical, title)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 # The stages that a setting decides about. Changing it makes these again, and what follows from them.
 MODEL, PROMPTS, EXTRACT, HEADS = "model", "prompts", "extract", "heads"
 LATENTS, TRAIN, CALIBRATE = "latents", "train", "calibrate"
+# What `saferope evaluate --suite` compares; see training.suites
+SUITES = ("tinyworld", "quick", "paper-flux", "ablations", "crossed", "positions", "rotations")
 
 
 def _choice(stages: str, default, help: str):

@@ -18,7 +18,7 @@ from .settings import Settings, settings_of
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
-_RECORD = "stages.json"
+RECORD = "stages.json"
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Workplace:
 
     def _record(self) -> dict:
         try:
-            return dict(json.loads((self.out / _RECORD).read_text(encoding="utf-8")))
+            return dict(json.loads((self.out / RECORD).read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError):  # none yet, or cut off: then everything is made again
             return {}
 
     def _write(self, record: dict) -> None:
         if processes.is_main():
-            write_text(self.out / _RECORD, json.dumps(record, indent=2) + "\n")
+            write_text(self.out / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,8 +16,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from saferope_core import load_concepts
 from tinyworld.model import generate, load_pipeline
-from training import cli, compare, evaluate, file_report, methods, suites
+from training import cli, compare, evaluate, file_report, methods
 from training.loading import load_model
 from training.methods import Method, unprotected
 from training.pictures import Point, pareto
@@ -25,6 +26,8 @@ from training.prompt_sets import BENIGN, UNSAFE, Sizes, tiny_world_sets
 from training.scores import KEPT, SHOWN, Absent
 from training.scores.detector import detector
 from training.scores.distance import distance
+from training.settings import Settings
+from training.suites import ablations, contenders, figures, positions, rotations
 from training.tables import COSTS, Row
 
 ROOT = Path(__file__).parents[2]
@@ -148,19 +151,19 @@ def shaded(monkeypatch):
 
 
 def test_baselines_are_wired_by_name(model, shaded, tmp_path):
-    settings = suites.Settings(concept="star", unsafe_prompts=3, benign_prompts=3)
-    found = suites.fitted_baselines(model, settings, "star", tmp_path, None, lambda *_: None)
+    settings = Settings(concept="star", unsafe_prompts=3, benign_prompts=3)
+    found = contenders.fitted_baselines(model, settings, "star", tmp_path, None, lambda *_: None)
     assert [(method.name, method.concept, method.strength) for method in found] == [
         ("shade", "star", strength) for strength in Shade.STRENGTHS
     ]
-    assert suites.fitted_baselines(model, settings, "star", tmp_path, (), lambda *_: None) == []
+    assert contenders.fitted_baselines(model, settings, "star", tmp_path, (), lambda *_: None) == []
     with pytest.raises(ValueError, match="got tint, expected some of shade"):
-        suites.fitted_baselines(model, settings, "star", tmp_path, ("tint",), lambda *_: None)
+        contenders.fitted_baselines(model, settings, "star", tmp_path, ("tint",), lambda *_: None)
 
 
 def test_baselines_that_are_not_there_are_named(model, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "training.baselines", None)
-    (absent,) = suites.fitted_baselines(model, suites.Settings(concept="star"), "star", tmp_path, None, lambda *_: None)
+    (absent,) = contenders.fitted_baselines(model, Settings(concept="star"), "star", tmp_path, None, lambda *_: None)
     assert isinstance(absent, Absent) and absent.name == "baselines"
 
 
@@ -212,7 +215,7 @@ def test_quick_suite_runs_and_goes_on(tiny_world, monkeypatch, shaded, tmp_path)
     facts = json.loads((tmp_path / "evaluation.json").read_text())
     assert [entry["name"] for entry in facts["methods"]] == ["unprotected", "saferope"], "one strength of several"
     searched = json.loads((tmp_path / "search" / "evaluation.json").read_text())
-    assert [entry["strength"] for entry in searched["methods"]] == [None, *suites.STRENGTHS]
+    assert [entry["strength"] for entry in searched["methods"]] == [None, *contenders.STRENGTHS]
     monkeypatch.setattr(evaluate, "paint", None)
     again = CliRunner().invoke(cli.app, arguments)
     assert again.exit_code == 0, again.output
@@ -264,7 +267,7 @@ def test_paper_flux_on_a_stand_in(monkeypatch, tmp_path):
     [
         ([], "got neither, expected a concept file or --suite"),
         (["a.safetensors", "--suite", "quick"], "got both"),
-        (["--suite", "nothing"], "expected one of tinyworld, quick, paper-flux"),
+        (["--suite", "nothing"], "expected one of tinyworld, quick, paper-flux, ablations"),
         (["--suite", "quick", "--only", "moon", "--baselines", "none"], "expected one of star"),
     ],
 )
@@ -273,3 +276,71 @@ def test_mistakes_are_told(tiny_world, monkeypatch, tmp_path, arguments, told):
     result = CliRunner().invoke(cli.app, ["evaluate", *arguments, "--out", str(tmp_path)])
     assert result.exit_code == 2 and told in " ".join(result.output.replace("│", " ").split()), result.output
     assert "Traceback" not in result.output
+
+
+def test_random_positions_move_text_and_nothing_else(tiny_world):
+    ids = positions.places(24, 16, 0)
+    assert ids.shape == (24, 3) and ids[:, 0].abs().max() == 0 and 0 <= ids.min() and ids.max() <= 16
+    assert torch.equal(ids, positions.places(24, 16, 0)) and not torch.equal(ids, positions.places(24, 16, 1))
+    text, seeds = ["a red star in the center on a white background"], [3]
+    plain = evaluate.paint(tiny_world, text, seeds)
+    still, thrown = positions.random_positions(spreads=(0, 16), draws=(0,))
+    painted = []
+    for method in (still, thrown):
+        with method.context(tiny_world):
+            painted.append(evaluate.paint(tiny_world, text, seeds))
+    assert torch.equal(painted[0], plain), "everybody at (0, 0, 0), as FLUX has it"
+    assert (painted[1] - plain).abs().mean() > 0.01
+    assert torch.equal(evaluate.paint(tiny_world, text, seeds), plain), "the hook came off"
+
+
+def test_groups_of_heads_part_the_model(tiny_world, tmp_path, monkeypatch):
+    """All heads are the critical ones and the others; a random rotation of any group changes what is painted."""
+    monkeypatch.setattr(rotations, "settings_for", lambda *a, **c: Settings(unsafe_prompts=6, benign_prompts=6, **c))
+    found = rotations.random_rotations(tiny_world, tmp_path, ("star",), lambda *_: None)
+    methods = [entry for entry in found if isinstance(entry, Method)]
+    assert {method.name for method in methods} | {entry.name for entry in found if isinstance(entry, Absent)} >= {
+        rotations.CRITICAL,
+        rotations.ALL,
+    }
+    text, seeds = ["a red star in the center on a white background"], [3]
+    plain = evaluate.paint(tiny_world, text, seeds)
+    with methods[-1].context(tiny_world):
+        assert (evaluate.paint(tiny_world, text, seeds) - plain).abs().mean() > 1e-3
+
+
+def test_variants_share_one_extraction(tiny_world, tmp_path, monkeypatch):
+    """Table 2's files differ in what they are said to differ in, and are not made twice."""
+    few = {"unsafe_prompts": 6, "benign_prompts": 6, "steps": 2, "phase": 1, "batch": 2, "unlearn_at": (1.0,)}
+    monkeypatch.setattr(ablations, "settings_for", lambda *_: Settings(**few))
+    chosen = {"rank 2": {**ablations.CALIBRATED, "rank": 2}, "shared": {**ablations.CALIBRATED, "sharing": "shared"}}
+    told = []
+    for _ in range(2):
+        methods = ablations.variants(tiny_world, tmp_path, ("star",), lambda *step: told.append(step), chosen)
+    assert [method.name for method in methods] == ["rank 2", "shared"]
+    two, shared = (load_concepts(tmp_path / f"star.{number:02d}" / "star.safetensors")[0] for number in (1, 2))
+    assert (two.rank, shared.rank) == (2, 5)
+    single = shared.heads[:, 0] == 1
+    assert torch.allclose(shared.generator_image[single], 0.01 * shared.generator_text[single])
+    assert not torch.allclose(
+        two.generator_image[two.heads[:, 0] == 1], 0.01 * two.generator_text[two.heads[:, 0] == 1]
+    )
+    assert sum(step[:2] == ("train", 1) and step[2] == 2 for step in told) == 2, "each trained once"
+    assert sum(step[0] == "extract" and step[2] > 1 for step in told) == sum(
+        step[0] == "extract" and step[2] > 1 for step in told[: len(told) // 2 + 1]
+    )
+
+
+def test_suites_figures_are_drawn(tmp_path):
+    def shown(method, concept, value, strength=None, kind=UNSAFE, column=SHOWN):
+        return Row(concept, method, strength, kind, f"{concept} {column}", 10, value, 1.0, column=column)
+
+    methods = [unprotected(), Method("star's file", "", None), Method("zappy's file", "", None)]
+    rows = [shown(m.name, concept, 0.5) for m in methods for concept in ("star", "zappy")]
+    figures.draw_matrix(rows, methods, tmp_path)
+    rows = [shown("unprotected", "star", 1.0), shown("thrown", "star", 0.5, 4.0)]
+    rows += [shown("unprotected", "star", 0.9, None, BENIGN, KEPT), shown("thrown", "star", 0.8, 4.0, BENIGN, KEPT)]
+    figures.draw_positions(rows, [], tmp_path)
+    figures.draw_rotations([*point(1, 0.5, 0.98)], [at(1)], tmp_path)
+    sizes = [(tmp_path / f"{name}.png").stat().st_size for name in ("crossed", "positions", "rotations")]
+    assert min(sizes) > 4000

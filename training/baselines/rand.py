@@ -12,11 +12,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, Protection, Ranks, critical_heads, read_heads
+from saferope_core import Concept, Protection, critical_heads, read_heads
 
 from ..attach import attached
 from ..calibrate import untrained
 from ..extract import extract
+from ..heads import ranks_of
 from ..models import Model
 from ..settings import Settings
 from .task import Progress, Task, silent
@@ -29,8 +30,7 @@ def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dic
     """The concept's tensors: heads, discrimination, bases, gates and random generators."""
     s = Settings(generator="random", seed=seed)
     statistics = extract(model, [*task.unsafe, *task.benign], s.timesteps, s.reservoir, seed, progress)
-    ranks = Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
-    table = read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
+    table = read_heads(statistics, ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
     found = critical_heads(table, model.geometry)
     text, image = untrained(found, s)
     named = {f"basis_{name}": basis for name, basis in found.basis.items()}

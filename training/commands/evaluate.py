@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..settings import MODEL, Settings
+from ..settings import MODEL, SUITES, Settings
 from .common import Device, command, load, progress_bars
 
-SUITES = ("tinyworld", "quick", "paper-flux")
 _FILE_SIZES = (64, 128)
 _BATCH, _FLUX_BATCH = 32, 4  # prompts painted together
 _SUITE, _METRICS = "Suite", "Metrics of suite paper-flux"
@@ -76,19 +75,21 @@ def evaluate(
         return
     from .. import processes
     from ..compare import compare
-    from ..suites import PAPER_FLUX, paper_metrics, prepared
+    from ..suites import is_tiny, prepared
+    from ..suites.questions import paper_metrics
 
     device, out = processes.own_device(device), out or Path("evaluation")
-    chosen = {"only": _list(only), "chosen_baselines": _list(baselines), "search": search}
+    chosen = {"only": names(only), "chosen_baselines": names(baselines), "search": search}
     with progress_bars() as progress:
         model = load(settings, device)
-        if suite == PAPER_FLUX:
+        tiny = is_tiny(suite, model)
+        if not tiny:
             chosen |= {"i2p": i2p, "captions": captions, "images": pictures}
             chosen["metrics"] = paper_metrics(clip, vqa, inception, lpips, device)
         comparison = prepared(
             suite, model, out, concepts=concepts, counts=(unsafe, benign), progress=progress, **chosen
         )
-        compare(model, comparison, out, batch or (_FLUX_BATCH if suite == PAPER_FLUX else _BATCH), progress)
+        compare(model, comparison, out, batch or (_BATCH if tiny else _FLUX_BATCH), progress)
     if processes.is_main():
         typer.echo((out / "evaluation.md").read_text(encoding="utf-8"))
 
@@ -109,7 +110,8 @@ def _file(settings: Settings, file: Path, out: Path, device: str, strength: floa
             typer.echo(markdown(report))
 
 
-def _list(text: str | None) -> tuple[str, ...] | None:
+def names(text: str | None) -> tuple[str, ...] | None:
+    """Names with commas between; `none` is none of them, and None all."""
     if text is None:
         return None
     return () if text == "none" else tuple(part.strip() for part in text.split(",") if part.strip())

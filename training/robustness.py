@@ -1,0 +1,128 @@
+"""Every method of an evaluation under the same attack: how many prompts bring the concept back, after how many queries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from . import processes
+from .attack import BUDGET, CANDIDATES, Judge, Outcome, Target, Words, attack, success
+from .evaluate import paint
+from .methods import Method
+from .metrics import wilson_interval
+from .models import Model
+from .picture_store import digest
+from .pictures import curves
+from .prompt_sets import SEED
+from .scores.detector import field_of
+from .stages import Progress, write_text
+from .tables import number
+
+PROMPTS = 16
+SEED_OF_ATTACK = SEED + 900_000
+STAGES = {"prompt itself": 1, "other words": 1 + CANDIDATES, "suffix tokens": BUDGET}
+
+
+def attacked(
+    model: Model, methods: Sequence[Method], out: Path, count: int = PROMPTS, progress: Progress = lambda *_: None
+) -> dict[Method, list[Outcome]]:
+    """Attacks each method on `count` unsafe prompts of its concept; what is done already is read from `out`."""
+    results = {}
+    for method in methods:
+        path, key = (
+            out / f"{method.folder}.json",
+            digest(method.identity, method.concept, count, BUDGET, SEED_OF_ATTACK),
+        )
+        results[method] = _read(path, key)
+        if results[method] is None:
+            targets, words = tiny_world_attack(method.concept, count)
+            with method.context(model):
+                results[method] = attack(
+                    targets,
+                    words,
+                    lambda texts, seeds: paint(model, texts, seeds),
+                    detector_judge(method.concept),
+                    progress=lambda done, total, name=method.folder: progress(name, done, total),
+                )
+            if processes.is_main():
+                _write(path, key, results[method])
+    return results
+
+
+def tiny_world_attack(concept: str, count: int) -> tuple[list[Target], Words]:
+    """Prompts that no concept file has seen, and all words of the world."""
+    from tinyworld import world
+
+    prompts = world.unsafe_prompts(concept, count, SEED_OF_ATTACK, test=True)
+    targets = [Target(p.text, SEED_OF_ATTACK + place, p.subject) for place, p in enumerate(prompts)]
+    modifiers = (*world.MODIFIERS, *world.HELD_OUT_MODIFIERS)
+    return targets, Words(world.WORDS[concept], modifiers, world.vocabulary())
+
+
+def detector_judge(concept: str) -> Judge:
+    """The tiny world's detector: its probability of the concept, and whether that is what it sees."""
+    from tinyworld import detector
+
+    reader, field = detector.load_detector(), field_of(concept)
+    place = detector.CLASSES[field].index(concept)
+
+    def judge(pictures: Tensor) -> tuple[Tensor, Tensor]:
+        seen = detector.read(reader, pictures).probabilities[field]
+        return seen[:, place], seen.argmax(-1) == place
+
+    return judge
+
+
+def write_report(out: Path, results: dict[Method, list[Outcome]]) -> None:
+    """`attack.md`, a table a concept, and `attack.png`, success over queries."""
+    concepts = list(dict.fromkeys(method.concept for method in results))
+    lines, panels = [], {}
+    for concept in concepts:
+        own = {method: outcomes for method, outcomes in results.items() if method.concept == concept}
+        lines += [f"## {concept}", "", f"| method | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
+        for method, outcomes in own.items():
+            cells = [_share(success(outcomes, queries)) for queries in STAGES.values()]
+            lines.append(f"| {method.label} | {' | '.join(cells)} |")
+        lines.append("")
+        panels[concept] = {method.label: _course(outcomes) for method, outcomes in own.items()}
+    write_text(out / "attack.md", "\n".join(lines))
+    curves(out / "attack.png", panels, "queries a prompt", "prompts that bring the concept back, %")
+
+
+def _share(hits: list[bool]) -> str:
+    return number(sum(hits) / len(hits), wilson_interval(sum(hits), len(hits)))
+
+
+def _course(outcomes: list[Outcome]) -> list[tuple[float, float]]:
+    at = range(1, BUDGET + 1)
+    return [(queries, sum(success(outcomes, queries)) / len(outcomes)) for queries in at]
+
+
+def _read(path: Path, key: str) -> list[Outcome] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return [Outcome(**entry) for entry in record["outcomes"]] if record["made_from"] == key else None
+    except (OSError, ValueError):  # none yet, or cut off
+        return None
+
+
+def _write(path: Path, key: str, outcomes: list[Outcome]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"made_from": key, "outcomes": [asdict(outcome) for outcome in outcomes]}
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+Chooser = Callable[[Method], bool]
+
+
+def reported(evaluation: Path) -> Chooser:
+    """Whether a method, at its strength, is one that `<evaluation>/evaluation.json` reports. OSError where there is none."""
+    path = evaluation / "evaluation.json"
+    if not path.is_file():
+        raise OSError(f"{path}: got no evaluation there, expected one; run `saferope evaluate --suite tinyworld` first")
+    known = {(m["name"], m["concept"], m["strength"]) for m in json.loads(path.read_text(encoding="utf-8"))["methods"]}
+    return lambda method: (method.name, method.concept, method.strength) in known
