@@ -297,12 +297,15 @@ def test_random_positions_move_text_and_nothing_else(tiny_world):
 def test_groups_of_heads_part_the_model(tiny_world, tmp_path, monkeypatch):
     """All heads are the critical ones and the others; a random rotation of any group changes what is painted."""
     monkeypatch.setattr(rotations, "settings_for", lambda *a, **c: Settings(unsafe_prompts=6, benign_prompts=6, **c))
-    found = rotations.random_rotations(tiny_world, tmp_path, ("star",), lambda *_: None)
-    methods = [entry for entry in found if isinstance(entry, Method)]
-    assert {method.name for method in methods} | {entry.name for entry in found if isinstance(entry, Absent)} >= {
-        rotations.CRITICAL,
-        rotations.ALL,
-    }
+    methods = rotations.random_rotations(tiny_world, tmp_path, ("star",), lambda *_: None)
+    names = (rotations.TELLING, rotations.ALL, rotations.OTHERS)
+    assert [method.name for method in methods[:: len(rotations.AMOUNTS)]] == list(names)
+    chosen = torch.tensor([[True, False], [False, True]])
+    table = SimpleNamespace(critical=chosen, discrimination=torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
+    for critical in (chosen, torch.ones_like(chosen)):  # where all are critical, the half of highest Δ
+        table.critical = critical
+        telling, everything, others = rotations.groups(table).values()
+        assert torch.equal(telling, chosen) and torch.equal(others, ~chosen) and everything.all()
     text, seeds = ["a red star in the center on a white background"], [3]
     plain = evaluate.paint(tiny_world, text, seeds)
     with methods[-1].context(tiny_world):
