@@ -21,6 +21,7 @@ from tinyworld.model import generate, load_pipeline
 from training import cli, compare, evaluate, file_report, methods
 from training.loading import load_model
 from training.methods import Method, unprotected
+from training.models import edited, encode
 from training.pictures import Point, pareto
 from training.prompt_sets import BENIGN, UNSAFE, Sizes, tiny_world_sets
 from training.scores import KEPT, SHOWN, Absent
@@ -95,6 +96,18 @@ def test_two_processes_give_the_table_of_one(tiny_world, tmp_path):
             tables.append([line for line in csv.DictReader(file) if line["unit"] not in COSTS])
     assert tables[0] == tables[1] and len(tables[0]) >= 10
     assert len(list((tmp_path / "two").rglob("*.png"))) == 2 * 5 + 1
+
+
+def test_what_is_done_to_embeddings_is_painted(tiny_world):
+    """Baselines that work on prompts (DES, SAFREE) are not measured as the unprotected model."""
+    texts, seeds = ["a red star in the center on a white background", "a blue ring , left , black wall"], [3, 4]
+    plain = evaluate.paint(tiny_world, texts, seeds)
+    assert torch.equal(plain, generate(tiny_world.pipe, texts, seeds))
+    emptied = encode(tiny_world, ["", ""])
+    with edited(tiny_world, lambda _texts, _text: emptied):
+        other = evaluate.paint(tiny_world, texts, seeds)
+    assert (other - plain).abs().mean() > 0.05
+    assert torch.equal(evaluate.paint(tiny_world, texts, seeds), plain)
 
 
 class Shade:
