@@ -201,6 +201,9 @@ def test_the_reported_strength_is_the_best_that_spares_benign_pictures():
     chosen, notes = compare.choose([*point(1, 0.3, 0.9), *point(2, 0.0, 0.8)], own[:2])
     assert [method.strength for method in chosen] == [1] and "no strength within 2 points" in notes[0].why
     assert compare.choose([], own) == (own, []), "nothing tells: all are reported"
+    usual = replace(own[1], default=True)
+    chosen, _ = compare.choose(rows, [own[0], usual, *own[2:]])
+    assert chosen == [usual], "what users get is reported, also where another strength did better"
 
 
 def test_pareto_has_a_point_for_every_strength(tmp_path):
