@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from .concept import Concept
 from .geometry import Geometry
-from .risk import gated, risk_of
+from .risk import gated, length_of, share_of
 from .rotation import exact, fold, turn, wide
 
 ROLES = ("q", "k")
 STREAMS = ("text", "image")
+_PIECE = 2**19  # numbers, 2 MB of fp32: measured best where a core's share of cache is some MB, flat from half to double
 
 # What is told, for every concept that has gates there: its number, the block's row, the stream, its heads [n] and which
 # tokens pass their gates, bool [B, n, L]. `recorder.Forward.saw` is one.
@@ -45,6 +46,12 @@ class _Plan(NamedTuple):
 
     heads: Tensor  # int64 [H]
     parts: list[_Part]
+    directions: Tensor  # [H, D, sum of R + S]: those of all parts, side by side, for one product
+
+    @property
+    def widths(self) -> list[int]:
+        """R + S of every part."""
+        return [part.directions.shape[-1] for part in self.parts]
 
 
 class _Active(NamedTuple):
@@ -140,33 +147,51 @@ def _rotate_span(
     x: Tensor, result: Tensor, plan: _Plan, start: int, stop: int, tell: Callable[..., None] | None
 ) -> Tensor:
     """`result` with the tokens start to stop of the plan's heads replaced by their rotation; x where nothing turns."""
-    with exact(x):
-        vectors = wide(x[:, :, start:stop].index_select(1, plan.heads))
-        coordinates = [torch.einsum("bhld,hdr->bhlr", vectors, p.directions.to(vectors)) for p in plan.parts]
-        scales = [gated(_risk(c, vectors, p), p.gate) for c, p in zip(coordinates, plan.parts, strict=True)]
+    passed = []
+    for first, last in _pieces(x, len(plan.heads), start, stop):
+        vectors = _chosen(x[:, :, first:last], plan.heads)
+        with exact(x):
+            coordinates = torch.matmul(vectors, plan.directions.to(vectors)).split(plan.widths, dim=-1)
+            whole = length_of(vectors)
+            scales = [gated(_risk(c, whole, p), p.gate) for c, p in zip(coordinates, plan.parts, strict=True)]
+        if tell is not None:
+            passed.append([scale.ne(0) for scale in scales])
+        if not _gathers(x.device):
+            turned = _turned(vectors, plan.parts, scales, coordinates[0])
+            result = x.clone() if result is x else result
+            result[:, :, first:last].index_copy_(1, plan.heads, turned.to(x.dtype))
+        elif len(hot := _above_gates(scales)):
+            turned = _turned(vectors[:, :, hot], plan.parts, [s[:, :, hot] for s in scales], coordinates[0][:, :, hot])
+            result = x.clone() if result is x else result
+            result[:, plan.heads[:, None], first + hot] = turned.to(x.dtype)
     if tell is not None:
-        for part, scale in zip(plan.parts, scales, strict=True):
-            passed = scale.ne(0).index_select(1, part.own)
-            tell(part.concept, heads=plan.heads[part.own], passed=passed)
-    if not _gathers(x.device):
-        turned = _turned(vectors, plan.parts, scales, coordinates[0])
-        result = x.clone() if result is x else result
-        result[:, :, start:stop].index_copy_(1, plan.heads, turned.to(x.dtype))
-        return result
-    hot = _above_gates(scales)
-    if len(hot) == 0:
-        return result
-    turned = _turned(vectors[:, :, hot], plan.parts, [s[:, :, hot] for s in scales], coordinates[0][:, :, hot])
-    result = x.clone() if result is x else result
-    result[:, plan.heads[:, None], start + hot] = turned.to(x.dtype)
+        for part, pieces in zip(plan.parts, zip(*passed, strict=True), strict=True):
+            tell(part.concept, heads=plan.heads[part.own], passed=torch.cat(pieces, -1).index_select(1, part.own))
     return result
 
 
-def _risk(coordinates: Tensor, vectors: Tensor, part: _Part) -> Tensor:
-    """LRS [B, H, L] from the coordinates [B, H, L, R + S] in the part's directions."""
+def _pieces(x: Tensor, heads: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Runs of tokens, (first, last), to be worked on one after the other.
+
+    On a CPU their fp32 copies stay in its cache: a copy of all of x takes longer than everything else together. A GPU
+    has no use for that, and gets the whole span.
+    """
+    size = stop - start
+    if _gathers(x.device):
+        size = max(1, _PIECE // (x.shape[0] * heads * x.shape[3]))
+    return ((first, min(first + size, stop)) for first in range(start, stop, size))
+
+
+def _chosen(x: Tensor, heads: Tensor) -> Tensor:
+    """These heads of x [B, H, L, D] in the dtype of the arithmetic."""
+    return wide(x if len(heads) == x.shape[1] else x.index_select(1, heads))
+
+
+def _risk(coordinates: Tensor, whole: Tensor, part: _Part) -> Tensor:
+    """LRS [B, H, L] of vectors of length `whole` from their coordinates [B, H, L, R + S] in the part's directions."""
     if part.unsafe is not None:
-        coordinates = torch.einsum("bhlp,hpr->bhlr", coordinates, part.unsafe.to(coordinates))
-    return risk_of(coordinates, vectors)
+        coordinates = torch.matmul(coordinates, part.unsafe.to(coordinates))
+    return share_of(coordinates, whole)
 
 
 def _turned(vectors: Tensor, parts: list[_Part], scales: list[Tensor], known: Tensor | None) -> Tensor:
@@ -235,7 +260,8 @@ def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch
         tensors = {name: placed(getattr(part, name), own) for name in ("directions", "theta", "gate", "unsafe")}
         return part._replace(**tensors, own=torch.isin(heads, own).nonzero()[:, 0].to(device))
 
-    return _Plan(heads.to(device), [merged(own, part) for own, part in parts])
+    placed_parts = [merged(own, part) for own, part in parts]
+    return _Plan(heads.to(device), placed_parts, torch.cat([part.directions for part in placed_parts], dim=-1))
 
 
 def _generator(concept: Concept, stream: str) -> Tensor:
