@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .concept import Concept
 from .geometry import Geometry
-from .risk import gated, length_of, share_of
+from .risk import gated, risk_of
 from .rotation import exact, fold, turn, wide
+from .screen import few_candidates
 
 ROLES = ("q", "k")
 STREAMS = ("text", "image")
-_PIECE = 2**19  # numbers, 2 MB of fp32: measured best where a core's share of cache is some MB, flat from half to double
 
 # What is told, for every concept that has gates there: its number, the block's row, the stream, its heads [n] and which
 # tokens pass their gates, bool [B, n, L]. `recorder.Forward.saw` is one.
@@ -46,12 +46,7 @@ class _Plan(NamedTuple):
 
     heads: Tensor  # int64 [H]
     parts: list[_Part]
-    directions: Tensor  # [H, D, sum of R + S]: those of all parts, side by side, for one product
-
-    @property
-    def widths(self) -> list[int]:
-        """R + S of every part."""
-        return [part.directions.shape[-1] for part in self.parts]
+    directions: Tensor  # [H, D, sum of R + S]: those of all parts, side by side
 
 
 class _Active(NamedTuple):
@@ -147,51 +142,38 @@ def _rotate_span(
     x: Tensor, result: Tensor, plan: _Plan, start: int, stop: int, tell: Callable[..., None] | None
 ) -> Tensor:
     """`result` with the tokens start to stop of the plan's heads replaced by their rotation; x where nothing turns."""
-    passed = []
-    for first, last in _pieces(x, len(plan.heads), start, stop):
-        vectors = _chosen(x[:, :, first:last], plan.heads)
-        with exact(x):
-            coordinates = torch.matmul(vectors, plan.directions.to(vectors)).split(plan.widths, dim=-1)
-            whole = length_of(vectors)
-            scales = [gated(_risk(c, whole, p), p.gate) for c, p in zip(coordinates, plan.parts, strict=True)]
-        if tell is not None:
-            passed.append([scale.ne(0) for scale in scales])
-        if not _gathers(x.device):
-            turned = _turned(vectors, plan.parts, scales, coordinates[0])
-            result = x.clone() if result is x else result
-            result[:, :, first:last].index_copy_(1, plan.heads, turned.to(x.dtype))
-        elif len(hot := _above_gates(scales)):
-            turned = _turned(vectors[:, :, hot], plan.parts, [s[:, :, hot] for s in scales], coordinates[0][:, :, hot])
-            result = x.clone() if result is x else result
-            result[:, plan.heads[:, None], first + hot] = turned.to(x.dtype)
+    span = x[:, :, start:stop]
+    few = few_candidates(span, plan.heads, plan.directions, plan.parts) if _gathers(x.device) else None
+    vectors = wide(span.index_select(1, plan.heads)) if few is None else few.gather(span, plan.heads)
+    scales, coordinates = _scales(vectors, plan)
     if tell is not None:
-        for part, pieces in zip(plan.parts, zip(*passed, strict=True), strict=True):
-            tell(part.concept, heads=plan.heads[part.own], passed=torch.cat(pieces, -1).index_select(1, part.own))
+        for part, scale in zip(plan.parts, scales, strict=True):
+            passed = scale.ne(0) if few is None else few.spread(scale.ne(0), stop - start)
+            tell(part.concept, heads=plan.heads[part.own], passed=passed.index_select(1, part.own))
+    if few is not None and not any(bool(scale.any()) for scale in scales):
+        return result
+    turned = _turned(vectors, plan.parts, scales, coordinates).to(x.dtype)
+    result = x.clone() if result is x else result
+    if few is None:
+        result[:, :, start:stop].index_copy_(1, plan.heads, turned)
+    else:
+        few.put(turned, result[:, :, start:stop], plan.heads)
     return result
 
 
-def _pieces(x: Tensor, heads: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Runs of tokens, (first, last), to be worked on one after the other.
-
-    On a CPU their fp32 copies stay in its cache: a copy of all of x takes longer than everything else together. A GPU
-    has no use for that, and gets the whole span.
-    """
-    size = stop - start
-    if _gathers(x.device):
-        size = max(1, _PIECE // (x.shape[0] * heads * x.shape[3]))
-    return ((first, min(first + size, stop)) for first in range(start, stop, size))
+def _scales(vectors: Tensor, plan: _Plan) -> tuple[list[Tensor], Tensor]:
+    """Every part's gated LRS [B, H, L] of vectors [B, H, L, D], and their coordinates in the first part's directions."""
+    with exact(vectors):
+        coordinates = [torch.einsum("bhld,hdr->bhlr", vectors, p.directions.to(vectors)) for p in plan.parts]
+        found = zip(coordinates, plan.parts, strict=True)
+        return [gated(_risk(c, vectors, part), part.gate) for c, part in found], coordinates[0]
 
 
-def _chosen(x: Tensor, heads: Tensor) -> Tensor:
-    """These heads of x [B, H, L, D] in the dtype of the arithmetic."""
-    return wide(x if len(heads) == x.shape[1] else x.index_select(1, heads))
-
-
-def _risk(coordinates: Tensor, whole: Tensor, part: _Part) -> Tensor:
-    """LRS [B, H, L] of vectors of length `whole` from their coordinates [B, H, L, R + S] in the part's directions."""
+def _risk(coordinates: Tensor, vectors: Tensor, part: _Part) -> Tensor:
+    """LRS [B, H, L] from the coordinates [B, H, L, R + S] in the part's directions."""
     if part.unsafe is not None:
-        coordinates = torch.matmul(coordinates, part.unsafe.to(coordinates))
-    return share_of(coordinates, whole)
+        coordinates = torch.einsum("bhlp,hpr->bhlr", coordinates, part.unsafe.to(coordinates))
+    return risk_of(coordinates, vectors)
 
 
 def _turned(vectors: Tensor, parts: list[_Part], scales: list[Tensor], known: Tensor | None) -> Tensor:
@@ -203,14 +185,9 @@ def _turned(vectors: Tensor, parts: list[_Part], scales: list[Tensor], known: Te
 
 
 def _gathers(device: torch.device) -> bool:
-    """Whether to turn only the tokens above a gate. They are few words, so this saves nearly all the work; but to find
+    """Whether to turn only the tokens above a gate. They are few, so this saves nearly all the work; but to find
     them on a GPU would cost a synchronisation per block and shapes that depend on the data."""
     return device.type == "cpu"
-
-
-def _above_gates(scales: list[Tensor]) -> Tensor:
-    """Token positions at which any head of any batch entry passes its gate for any concept; scales are [B, H, L]."""
-    return torch.stack(scales).ne(0).flatten(0, 2).any(0).nonzero()[:, 0]
 
 
 def _all_plans(active: list[_Active], geometry: Geometry, device: torch.device) -> dict[tuple[int, str, str], _Plan]:

@@ -27,17 +27,8 @@ def latent_risk_score(x: Tensor, basis: Tensor) -> Tensor:
 
 def risk_of(coordinates: Tensor, x: Tensor) -> Tensor:
     """LRS [...] of x [..., D] from its coordinates [..., R] in any orthonormal basis of the unsafe subspace."""
-    return share_of(coordinates, length_of(x))
-
-
-def length_of(x: Tensor) -> Tensor:
-    """‖x‖ [...] of x [..., D], kept away from 0 for `share_of` to divide by."""
-    return torch.linalg.vector_norm(x, dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
-
-
-def share_of(coordinates: Tensor, whole: Tensor) -> Tensor:
-    """LRS [...] of vectors of length `whole` [...] from their coordinates [..., R], as `risk_of`."""
     inside = torch.linalg.vector_norm(coordinates, dim=-1)
+    whole = torch.linalg.vector_norm(x, dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
     return (inside / whole).clamp(max=1.0).square()
 
 
