@@ -100,4 +100,6 @@ def _inside(coordinates: Tensor, part) -> Tensor:
     """‖Uᵀx‖ [B, H, L] from coordinates [B, H, R + S, L]."""
     if part.unsafe is not None:
         coordinates = torch.matmul(part.unsafe.mT.to(coordinates), coordinates)
-    return coordinates.square().sum(2).sqrt()  # vector_norm over a dimension that is not the last takes 20 times as long
+    return (
+        coordinates.square().sum(2).sqrt()
+    )  # vector_norm over a dimension that is not the last takes 20 times as long
