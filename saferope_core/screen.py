@@ -78,7 +78,7 @@ def margin(head_dim: int, width: int, dtype: torch.dtype) -> float:
 @torch.no_grad()
 def _maybe(span: Tensor, heads: Tensor, directions: Tensor, parts) -> Tensor:
     """bool [B, H, L]: False only where no part's gate can be passed."""
-    batch, _, tokens, head_dim = span.shape
+    batch, head_dim = span.shape[0], span.shape[-1]
     everyone = len(heads) == span.shape[1]
     size = max(1, PIECE // max(1, batch * len(heads) * head_dim))
     widths, found = [part.directions.shape[-1] for part in parts], []
