@@ -213,16 +213,21 @@ def _parts_of(active: _Active, role: str, stream: str):
     theta, directions = fold(basis, _generator(concept, stream))
     unsafe = (directions.mT.double() @ basis[..., : basis.shape[-1] - concept.reach].double()).float()
     gate = concept.gate(role, stream) if threshold is None else torch.full((len(concept.heads),), threshold)
-    rows = _rows(concept)
-    for row in rows[moving].unique().tolist():
-        mine = moving & (rows == row)
-        inside = unsafe[mine] if concept.reach else None
-        part = _Part(directions[mine], strength * theta[mine], gate[mine], inside, concept=number)
-        yield row, concept.heads[mine, 2].long(), part
+    # heads are sorted, so those of a block lie together
+    rows, counts = _rows(concept)[moving].unique_consecutive(return_counts=True)
+    heads = concept.heads[moving, 2].long()
+    fields = (heads, directions[moving], strength * theta[moving], gate[moving], unsafe[moving])
+    for row, own, *tensors in zip(rows.tolist(), *(each.split(counts.tolist()) for each in fields), strict=True):
+        part = _Part(*tensors, concept=number)
+        yield row, own, part if concept.reach else part._replace(unsafe=None)
 
 
 def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch.device) -> _Plan:
     """One plan over the union of the heads of several concepts."""
+    if len(parts) == 1:
+        heads, part = parts[0]
+        part = _Part(*(each.to(device) if isinstance(each, Tensor) else each for each in part))
+        return _Plan(heads.to(device), [part._replace(own=torch.arange(len(heads), device=device))], part.directions)
     heads = torch.cat([heads for heads, _ in parts]).unique()
 
     def placed(values: Tensor | None, own: Tensor) -> Tensor | None:
