@@ -28,6 +28,8 @@ LONGEST_NAME = 200  # characters: fits a menu
 LONGEST_TEXT = 20_000  # characters of a description
 LARGEST_ANGLE = 100.0  # radians; beyond it float32 no longer resolves an angle to 1e-5
 LARGEST_STRENGTH = 100.0
+LOOSEST = 0.01  # ten times what rounding to float16 does to UᵀU at any rank; beyond 0.1 columns could be missing
+_HEADS_AT_ONCE = 64  # in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +116,10 @@ _OPTIONAL = (
 def require_orthonormal(name: str, basis: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """Raise ValueError unless the columns of basis [N, D, R] are orthonormal as far as `dtype` can tell."""
     rank = basis.shape[-1]
-    error = (basis.mT.double() @ basis.double() - torch.eye(rank, dtype=torch.float64)).abs().max().item()
-    allowed = 10 * rank * torch.finfo(dtype).eps
+    identity = torch.eye(rank, dtype=torch.float64)
+    wide = (part.double() for part in basis.split(_HEADS_AT_ONCE))  # all heads would be four times the basis
+    error = torch.stack([(part.mT @ part - identity).abs().max() for part in wide]).max().item()
+    allowed = min(10 * rank * torch.finfo(dtype).eps, LOOSEST)
     if not error <= allowed:
         raise ValueError(
             f"{name}: columns are not orthonormal, UᵀU differs from I by {error:.2g}, expected at most {allowed:.2g}:"
@@ -210,20 +214,24 @@ def _taken_heads(value: Tensor, geometry: Geometry) -> Tensor:
             f"heads: shape is {tuple(value.shape)}, expected (N, 3) with at least one head: a concept without"
             f" safety-critical heads protects from nothing"
         )
-    rows = [tuple(row) for row in value.tolist()]
-    for block_type, block, head in rows:
-        _check_head(block_type, block, head, geometry)
-    if rows != sorted(set(rows)):
-        raise ValueError("heads: rows are not sorted or not unique, expected ascending (block type, block, head)")
+    _check_heads(value.long(), geometry)
     return _copy(value, torch.int32)
 
 
-def _check_head(block_type: int, block: int, head: int, geometry: Geometry) -> None:
-    counts = (geometry.double_blocks, geometry.single_blocks)
-    if block_type not in range(len(BLOCK_TYPES)) or block not in range(counts[block_type]):
-        raise ValueError(f"heads: no block {(block_type, block)} (0 double, 1 single) in {geometry.describe()}")
-    if head not in range(geometry.heads):
-        raise ValueError(f"heads: no head {head} in {geometry.describe()}")
+def _check_heads(rows: Tensor, geometry: Geometry) -> None:
+    """Whether all rows [N, 3] name a head, each once and in order. In tensors: a file may hold millions."""
+    block_type, block, head = rows.unbind(1)
+    counts = torch.tensor([geometry.double_blocks, geometry.single_blocks])
+    known = (block_type >= 0) & (block_type < len(BLOCK_TYPES))
+    known &= (block >= 0) & (block < counts[block_type.clamp(0, len(BLOCK_TYPES) - 1)])
+    if not known.all():
+        place = tuple(rows[~known][0, :2].tolist())
+        raise ValueError(f"heads: no block {place} (0 double, 1 single) in {geometry.describe()}")
+    if not (there := (head >= 0) & (head < geometry.heads)).all():
+        raise ValueError(f"heads: no head {head[~there][0].item()} in {geometry.describe()}")
+    order = (block_type * max(counts.tolist()) + block) * geometry.heads + head
+    if not (order.diff() > 0).all():
+        raise ValueError("heads: rows are not sorted or not unique, expected ascending (block type, block, head)")
 
 
 def _check_words(concept: Concept) -> None:
@@ -271,7 +279,7 @@ def _as_json(training: dict) -> dict:
 def _copy(value: Tensor, dtype: torch.dtype) -> Tensor:
     # ComfyUI runs nodes in inference mode, and a tensor born there could never take part in training
     with torch.inference_mode(False), torch.no_grad():
-        return value.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+        return value.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _take(concept: Concept, name: str, value) -> None:

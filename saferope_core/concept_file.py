@@ -1,7 +1,7 @@
 """Concept files, version 1: safetensors with checked metadata. Files are untrusted input, read whole or refused.
 
-Order of the checks: size before anything is read, the header as strict JSON, format and version, keys and dtypes of
-metadata and tensors, and only then the values, which a Concept checks itself. Nothing is ever unpickled.
+Order of the checks: size before anything is read, the header as strict JSON, format and version, keys, dtypes and sizes
+of metadata and tensors, and only then the values, which a Concept checks itself. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .concept import Concept, require_orthonormal, require_skew
+from .concept import LONGEST_NAME, Concept, require_orthonormal, require_skew
 from .geometry import Geometry
 from .rotation import skew
 from .strict_json import dumps, loads
 from .subspace import orthonormal
+from .untrusted import open_regular, printable, read_whole
 from .version import __version__
 
 FORMAT = "saferope.concept"
 FORMAT_VERSION = "1"
 
 MAX_BYTES = 512 * 2**20  # all 1,368 heads of FLUX.1 at rank 10 take 15 MB
-MAX_HEADER_BYTES = 8 * 2**20
+MAX_HEADER_BYTES = 2**20  # 64 concepts take 150 KB; JSON may take 40 times its size in memory, and a second for 8 MB
 MAX_CONCEPTS = 64
+MAX_AXES, MAX_LENGTH = 3, 2**31 - 1  # of a tensor; beyond it torch itself gives up, each time in another way
+_HEADS_AT_ONCE = 64  # in float64
 LICENSE_UNSTATED = "NOASSERTION"  # SPDX's word for it
 
 _PICKLES = (b"PK\x03\x04", b"\x80")  # how the files of torch.save begin: a zip archive, or a bare pickle
@@ -88,7 +91,7 @@ def save_concepts(
         "license": license,
     }
     data = _sorted_header(safetensors.torch.save(_tensors(concepts, dtype), metadata))
-    _parse(data)  # what would be refused is not written
+    parse_concepts(data)  # what would be refused is not written
     _write(Path(path), data)
 
 
@@ -98,15 +101,15 @@ def load_concepts(path: str | os.PathLike) -> list[Concept]:
     float16 bases are re-orthonormalised and generators re-skewed; float32 comes back bit for bit.
     """
     try:
-        return _parse(_read(Path(path)))
+        return parse_concepts(read_whole(path, MAX_BYTES))
     except ValueError as error:
-        raise ConceptFileError(f"{path}: {error}") from None
+        raise ConceptFileError(printable(f"{path}: {error}")) from None
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The identity of a file: the hexadecimal SHA-256 of its bytes."""
+    """The identity of a regular file: the hexadecimal SHA-256 of its bytes."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -152,15 +155,8 @@ def _write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_BYTES:
-            raise ValueError(f"{size} bytes, expected at most {MAX_BYTES}: this is no concept file")
-        return file.read(MAX_BYTES)
-
-
-def _parse(data: bytes) -> list[Concept]:
+def parse_concepts(data: bytes) -> list[Concept]:
+    """The concepts of a file's bytes, checked whole. Raises ValueError, and no other error, for anything else."""
     header = _header(data)
     metadata = _metadata(header.pop("__metadata__", None))
     geometry = _geometry(metadata["geometry"])
@@ -170,6 +166,7 @@ def _parse(data: bytes) -> list[Concept]:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"damaged or cut short ({error}): fetch the file again") from None
+    del data  # a large file need not be held a third time
     return [_concept(entry, geometry, tensors) for entry in entries]
 
 
@@ -201,6 +198,9 @@ def _metadata(metadata: dict | None) -> dict[str, str]:
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise ValueError(f"metadata: {key} is {type(value).__name__}, expected text")
+    for key in ("created", "saferope_version", "license"):
+        if len(metadata[key]) > LONGEST_NAME or not metadata[key].isprintable():
+            raise ValueError(f"metadata: {key} is {metadata[key]!r:.60}, expected a short printable line")
     return metadata
 
 
@@ -235,19 +235,34 @@ def _check_tensors(header: dict, slugs: list) -> None:
         allowed = ("I32",) if key.endswith("/heads") else ("F32", "F16")
         if entry.get("dtype") not in allowed:
             raise ValueError(f"tensor {key} has dtype {entry.get('dtype')!r}, expected {' or '.join(allowed)}")
+        _check_keys(f"tensor {key}", entry, {"dtype", "shape", "data_offsets"}, set())
+        if not _are_sizes(entry["shape"], MAX_AXES, MAX_LENGTH) or not _are_sizes(entry["data_offsets"], 2, MAX_BYTES):
+            raise ValueError(
+                f"tensor {key} has shape {entry['shape']!r:.60} at {entry['data_offsets']!r:.60}, expected 1 to {MAX_AXES}"
+                f" lengths and 2 offsets: whole numbers, none negative"
+            )
+
+
+def _are_sizes(values: object, most: int, largest: int) -> bool:
+    return (
+        isinstance(values, list)
+        and 1 <= len(values) <= most
+        and all(type(value) is int and 0 <= value <= largest for value in values)
+    )
 
 
 def _concept(entry: dict, geometry: Geometry, tensors: dict[str, Tensor]) -> Concept:
     slug = entry["slug"]
-    own = {name: tensors.get(f"{slug}/{name}") for name in (*_TENSORS, *_TENSORS_OPTIONAL)}
+    own = {name: tensors.pop(f"{slug}/{name}", None) for name in (*_TENSORS, *_TENSORS_OPTIONAL)}
     facts = {name: entry[name] for name in _FACTS if name != "rank"}
     try:
-        half = [name for name in _NARROW if own[name] is not None and own[name].dtype == torch.float16]
-        own.update({name: _restored(name, own[name]) for name in half})
+        for name in _NARROW:
+            if own[name] is not None and own[name].dtype == torch.float16:
+                own[name] = _restored(name, own[name])
         concept = Concept(geometry=geometry, **facts, **own)
     except ValueError as error:
         raise ValueError(f"concept {slug!r}: {error}") from None
-    if entry["rank"] != concept.rank:
+    if type(entry["rank"]) is not int or entry["rank"] != concept.rank:
         raise ValueError(
             f"concept {slug!r}: rank says {entry['rank']!r}, its bases have {concept.rank} columns besides the reach"
         )
@@ -261,7 +276,9 @@ def _restored(name: str, value: Tensor) -> Tensor:
         return value  # for the Concept to refuse
     if name.startswith("basis"):
         require_orthonormal(name, value, torch.float16)
-        return orthonormal(value)
+        return torch.cat(
+            [orthonormal(part) for part in value.split(_HEADS_AT_ONCE)]
+        )  # float64 takes eight times the file
     if value.shape[1] == value.shape[2]:
         require_skew(name, value, torch.float16)
         return skew(value)

@@ -9,6 +9,7 @@ DOUBLE, SINGLE = 0, 1  # codes of the block types in a concept's `heads`
 BLOCK_TYPES = ("double", "single")  # the hosts' names, in the order of the codes
 
 SLUG = re.compile(r"[a-z0-9-]+")
+_LONGEST = 60  # characters of a family
 _LARGEST = 1024  # far above every known model; keeps numbers from a file from asking for absurd tables
 
 
@@ -33,8 +34,10 @@ class Geometry:
                 raise ValueError(f"geometry: {name} is {value!r}, expected an integer from {low} to {_LARGEST}")
         if self.blocks == 0:
             raise ValueError("geometry: 0 double and 0 single blocks, expected at least one block")
-        if not isinstance(self.family, str) or not SLUG.fullmatch(self.family):
-            raise ValueError(f"geometry: family is {self.family!r}, expected letters, digits and hyphens: [a-z0-9-]+")
+        if not isinstance(self.family, str) or not SLUG.fullmatch(self.family) or len(self.family) > _LONGEST:
+            raise ValueError(
+                f"geometry: family is {self.family!r:.80}, expected letters, digits and hyphens, [a-z0-9-]+, at most {_LONGEST}"
+            )
 
     @property
     def blocks(self) -> int:

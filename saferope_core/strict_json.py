@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from typing import Any
 
 MAX_DEPTH = 16  # of nested lists and objects
+MAX_DIGITS = 500  # of a whole number; Python before 3.10.7 takes hours for millions of them
 
 
 def dumps(value: Any) -> str:
@@ -20,10 +22,22 @@ def loads(what: str, text: str | bytes) -> Any:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """The object of these pairs; json alone would silently keep the last of two equal keys."""
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
             raise ValueError(f"duplicate keys {', '.join(twice)}")
-        return dict(pairs)
+        return found
+
+    def whole(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(digits)} digits, expected at most {MAX_DIGITS}")
+        return int(digits)
+
+    def finite(digits: str) -> float:
+        """json alone reads 1e999 as infinity."""
+        if math.isinf(number := float(digits)):
+            raise ValueError(f"{digits:.40}, expected finite numbers")
+        return number
 
     def refuse(constant: str):
         """NaN and the infinities, which json reads though JSON has none."""
@@ -33,7 +47,7 @@ def loads(what: str, text: str | bytes) -> Any:
         text = text.decode() if isinstance(text, bytes) else text
         if (deepest := depth(text)) > MAX_DEPTH:
             raise ValueError(f"nested {deepest} deep, expected at most {MAX_DEPTH}")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=whole, parse_float=finite)
     except ValueError as error:
         raise ValueError(f"{what}: not the JSON expected here: {error}") from None
 

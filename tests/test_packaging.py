@@ -70,7 +70,8 @@ def test_pins_meet_the_ranges(wheel):
     from packaging.requirements import Requirement
 
     lines = (ROOT / "dev" / "requirements.txt").read_text().splitlines()
-    pins = dict(line.split("#")[0].strip().split("==") for line in lines if "==" in line)
+    pinned = [Requirement(line.split("#")[0]) for line in lines if "==" in line]
+    pins = {each.name: str(each.specifier).removeprefix("==") for each in pinned}
     ranges = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist")]
     assert [str(r) for r in ranges if r.name != "saferope" and not r.specifier.contains(pins[r.name])] == []
 

@@ -338,7 +338,7 @@ RAW = {
     ),
     "header too long": (
         lambda d: (9 * 2**20).to_bytes(8, "little") + b" " * (9 * 2**20),
-        "header of 9437184 bytes, expected at most 8388608",
+        "header of 9437184 bytes, expected at most 1048576",
     ),
 }
 

@@ -1,0 +1,47 @@
+"""Bytes and words that nobody vouches for: regular files alone, read whole or not at all, and told without their tricks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from stat import S_ISREG
+from typing import BinaryIO
+
+LONGEST_MESSAGE = 1000  # characters of an error: a file must not fill a log with its own words
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Opens a regular file, or a link to one, for reading bytes. ValueError for a pipe, a device and the like.
+
+    A pipe would wait for a writer for ever and a device never ends, so neither is waited for nor read.
+    """
+    file = open(path, "rb", opener=_without_waiting)
+    if not S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("not a regular file, expected one: put a copy of the file itself there")
+    return file
+
+
+def read_whole(path: str | os.PathLike, most: int) -> bytes:
+    """All bytes of a regular file. ValueError for more than `most`, before any is read, and where it changes meanwhile."""
+    with open_regular(path) as file:
+        before = os.fstat(file.fileno())
+        if before.st_size > most:
+            raise ValueError(f"{before.st_size} bytes, expected at most {most}: this is no concept file")
+        data = file.read(before.st_size + 1)
+        after = os.fstat(file.fileno())
+    changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+    if changed or len(data) != before.st_size:
+        raise ValueError("changed while it was read: wait until it is written, then try again")
+    return data
+
+
+def printable(text: object, longest: int = LONGEST_MESSAGE) -> str:
+    """`text` on one line, at most `longest` characters: what cannot be printed, or turns the reading direction, is escaped."""
+    whole = str(text)
+    shown = whole if len(whole) <= longest else f"{whole[: longest - 4]} ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(Path(path), flags | getattr(os, "O_NONBLOCK", 0))
