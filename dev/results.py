@@ -1,6 +1,6 @@
-"""Compares, ablates and attacks on the tiny world and writes docs/results.md: `python -m dev.results`.
+"""Compares and attacks on the tiny world and writes docs/results.md: `python -m dev.results`.
 
-About two hours on two cores. Every step is a command of its own, printed as it runs; what is done is kept in .cache/results and
+An hour and a half on two cores. Every step is a command of its own, printed as it runs; what is done is kept in .cache/results and
 not done again. `--page` writes the page from what is there.
 """
 
@@ -20,7 +20,6 @@ from .comfyui import ROOT
 WORK = Path(".cache/results")
 DOCS = ROOT / "docs"
 COLOURS = 128
-HARDEST = "zappy"  # the concept that is ablated
 TABLE1, FEW_STEP = WORK / "tinyworld", WORK / "few_step"
 SAFEROPE = (sys.executable, "-m", "training")
 SUITE = (*SAFEROPE, "evaluate", "--suite")
@@ -32,10 +31,6 @@ COMMANDS = {
     WORK / "crossed" / "crossed.png": (*SUITE, "crossed", *FILES, "--out", str(WORK / "crossed")),
     WORK / "positions" / "positions.png": (*SUITE, "positions", "--out", str(WORK / "positions")),
     WORK / "rotations" / "rotations.png": (*SUITE, "rotations", "--out", str(WORK / "rotations")),
-    WORK / "ablations" / "evaluation.json": (
-        *(*SUITE, "ablations", "--only", HARDEST),
-        *("--out", str(WORK / "ablations")),
-    ),
     FEW_STEP / "model" / "model_index.json": (
         *(sys.executable, "-m", "tinyworld.few_step", "--out", str(FEW_STEP / "model")),
         *("--work", str(FEW_STEP / "work")),
@@ -143,8 +138,8 @@ def _cell(value: float | None, lowest: float) -> str:
 def write_page() -> None:
     """docs/results.md from its template, and the pictures in it."""
     page = (DOCS / "results.md.in").read_text(encoding="utf-8")
-    parts = {"OVERVIEW": overview(TABLE1), "TABLE1": tables_of(TABLE1), "ABLATIONS": tables_of(WORK / "ablations")}
-    parts |= {"CROSSED": tables_of(WORK / "crossed"), "TRANSFER": tables_of(FEW_STEP / "evaluation")}
+    parts = {"OVERVIEW": overview(TABLE1), "TABLE1": tables_of(TABLE1)}
+    parts |= {"TRANSFER": tables_of(FEW_STEP / "evaluation")}
     attack = (ROOT / TABLE1 / "attack" / "attack.md").read_text(encoding="utf-8")
     parts["ATTACK"] = attack.replace("## ", "### ").strip()
     parts["COMMANDS"] = "\n".join(f"    {shown(command)}" for command in COMMANDS.values())
