@@ -165,4 +165,4 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, arguments, told):
     assert result.exit_code == 2 and told in " ".join(result.output.replace("│", " ").split()), result.output
     assert "Traceback" not in result.output
     left = list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else []
-    assert {path.name for path in left} <= {"config.json", "stages.json"}
+    assert {path.name for path in left} <= {"config.json", "lock", "stages.json"}
