@@ -137,21 +137,10 @@ def test_a_clock_that_goes_back_changes_nothing(folder, monkeypatch):
 
 def test_a_worker_of_two_that_dies_ends_both_and_loses_nothing(tmp_path):
     """The launcher ends with an error instead of waiting for ever; the same command then goes on from the last step."""
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "-m",
-        "training",
-        "train",
-        "star",
-        "--out",
-        str(tmp_path),
-    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "training", "train", "star"]
+    launch += ["--out", str(tmp_path)]
     many = [*FEW, "--steps", "400"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     launcher = subprocess.Popen(
         [sys.executable, *launch, *many],
         env=environment,
