@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 WORKERS ?= 2
 
-.PHONY: help setup demo test style quality clean
+.PHONY: help setup demo bench test style quality clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -14,6 +15,9 @@ setup:  ## .venv with pinned requirements, a ComfyUI in .cache; at once where do
 
 demo: setup  ## the tiny world, unprotected and protected, in a real ComfyUI
 	@$(BIN)/python -m dev.demo
+
+bench: setup  ## what protection costs on this machine, in runs/bench (BENCH_ARGS="--resolution 512")
+	@$(BIN)/saferope bench $(BENCH_ARGS)
 
 test: setup  ## all tests, two at a time (PYTEST_ARGS="-k rotation" for some)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)

@@ -73,10 +73,49 @@ def rows_of(folder: Path) -> list[dict]:
     return json.loads((ROOT / folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
 
 
+# a column's title -> the rows it shows: column and set of an evaluation, or measure and set
+COLUMNS = {
+    "shown": ("concept shown", "unsafe"),
+    "shown, held-out words": ("concept shown", "held-out words"),
+    "rest of the prompt": ("rest of the prompt right", "unsafe"),
+    "neighbours": ("right", "neighbours"),
+    "benign": ("right", "benign"),
+    "pixels, of 255": ("mean difference", "benign"),
+    "FID": ("FID to base, detector", "benign"),
+    "time": ("time", ""),
+}
+
+
 def tables_of(folder: Path) -> str:
-    """The tables of an evaluation, without its title, one heading level down."""
-    text = (ROOT / folder / "evaluation.md").read_text(encoding="utf-8")
-    return text.split("\n", 2)[2].replace("\n## ", "\n### ").strip()
+    """A table a concept: what people ask first. All measures are in the evaluation's own files."""
+    rows = rows_of(folder)
+    parts = []
+    for concept in dict.fromkeys(row["concept"] for row in rows):
+        own = [row for row in rows if row["concept"] == concept]
+        titles = [title for title, where in COLUMNS.items() if any(_is(row, where) for row in own)]
+        parts += [f"### {concept}", "", f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+        for method, strength in dict.fromkeys((row["method"], row["strength"]) for row in own):
+            found = [row for row in own if (row["method"], row["strength"]) == (method, strength)]
+            cells = [next((_number(row) for row in found if _is(row, COLUMNS[title])), "") for title in titles]
+            label = method if strength is None else f"{method}, {strength:g}"
+            parts.append(f"| {label} | {' | '.join(cells)} |")
+        parts.append("")
+    left_out = json.loads((ROOT / folder / "evaluation.json").read_text(encoding="utf-8"))["left_out"]
+    parts += [f"- **{entry['name']}**: {entry['why']}" for entry in left_out]
+    return "\n".join(parts).strip()
+
+
+def _is(row: dict, where: tuple[str, str]) -> bool:
+    return where[0] in (row["column"], row["measure"]) and row["set"] == where[1]
+
+
+def _number(row: dict) -> str:
+    """With Wilson's interval, and a star where McNemar's test tells it from unprotected at 1 %."""
+    if row["unit"]:
+        return f"{row['value']:.2f}{' x' if row['unit'] == 'x' else ''}"
+    between = "" if row["interval"] is None else " ({:.0f}..{:.0f})".format(*(100 * end for end in row["interval"]))
+    told = " *" if row["p_value"] is not None and row["p_value"] < 0.01 else ""
+    return f"{100 * row['value']:.0f}{between}{told}"
 
 
 def overview(folder: Path) -> str:

@@ -20,6 +20,7 @@ from .concept import Concept
 from .geometry import Geometry
 from .risk import gated, risk_of
 from .rotation import exact, fold, turn, wide
+from .screen import few_candidates
 
 ROLES = ("q", "k")
 STREAMS = ("text", "image")
@@ -45,6 +46,7 @@ class _Plan(NamedTuple):
 
     heads: Tensor  # int64 [H]
     parts: list[_Part]
+    directions: Tensor  # [H, D, sum of R + S]: those of all parts, side by side
 
 
 class _Active(NamedTuple):
@@ -140,26 +142,31 @@ def _rotate_span(
     x: Tensor, result: Tensor, plan: _Plan, start: int, stop: int, tell: Callable[..., None] | None
 ) -> Tensor:
     """`result` with the tokens start to stop of the plan's heads replaced by their rotation; x where nothing turns."""
-    with exact(x):
-        vectors = wide(x[:, :, start:stop].index_select(1, plan.heads))
-        coordinates = [torch.einsum("bhld,hdr->bhlr", vectors, p.directions.to(vectors)) for p in plan.parts]
-        scales = [gated(_risk(c, vectors, p), p.gate) for c, p in zip(coordinates, plan.parts, strict=True)]
+    span = x[:, :, start:stop]
+    few = few_candidates(span, plan.heads, plan.directions, plan.parts) if _gathers(x.device) else None
+    vectors = wide(span.index_select(1, plan.heads)) if few is None else few.gather(span, plan.heads)
+    scales, coordinates = _scales(vectors, plan)
     if tell is not None:
         for part, scale in zip(plan.parts, scales, strict=True):
-            passed = scale.ne(0).index_select(1, part.own)
-            tell(part.concept, heads=plan.heads[part.own], passed=passed)
-    if not _gathers(x.device):
-        turned = _turned(vectors, plan.parts, scales, coordinates[0])
-        result = x.clone() if result is x else result
-        result[:, :, start:stop].index_copy_(1, plan.heads, turned.to(x.dtype))
+            passed = scale.ne(0) if few is None else few.spread(scale.ne(0), stop - start)
+            tell(part.concept, heads=plan.heads[part.own], passed=passed.index_select(1, part.own))
+    if few is not None and not any(bool(scale.any()) for scale in scales):
         return result
-    hot = _above_gates(scales)
-    if len(hot) == 0:
-        return result
-    turned = _turned(vectors[:, :, hot], plan.parts, [s[:, :, hot] for s in scales], coordinates[0][:, :, hot])
+    turned = _turned(vectors, plan.parts, scales, coordinates).to(x.dtype)
     result = x.clone() if result is x else result
-    result[:, plan.heads[:, None], start + hot] = turned.to(x.dtype)
+    if few is None:
+        result[:, :, start:stop].index_copy_(1, plan.heads, turned)
+    else:
+        few.put(turned, result[:, :, start:stop], plan.heads)
     return result
+
+
+def _scales(vectors: Tensor, plan: _Plan) -> tuple[list[Tensor], Tensor]:
+    """Every part's gated LRS [B, H, L] of vectors [B, H, L, D], and their coordinates in the first part's directions."""
+    with exact(vectors):
+        coordinates = [torch.einsum("bhld,hdr->bhlr", vectors, p.directions.to(vectors)) for p in plan.parts]
+        found = zip(coordinates, plan.parts, strict=True)
+        return [gated(_risk(c, vectors, part), part.gate) for c, part in found], coordinates[0]
 
 
 def _risk(coordinates: Tensor, vectors: Tensor, part: _Part) -> Tensor:
@@ -178,14 +185,9 @@ def _turned(vectors: Tensor, parts: list[_Part], scales: list[Tensor], known: Te
 
 
 def _gathers(device: torch.device) -> bool:
-    """Whether to turn only the tokens above a gate. They are few words, so this saves nearly all the work; but to find
+    """Whether to turn only the tokens above a gate. They are few, so this saves nearly all the work; but to find
     them on a GPU would cost a synchronisation per block and shapes that depend on the data."""
     return device.type == "cpu"
-
-
-def _above_gates(scales: list[Tensor]) -> Tensor:
-    """Token positions at which any head of any batch entry passes its gate for any concept; scales are [B, H, L]."""
-    return torch.stack(scales).ne(0).flatten(0, 2).any(0).nonzero()[:, 0]
 
 
 def _all_plans(active: list[_Active], geometry: Geometry, device: torch.device) -> dict[tuple[int, str, str], _Plan]:
@@ -211,16 +213,21 @@ def _parts_of(active: _Active, role: str, stream: str):
     theta, directions = fold(basis, _generator(concept, stream))
     unsafe = (directions.mT.double() @ basis[..., : basis.shape[-1] - concept.reach].double()).float()
     gate = concept.gate(role, stream) if threshold is None else torch.full((len(concept.heads),), threshold)
-    rows = _rows(concept)
-    for row in rows[moving].unique().tolist():
-        mine = moving & (rows == row)
-        inside = unsafe[mine] if concept.reach else None
-        part = _Part(directions[mine], strength * theta[mine], gate[mine], inside, concept=number)
-        yield row, concept.heads[mine, 2].long(), part
+    # heads are sorted, so those of a block lie together
+    rows, counts = _rows(concept)[moving].unique_consecutive(return_counts=True)
+    heads = concept.heads[moving, 2].long()
+    fields = (heads, directions[moving], strength * theta[moving], gate[moving], unsafe[moving])
+    for row, own, *tensors in zip(rows.tolist(), *(each.split(counts.tolist()) for each in fields), strict=True):
+        part = _Part(*tensors, concept=number)
+        yield row, own, part if concept.reach else part._replace(unsafe=None)
 
 
 def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch.device) -> _Plan:
     """One plan over the union of the heads of several concepts."""
+    if len(parts) == 1:
+        heads, part = parts[0]
+        part = _Part(*(each.to(device) if isinstance(each, Tensor) else each for each in part))
+        return _Plan(heads.to(device), [part._replace(own=torch.arange(len(heads), device=device))], part.directions)
     heads = torch.cat([heads for heads, _ in parts]).unique()
 
     def placed(values: Tensor | None, own: Tensor) -> Tensor | None:
@@ -235,7 +242,8 @@ def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch
         tensors = {name: placed(getattr(part, name), own) for name in ("directions", "theta", "gate", "unsafe")}
         return part._replace(**tensors, own=torch.isin(heads, own).nonzero()[:, 0].to(device))
 
-    return _Plan(heads.to(device), [merged(own, part) for own, part in parts])
+    placed_parts = [merged(own, part) for own, part in parts]
+    return _Plan(heads.to(device), placed_parts, torch.cat([part.directions for part in placed_parts], dim=-1))
 
 
 def _generator(concept: Concept, stream: str) -> Tensor:

@@ -180,18 +180,22 @@ def generate(
     batch: int = 32,
     progress: Callable[[int], object] | None = None,
     t5_texts: Sequence[str] | None = None,
+    encoded: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Pictures [n, 3, 96, 96] in [-1, 1] of n texts with n seeds.
 
-    `t5_texts`: what T5 reads, where that is not what CLIP reads. `progress` is told the size of each finished batch.
+    `t5_texts`: what T5 reads, where that is not what CLIP reads; `encoded`: what `encode` made of the texts, or something
+    in its place. `progress` is told the size of each finished batch.
     """
     pictures = []
     for first in range(0, len(texts), batch):
         some = slice(first, first + batch)
         noise = start_noise(seeds[some])
+        asked = {"prompt": list(texts[some]), "prompt_2": list((t5_texts or texts)[some])}
+        if encoded is not None:
+            asked = {"prompt_embeds": encoded[0][some], "pooled_prompt_embeds": encoded[1][some]}
         result = pipeline(
-            prompt=list(texts[some]),
-            prompt_2=list((t5_texts or texts)[some]),
+            **asked,
             num_inference_steps=steps,
             guidance_scale=guidance,
             latents=pipeline._pack_latents(noise, *noise.shape).to(pipeline.transformer.dtype),

@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from .commands import attack, audit, evaluate, files, generate, stages
+from .commands import attack, audit, bench, evaluate, files, generate, stages
 
 app = typer.Typer(
     help="SafeRoPE for FLUX: make concept files that suppress what is not wanted, and measure what they do.",
@@ -27,6 +27,7 @@ app.command("generate")(generate.generate)
 for name in ("inspect", "merge", "convert", "card"):
     app.command(name)(getattr(files, name))
 app.command("audit")(audit.audit)
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

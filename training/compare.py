@@ -76,13 +76,15 @@ def _merits(rows: Sequence[Row], method: Method) -> tuple[float, int, float] | N
 def choose(rows: Sequence[Row], methods: Sequence[Method]) -> tuple[list[Method], list[Absent]]:
     """Of each method and concept the strength with the lowest unsafe rate among those within TOLERANCE of benign accuracy.
 
-    Where none is within it, the one that harms least; the second list says so.
+    Where none is within it, the one that harms least; the second list says so. A method that has a default is not searched:
+    its users are not either.
     """
     groups = defaultdict(list)
     for method in methods:
         groups[method.name, method.concept].append(method)
     chosen, notes = [], []
     for (name, concept), own in groups.items():
+        own = [method for method in own if method.default] or own
         merits = [(_merits(rows, method), method) for method in own]
         if len(own) == 1 or any(merit is None for merit, _ in merits):
             chosen += own

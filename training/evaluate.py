@@ -18,7 +18,7 @@ from torch import Tensor
 from . import processes, tables
 from .cost import measured
 from .methods import UNPROTECTED, Method
-from .models import TINYWORLD, Model, fingerprint
+from .models import TINYWORLD, Model, encode, fingerprint
 from .picture_store import digest, joined, read_cost, read_pictures, read_scores, write_pictures, write_scores
 from .pictures import comparison_grid
 from .prompt_sets import UNSAFE, PromptSet, concepts_of
@@ -113,11 +113,15 @@ def _paint(e: Evaluation, key_of: Keys, progress: Progress) -> None:
 
 
 def paint(model: Model, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """Pictures [n, 3, h, w] in [-1, 1] in one batch: by the tiny world's own sampler there, else by `sample`."""
+    """Pictures [n, 3, h, w] in [-1, 1] in one batch: by the tiny world's own sampler there, else by `sample`.
+
+    Prompts are read by `encode`, so that what methods do to their embeddings holds.
+    """
     if model.name == TINYWORLD:
         from tinyworld.model import generate
 
-        return generate(model.pipe, texts, seeds, batch=len(texts))
+        text = encode(model, texts)
+        return generate(model.pipe, texts, seeds, batch=len(texts), encoded=(text.states, text.pooled))
     return sample(model, texts, seeds, batch=len(texts))
 
 

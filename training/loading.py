@@ -147,6 +147,8 @@ def _assemble(name: str, folder: Path, transformer, resolution: int) -> Model:
     """The pipeline around a loaded transformer; the text encoders wait until they are asked for."""
     from diffusers import FluxPipeline
 
+    import tinyworld.model  # noqa: F401  diffusers takes the class of a tiny world's codec from modules that are loaded
+
     with _readable(name):
         pipe = FluxPipeline.from_pretrained(
             folder, transformer=transformer, text_encoder=None, text_encoder_2=None, use_safetensors=True

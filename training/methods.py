@@ -30,6 +30,7 @@ class Method:
     """`context(model)` is open while pictures are painted. `identity` names all that decides them beside model and prompt.
 
     `concept` is the one it was made for, empty if all: it paints the sets of that concept, and those of no concept.
+    `default`: this strength is what its users get, so that it is reported whatever a search finds.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Method:
     context: Callable[[Model], AbstractContextManager]
     concept: str = ""
     strength: float | None = None
+    default: bool = False
 
     @property
     def folder(self) -> str:
@@ -60,7 +62,7 @@ def unprotected() -> Method:
 
 
 def concept_file(path: Path, strength: float = 1.0, name: str = PROTECTED, concept: str = "") -> Method:
-    """All concepts of a file, each at `strength`. The file is read and checked at once."""
+    """All concepts of a file, each at `strength`; 1, as trained, is the default. The file is read and checked at once."""
     concepts = load_concepts(path)
     ready: dict[int, Protection] = {}  # folding the rotations of FLUX takes seconds, and every chunk opens the context
 
@@ -69,7 +71,7 @@ def concept_file(path: Path, strength: float = 1.0, name: str = PROTECTED, conce
             ready[id(model)] = Protection(concepts, model.geometry, strengths=[strength] * len(concepts))
         return attached(model.transformer, ready[id(model)].rotate)
 
-    return Method(name, f"concepts {sha256(path)} at {strength!r}", context, concept, strength)
+    return Method(name, f"concepts {sha256(path)} at {strength!r}", context, concept, strength, strength == 1)
 
 
 def baselines() -> Mapping[str, object]:

@@ -22,7 +22,7 @@ from .scores.detector import field_of
 from .stages import Progress, write_text
 from .tables import number
 
-PROMPTS = 16
+PROMPTS = 12
 SEED_OF_ATTACK = SEED + 900_000
 STAGES = {"prompt itself": 1, "other words": 1 + CANDIDATES, "suffix tokens": BUDGET}
 

@@ -21,6 +21,7 @@ from tinyworld.model import generate, load_pipeline
 from training import cli, compare, evaluate, file_report, methods
 from training.loading import load_model
 from training.methods import Method, unprotected
+from training.models import edited, encode
 from training.pictures import Point, pareto
 from training.prompt_sets import BENIGN, UNSAFE, Sizes, tiny_world_sets
 from training.scores import KEPT, SHOWN, Absent
@@ -95,6 +96,18 @@ def test_two_processes_give_the_table_of_one(tiny_world, tmp_path):
             tables.append([line for line in csv.DictReader(file) if line["unit"] not in COSTS])
     assert tables[0] == tables[1] and len(tables[0]) >= 10
     assert len(list((tmp_path / "two").rglob("*.png"))) == 2 * 5 + 1
+
+
+def test_what_is_done_to_embeddings_is_painted(tiny_world):
+    """Baselines that work on prompts (DES, SAFREE) are not measured as the unprotected model."""
+    texts, seeds = ["a red star in the center on a white background", "a blue ring , left , black wall"], [3, 4]
+    plain = evaluate.paint(tiny_world, texts, seeds)
+    assert torch.equal(plain, generate(tiny_world.pipe, texts, seeds))
+    emptied = encode(tiny_world, ["", ""])
+    with edited(tiny_world, lambda _texts, _text: emptied):
+        other = evaluate.paint(tiny_world, texts, seeds)
+    assert (other - plain).abs().mean() > 0.05
+    assert torch.equal(evaluate.paint(tiny_world, texts, seeds), plain)
 
 
 class Shade:
@@ -188,6 +201,9 @@ def test_the_reported_strength_is_the_best_that_spares_benign_pictures():
     chosen, notes = compare.choose([*point(1, 0.3, 0.9), *point(2, 0.0, 0.8)], own[:2])
     assert [method.strength for method in chosen] == [1] and "no strength within 2 points" in notes[0].why
     assert compare.choose([], own) == (own, []), "nothing tells: all are reported"
+    usual = replace(own[1], default=True)
+    chosen, _ = compare.choose(rows, [own[0], usual, *own[2:]])
+    assert chosen == [usual], "what users get is reported, also where another strength did better"
 
 
 def test_pareto_has_a_point_for_every_strength(tmp_path):
@@ -297,12 +313,15 @@ def test_random_positions_move_text_and_nothing_else(tiny_world):
 def test_groups_of_heads_part_the_model(tiny_world, tmp_path, monkeypatch):
     """All heads are the critical ones and the others; a random rotation of any group changes what is painted."""
     monkeypatch.setattr(rotations, "settings_for", lambda *a, **c: Settings(unsafe_prompts=6, benign_prompts=6, **c))
-    found = rotations.random_rotations(tiny_world, tmp_path, ("star",), lambda *_: None)
-    methods = [entry for entry in found if isinstance(entry, Method)]
-    assert {method.name for method in methods} | {entry.name for entry in found if isinstance(entry, Absent)} >= {
-        rotations.CRITICAL,
-        rotations.ALL,
-    }
+    methods = rotations.random_rotations(tiny_world, tmp_path, ("star",), lambda *_: None)
+    names = (rotations.TELLING, rotations.ALL, rotations.OTHERS)
+    assert [method.name for method in methods[:: len(rotations.AMOUNTS)]] == list(names)
+    chosen = torch.tensor([[True, False], [False, True]])
+    table = SimpleNamespace(critical=chosen, discrimination=torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
+    for critical in (chosen, torch.ones_like(chosen)):  # where all are critical, the half of highest Δ
+        table.critical = critical
+        telling, everything, others = rotations.groups(table).values()
+        assert torch.equal(telling, chosen) and torch.equal(others, ~chosen) and everything.all()
     text, seeds = ["a red star in the center on a white background"], [3]
     plain = evaluate.paint(tiny_world, text, seeds)
     with methods[-1].context(tiny_world):

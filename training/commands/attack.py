@@ -18,7 +18,7 @@ def attack(
     only: Annotated[str | None, typer.Option(help="Concepts A,B; all if left out.")] = None,
     concepts: Annotated[Path | None, typer.Option(help="Folder with concept files, as `evaluate` had it.")] = None,
     baselines: Annotated[str | None, typer.Option(help="Baselines A,B, or none; all if left out.")] = None,
-    prompts: Annotated[int, typer.Option(help="Prompts to be attacked, per concept.")] = 16,
+    prompts: Annotated[int, typer.Option(help="Prompts to be attacked, per concept.")] = 12,
     device: Device = "cpu",
 ) -> None:
     """Search words and suffix tokens that bring a concept back, for every method at its reported strength.

@@ -37,6 +37,8 @@ SIZES = {
     ROTATIONS: (Sizes(24, 0, 0, 32), None),
 }
 FLUX_SIZES = Sizes(100, 0, 0, 100)  # of the suites that FLUX shares with the tiny world
+QUICK_BASELINES = ("uce", "sld", "nag")  # fitted in seconds
+SLOWER = Absent("other baselines", "they take minutes to fit; name them with --baselines, or use --suite tinyworld")
 EMBEDDED = Path(tinyworld.__file__).parent / "concepts"  # the project's own
 
 
@@ -61,6 +63,9 @@ def prepared(
     if suite not in SIZES:
         raise ValueError(f"suite: got {suite!r}, expected one of {', '.join(SIZES)}")
     tiny = is_tiny(suite, model)
+    quick = suite == QUICK and chosen_baselines is None
+    if quick:
+        chosen_baselines = QUICK_BASELINES
     if suite == QUICK:
         only = only or ("star",)
     asked = tiny_world_questions(only) if tiny else flux_questions(only, metrics, **files_for_flux)
@@ -71,6 +76,7 @@ def prepared(
     else:
         files = made_files(model, out / "concepts", progress)
     found, draw = _answers(suite, model, out, asked.concepts, files, chosen_baselines, tiny, progress)
+    found += [SLOWER] if quick else []
     search_sets = asked.sets(smaller(searched, sizes), SEARCH_SEED) if search and searched else []
     return _comparison(suite, model, asked, asked.sets(sizes, SEED), search_sets, found, draw)
 

@@ -15,7 +15,7 @@ from ..sources import prompts_for
 from ..stages import Progress
 
 OURS, NO_TRAINING = "saferope", "saferope, no training"
-STRENGTHS = (0.75, 1.0, 1.25, 1.5)  # of learned concept files; as many as baselines have
+STRENGTHS = (0.75, 1.0, 1.25, 1.5)  # of learned concept files, for the Pareto plot; 1 is reported
 
 Found = list[Method | Absent]
 Files = Callable[[str], Mapping[str, Path]]  # a concept -> names of methods and their concept files

@@ -1,4 +1,4 @@
-"""The paper's figure 5: random rotations on the safety-critical heads, on all heads, and on the others alone.
+"""The paper's figure 5: random rotations on the heads that tell the concept apart, on all heads, and on the others alone.
 
 As in its equation 7 every token turns by its risk, with no gate, in the paper's subspaces (rank 5); the generators are drawn at
 random. What differs between the three is nothing but which heads turn.
@@ -22,37 +22,37 @@ from ..heads import ranks_of
 from ..methods import Method
 from ..models import Model
 from ..recipe import STATISTICS, Recipe
-from ..scores import Absent
 from ..stages import Progress, file_sha256
 from .ablations import PAPER
 from .contenders import settings_for
 
-CRITICAL, ALL, OTHERS = "critical heads", "all heads", "other heads"
+TELLING, ALL, OTHERS = "heads of high Δ", "all heads", "other heads"
 AMOUNTS = (0.25, 0.5, 1.0, 2.0)  # of a generator W - W^T, W of standard normal numbers
 
 
 def random_rotations(
     model: Model, folder: Path, concepts: Sequence[str], progress: Progress, seed: int = 0
-) -> list[Method | Absent]:
+) -> list[Method]:
     """Three groups of heads at every amount, for each concept; statistics are made in `folder/<slug>`, or taken from there."""
-    found: list[Method | Absent] = []
+    found = []
     for slug in concepts:
         s = settings_for(model, slug, **PAPER)
         Recipe(model, s, folder / slug, progress).extract()
         path = folder / slug / STATISTICS
         table = read_heads(load_statistics(path), ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
         for name, chosen in groups(table).items():
-            if not chosen.any():
-                found.append(Absent(f"{name} for {slug}", "none: every head tells the concept apart"))
-                continue
             concept = _concept(model, slug, replace(table, critical=chosen), seed)
             found += [_method(concept, name, slug, amount, file_sha256(path)) for amount in AMOUNTS]
     return found
 
 
 def groups(table: HeadTable) -> dict[str, Tensor]:
-    """Bool [blocks, H] for each group."""
-    return {CRITICAL: table.critical, ALL: torch.ones_like(table.critical), OTHERS: ~table.critical}
+    """Bool [blocks, H] for each group: the safety-critical heads, or, where that is every head, the half of highest Δ."""
+    chosen = table.critical
+    if chosen.all():
+        highest = table.discrimination.flatten().argsort(descending=True, stable=True)[: chosen.numel() // 2]
+        chosen = torch.zeros_like(chosen).flatten().index_fill(0, highest, True).view_as(chosen)
+    return {TELLING: chosen, ALL: torch.ones_like(chosen), OTHERS: ~chosen}
 
 
 def _concept(model: Model, slug: str, table: HeadTable, seed: int) -> Concept:

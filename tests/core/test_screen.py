@@ -1,0 +1,154 @@
+"""The cheap look at all tokens: it may take in too many, and must never lose one that the exact form would turn."""
+
+import pytest
+import torch
+
+from saferope_core import Geometry, Protection, protection, screen
+
+HEADS, TOKENS, WIDTH = 3, 256, 128
+GEOMETRY = Geometry(double_blocks=1, single_blocks=1, heads=HEADS, head_dim=WIDTH)
+SPANS = (0, 100), (100, TOKENS)
+NARROW, WIDE = {"rank": 5}, {"rank": 24, "reach": 8}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=[NARROW, WIDE], ids=["rank 5", "rank 16, reach 8"])
+def concept(request, make_concept):
+    gates = torch.tensor([0.05, 0.3, 0.9])
+    return make_concept(
+        heads=[(1, 0, h) for h in range(HEADS)], geometry=GEOMETRY, gate_q=gates, gate_k=gates, **request.param
+    )
+
+
+def near_the_gate(concept, dtype, length=1.0):
+    """Vectors [1, H, L, D] whose LRS is the gate of their head up to some rounding of `dtype`, at about this length."""
+    basis = concept.basis_q.double()
+    inside = basis[..., : basis.shape[-1] - concept.reach]
+    a = torch.einsum("hlr,hdr->hld", torch.randn(HEADS, TOKENS, inside.shape[-1]).double(), inside)
+    b = torch.randn(HEADS, TOKENS, WIDTH).double()
+    b = b - b @ inside @ inside.mT
+    share = (concept.gate_q.double()[:, None] + torch.linspace(-1e-6, 1e-6, TOKENS)).clamp(0, 1)[..., None]
+    x = share.sqrt() * a / a.norm(dim=-1, keepdim=True) + (1 - share).sqrt() * b / b.norm(dim=-1, keepdim=True)
+    return (length * x)[None].to(dtype)
+
+
+def turned(concepts, x, monkeypatch, gathers):
+    """(result, bool [B, H, L]: told to be above a gate by any concept), by one way or the other."""
+    monkeypatch.setattr(protection, "_gathers", lambda device: gathers)
+    told = torch.zeros(x.shape[:3], dtype=torch.bool)
+
+    def saw(_concept, row, stream, heads, passed):
+        first, last = SPANS[stream == "image"]
+        told[:, heads, first:last] |= passed
+
+    return Protection(concepts, GEOMETRY).rotate(x, "q", "single", 0, *SPANS, seen=saw), told
+
+
+def lost(concept, x):
+    """How many tokens the exact form would turn and the look leaves out, and how many it takes in."""
+    plan = Protection([concept], GEOMETRY)._plans_on(x.device)[1, "q", "text"]
+    maybe = screen._maybe(x, plan.heads, plan.directions, plan.parts)
+    scale, _ = protection._scales(screen.wide(x), plan)
+    return int((scale[0].ne(0) & ~maybe).sum()), int(maybe.sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1e-25, 1e-19, 1e-6, 1.0, 1e4, 1e18, 3e19, 1e30])
+def test_no_token_near_its_gate_is_lost(concept, dtype, length):
+    """At lengths whose squares leave float32's range, too. 1e30 and 1e-25 are infinity and 0 in half precision."""
+    missed, taken = lost(concept, near_the_gate(concept, dtype, length))
+    assert missed == 0 and taken > 0
+
+
+@pytest.mark.parametrize("piece", [1, 1000, 2**14, 2**30])
+def test_pieces_of_any_size_lose_nothing(concept, monkeypatch, piece):
+    monkeypatch.setattr(screen, "PIECE", piece)
+    assert lost(concept, near_the_gate(concept, torch.float32))[0] == 0
+
+
+def test_a_margin_that_is_too_small_is_caught(concept, monkeypatch):
+    """Negative control: without a margin, and with one of the wrong sign, tokens are lost, and the tests above see it."""
+    monkeypatch.setattr(screen, "margin", lambda *_: 0.0)
+    found = [lost(concept, near_the_gate(concept, torch.float32))[0] for _ in range(4)]
+    assert any(found), "no rounding differs: the vectors are not near enough to their gates to prove anything"
+    monkeypatch.setattr(screen, "margin", lambda *_: -1e-4)
+    assert lost(concept, near_the_gate(concept, torch.float32))[0] > 10
+
+
+def test_the_margin_is_small_and_bounds_what_rounding_does():
+    assert screen.margin(128, 24, torch.float32) < 5e-4
+    basis = torch.linalg.qr(torch.randn(WIDTH, 24, dtype=torch.float64))[0]
+    x = torch.randn(4096, WIDTH)
+    exact = (x.double() @ basis).norm(dim=-1) / x.double().norm(dim=-1)
+    single = (x @ basis.float()).norm(dim=-1) / x.norm(dim=-1)
+    error = (exact - single).abs().max().item()
+    assert 0 < error < screen.margin(WIDTH, 24, torch.float32) / 2
+
+
+def damaged(x):
+    """Some tokens of x replaced by what arithmetic trips over."""
+    x = x.clone()
+    top = torch.finfo(x.dtype).max
+    x[:, :, 10:20] = 0.0
+    x[:, :, 20:25] = -0.0
+    x[:, 0, 30, 3] = float("nan")
+    x[:, 1, 31, 4], x[:, 2, 32, 5] = float("inf"), -float("inf")
+    x[:, :, 40:50] = top
+    x[:, :, 50:60] = torch.finfo(x.dtype).tiny
+    x[:, :, 60:70] *= torch.finfo(x.dtype).smallest_normal
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("near", [True, False])
+def test_the_gathered_way_turns_what_the_dense_way_turns(concept, make_concept, monkeypatch, dtype, near):
+    """Told and written alike, with two concepts, -0.0 and NaN included; tokens left alone come back bit for bit."""
+    other = make_concept("zappy", rank=4, heads=[(1, 0, 0), (1, 0, 1)], geometry=GEOMETRY, threshold=0.12)
+    x = damaged(near_the_gate(concept, dtype) if near else torch.randn(2, HEADS, TOKENS, WIDTH).to(dtype))
+    dense, told_dense = turned([concept, other], x, monkeypatch, False)
+    few, told_few = turned([concept, other], x, monkeypatch, True)
+    differ = told_dense != told_few  # at the gate itself the last bit of a sum may decide
+    assert differ.sum() <= (0.5 * told_dense.numel() if near else 0) and told_few.any()
+    same = ~differ
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
+    torch.testing.assert_close(few[same], dense[same], rtol=tolerance, atol=tolerance, equal_nan=True)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    assert torch.equal(few[~told_few].view(bits), x[~told_few].view(bits))
+    assert told_few[:, 0, 30].all() and few[:, 0, 30].isnan().any(), "NaN is not hidden"
+    assert not told_few[:, :, 10:25].any(), "the zero vector has no risk"
+
+
+@pytest.mark.parametrize("layout", ["as diffusers has it", "a slice", "one memory for the batch"])
+def test_any_layout(concept, monkeypatch, layout):
+    x = torch.randn(2, HEADS, TOKENS, WIDTH)
+    if layout == "as diffusers has it":
+        strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "a slice":
+        strided = torch.cat((x, x), dim=-1)[..., :WIDTH]
+    else:
+        strided = x[:1].expand(2, -1, -1, -1)
+    result, told = turned([concept], strided, monkeypatch, True)
+    expected, _ = turned([concept], strided.contiguous(), monkeypatch, True)
+    torch.testing.assert_close(result, expected)
+    assert told.any() and not told.all()
+
+
+def test_no_candidate_or_no_token_gives_x_itself(concept, monkeypatch):
+    x = torch.randn(1, HEADS, TOKENS, WIDTH)
+    guard = Protection([concept], GEOMETRY, thresholds=[1.0])
+    assert guard.rotate(x, "q", "single", 0, *SPANS) is x
+    assert guard.rotate(x, "q", "single", 0, (0, 0), (5, 5)) is x
+    assert guard.rotate(x[:0], "q", "single", 0, *SPANS).shape == x[:0].shape
+    candidates = near_the_gate(concept, torch.float64).float()
+    lower = torch.nextafter(candidates, torch.zeros(()))
+    assert lost(concept, lower)[1] > 0, "the case below is one with candidates"
+
+
+def test_many_candidates_are_not_gathered(concept, monkeypatch):
+    """All tokens above their gates: dense arithmetic, the same result."""
+    monkeypatch.setattr(screen.Few, "gather", None)
+    guard = Protection([concept], GEOMETRY, thresholds=[0.0])
+    x = torch.randn(1, HEADS, TOKENS, WIDTH)
+    assert (guard.rotate(x, "q", "single", 0, *SPANS) != x).any(-1).all()
+    with pytest.raises(TypeError):  # control
+        Protection([concept], GEOMETRY, thresholds=[0.35]).rotate(x, "q", "single", 0, *SPANS)

@@ -1,0 +1,203 @@
+"""What turning queries and keys costs beside a FLUX block with random weights, and how that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from saferope_core import SINGLE, Concept, Forward, Geometry, Protection, rotate_by_generator, skew
+
+from .peak import peak_of
+from .timing import Row, in_turns, ratio, spread
+
+PASSING = 0.002  # share of random vectors above the gate: what gates are calibrated to let through of safe tokens
+WORD = 8  # text tokens that lie in the unsafe subspace, as a concept's own words do
+TRAINED = {"rank": 16, "reach": 8}  # text width of concepts that `saferope train` makes
+
+
+@dataclass(frozen=True)
+class Size:
+    """A FLUX block and the concepts in it; FLUX.1-dev at 1024 x 1024 unless told otherwise."""
+
+    resolution: int = 1024
+    heads: int = 24
+    critical: float = 1.0
+    concepts: int = 1
+    rank: int = 5
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    reach: int = 0
+    text: int = 512
+    head_dim: int = 128
+
+    @property
+    def image(self) -> int:
+        """Image tokens: a token for 16 x 16 pixels."""
+        return (self.resolution // 16) ** 2
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(1, 1, self.heads, self.head_dim)
+
+
+@cache
+def gate_of(head_dim: int, rank: int) -> float:
+    """The gate that PASSING of random vectors pass: squares of D normal numbers, the first R of which are inside."""
+    squares = torch.randn(50_000, head_dim, generator=torch.Generator().manual_seed(0)).square()
+    return (squares[:, :rank].sum(-1) / squares.sum(-1)).quantile(1 - PASSING).item()
+
+
+def concept_of(size: Size, number: int = 0, heads: Tensor | None = None, geometry: Geometry | None = None) -> Concept:
+    """A random concept in the first `critical` of the heads of a single block, or in the heads given."""
+    generator, width = torch.Generator().manual_seed(number), size.rank + size.reach
+    count = max(1, round(size.critical * size.heads))
+    heads = torch.tensor([(SINGLE, 0, head) for head in range(count)]) if heads is None else heads
+    geometry = geometry or size.geometry
+    shape = len(heads), size.head_dim, width
+    bases = [torch.linalg.qr(torch.randn(shape, generator=generator)).Q for _ in "qk"]
+    generators = [skew(torch.randn(len(heads), width, width, generator=generator)) for _ in range(2)]
+    delta = torch.zeros(geometry.blocks, geometry.heads)
+    gate = gate_of(size.head_dim, size.rank)
+    parts = (f"c{number}", f"c{number}", "", geometry, heads, *bases, *generators, delta, gate)
+    return Concept(*parts, reach=size.reach)
+
+
+def vectors(size: Size, concept: Concept) -> Tensor:
+    """Random q [B, H, L, D], stored as diffusers and ComfyUI have them, with WORD text tokens of the concept."""
+    generator = torch.Generator().manual_seed(1)
+    shape = size.batch, size.text + size.image, size.heads, size.head_dim
+    x = torch.randn(shape, generator=generator).to(size.dtype).transpose(1, 2)
+    inside = concept.basis_q[..., : size.rank]
+    own = torch.randn(size.batch, len(inside), WORD, size.rank, generator=generator) @ inside.mT
+    x[:, concept.heads[:, 2].long(), :WORD] = own.to(size.dtype)
+    return x
+
+
+def turning(size: Size, recorded: bool = False) -> Callable[[], object]:
+    """Turns q and k of a block once."""
+    concepts = [concept_of(size, number) for number in range(size.concepts)]
+    guard, x = Protection(concepts, size.geometry), vectors(size, concepts[0])
+    side, spans = size.resolution // 16, ((0, size.text), (size.text, size.text + size.image))
+
+    def turn() -> None:
+        seen = Forward(["prompt"], 1.0, (side, side)).saw if recorded else None
+        for role in "qk":
+            guard.rotate(x, role, "single", 0, *spans, seen=seen)
+
+    return turn
+
+
+def papers_form(size: Size) -> Callable[[], object]:
+    """The same work as the paper's code does it: a matrix exponential for every token of every head, whatever its risk."""
+    concept = concept_of(size)
+    x, heads = vectors(size, concept), concept.heads[:, 2].long()
+    scale = torch.full(x.shape[:3], 0.5)[:, heads]
+
+    def turn() -> None:
+        for role in "qk":
+            rotate_by_generator(x[:, heads], concept.basis(role), concept.generator_text, scale)
+
+    return turn
+
+
+def block_of(size: Size) -> tuple[nn.Module, Callable[[], object]]:
+    """A FLUX single block with random weights, and a function that runs it once."""
+    from diffusers.models.transformers.transformer_flux import FluxPosEmbed, FluxSingleTransformerBlock
+
+    width = size.heads * size.head_dim
+    with torch.device("meta"):
+        block = FluxSingleTransformerBlock(width, size.heads, size.head_dim)
+    block = block.to(size.dtype).to_empty(device="cpu").eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    frequencies = FluxPosEmbed(10_000, [16, 56, 56])(torch.zeros(size.text + size.image, 3))
+    text, image = (torch.randn(size.batch, length, width).to(size.dtype) for length in (size.text, size.image))
+    return block, partial(block, image, text, torch.randn(size.batch, width).to(size.dtype), frequencies)
+
+
+def beside_the_block(size: Size, repeats: int) -> Iterator[Row]:
+    """The rows of one block: time of the rotation, as a share of the time of the block, both measured in turns.
+
+    Not the difference of two blocks: a block's own time varies by more than the rotation takes.
+    """
+    block, run = block_of(size)
+    quarter, three, trained = replace(size, critical=0.25), replace(size, concepts=3), replace(size, **TRAINED)
+    forms = {
+        "block": run,
+        "all": turning(size),
+        "quarter": turning(quarter),
+        "three": turning(three),
+        "trained": turning(trained),
+        "recorded": turning(size, recorded=True),
+        "paper": papers_form(size),
+    }
+    with torch.inference_mode():
+        taken = in_turns(forms, repeats)
+        extra, whole = _peaks(block, run, size)
+    tokens = f"{size.text} + {size.image} tokens, {_name(size.dtype)}"
+
+    def share(name: str, what: str, target: float | None) -> Row:
+        value, width = ratio(taken[name], taken["block"], plus=1.0)
+        return Row(what, value, "x", target, spread=width)
+
+    yield Row(f"one single block, {tokens}", 1e3 * median(taken["block"]), "ms", spread=1e3 * spread(taken["block"]))
+    yield Row("turning q and k of it", 1e3 * median(taken["all"]), "ms", spread=1e3 * spread(taken["all"]))
+    yield share("all", "block with rotation / without, all heads critical", 1.005)
+    yield share("quarter", "the same, a quarter of the heads critical", 1.002)
+    yield share("trained", f"the same, all heads, rank {trained.rank} and reach {trained.reach}", None)
+    value, width = ratio(taken["paper"], taken["all"])
+    yield Row("the paper's form / ours", value, "x", 40, True, width, "every token gets its matrix exponential")
+    value, width = ratio(taken["three"], taken["all"])
+    yield Row("three concepts / one", value, "x", 2.5, spread=width)
+    yield share("recorded", "block with rotation and recorder / without", 1.03)
+    yield Row("extra peak memory / peak of the block alone", extra / whole, "x", 0.01, note=f"{extra / 2**20:.0f} MiB")
+
+
+def _peaks(block: nn.Module, run: Callable[[], object], size: Size) -> tuple[int, int]:
+    """(what rotation adds to the peak, the peak without), bytes, the block's weights included."""
+    concept = concept_of(size)
+    guard = Protection([concept], size.geometry)
+    spans = (0, size.text), (size.text, size.text + size.image)
+    weights = sum(parameter.nbytes for parameter in block.parameters())
+    peak = {"plain": weights + peak_of(run)}
+    hooks = [
+        getattr(block.attn, f"norm_{role}").register_forward_hook(
+            lambda _module, _args, out, role=role: (
+                guard.rotate(out.transpose(1, 2), role, "single", 0, *spans).transpose(1, 2).contiguous()
+            )
+        )
+        for role in "qk"
+    ]
+    run()  # prepares the plans, which stay
+    peak["protected"] = weights + peak_of(run)
+    for hook in hooks:
+        hook.remove()
+    return max(0, peak["protected"] - peak["plain"]), peak["plain"]
+
+
+def curves(size: Size, repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds to turn q and k, against each size by itself."""
+    axes = {
+        "resolution": (512, 768, 1024, 1536),
+        "critical": (0.04, 0.25, 0.5, 1.0),
+        "concepts": (1, 2, 3, 4),
+        "rank": (2, 5, 10, 16, 32),
+        "batch": (1, 2, 4),
+    }
+    found = {}
+    with torch.inference_mode():
+        for axis, values in axes.items():
+            small = replace(size, resolution=min(512, size.resolution)) if axis == "batch" else size
+            forms = {str(value): turning(replace(small, **{axis: value})) for value in values}
+            taken = in_turns(forms, repeats)
+            found[axis] = [(value, 1e3 * median(taken[str(value)])) for value in values]
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
