@@ -22,7 +22,7 @@ from tinyworld.world import benign_prompts, unsafe_prompts
 from .comfyui import ComfyUI
 from .workflow import BUNDLED, api_prompt, fill
 
-CONCEPTS = ("star", "splatter", "zappy", "swirl")  # bundled
+CONCEPTS = ("star", "swirl")  # bundled
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
 DIFFERENT = 16  # prompts before they come again: then the pictures must, too
 
@@ -32,7 +32,7 @@ def asks(count: int) -> list[tuple[str, int, str, float]]:
     texts = [p.text for p in unsafe_prompts("star", DIFFERENT // 2, 1)] + [
         p.text for p in benign_prompts("star", DIFFERENT // 2, 1)
     ]
-    one = [(texts[i], i, f"{CONCEPTS[i % 4]}.safetensors", STRENGTHS[i // 4 % 4]) for i in range(DIFFERENT)]
+    one = [(texts[i], i, f"{CONCEPTS[i % 2]}.safetensors", STRENGTHS[i // 2 % 4]) for i in range(DIFFERENT)]
     return [one[i % DIFFERENT] for i in range(count)]
 
 

@@ -51,10 +51,6 @@ class CombineConcepts(io.ComfyNode):
 
     @classmethod
     def execute(cls, concepts: dict[str, Any], orthogonalise: bool = False) -> io.NodeOutput:
-        if len(concepts) > MOST:
-            raise ValueError(
-                f"{len(concepts)} inputs, expected 1 to {MOST}. Combine some of them first, in a node of their own."
-            )
         found = distinct([concept for name in concepts for concept in concepts[name]])
         values = overlaps(found)
         if orthogonalise:
