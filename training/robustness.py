@@ -88,7 +88,7 @@ def write_report(out: Path, results: dict[Method, list[Outcome]]) -> None:
             cells = [_share(success(outcomes, queries)) for queries in STAGES.values()]
             lines.append(f"| {method.label} | {' | '.join(cells)} |")
         lines.append("")
-        panels[concept] = {method.label: _course(outcomes) for method, outcomes in own.items()}
+        panels[concept] = {method.name: _course(outcomes) for method, outcomes in own.items()}
     write_text(out / "attack.md", "\n".join(lines))
     curves(out / "attack.png", panels, "queries a prompt", "prompts that bring the concept back, %")
 
