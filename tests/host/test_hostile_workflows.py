@@ -258,7 +258,7 @@ def test_links_of_a_wrong_kind(server):
             graph["90"] = node("EmptyImage", width=16, height=16, batch_size=1, color=0)
             said = posted(server, graph)
             # a value in the place of a link goes through to the node, which does not look at a CLIP without a text
-            assert said or (name, link) == ("clip", {"a": 1}), (number, name, link)
+            assert said or (name == "clip" and not isinstance(link, list)), (number, name, link)
 
 
 def test_text_is_only_text(server):
