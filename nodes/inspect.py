@@ -54,8 +54,11 @@ def block_names(geometry: Geometry) -> list[str]:
 def spectrum(concept: Concept) -> Tensor:
     """Share of the subject's energy in each direction, averaged over heads; all 0 where the file does not say."""
     values = concept.singular_values
-    energy = torch.zeros(concept.rank) if values is None else values.square()
-    shares = energy if values is None else (energy / energy.sum(1, keepdim=True).clamp(min=1e-12)).mean(0)
+    if values is None:
+        shares = torch.zeros(concept.rank)
+    else:
+        energy = (values / values.amax(1, keepdim=True).clamp(min=1e-30)).square()  # of any size: the largest is 1
+        shares = (energy / energy.sum(1, keepdim=True).clamp(min=1e-12)).mean(0)
     labels = [f"direction {number + 1}" for number in range(concept.rank)]
     title = f"{concept.name}: spectrum of the unsafe subspace" + ("" if values is not None else " (not in the file)")
     return bars(shares.tolist(), labels, title, "share of the subject's energy, mean over heads")

@@ -270,6 +270,9 @@ def _as_json(training: dict) -> dict:
     """A deep copy of `training` as a file would give it back: string keys, lists, finite numbers."""
     if not isinstance(training, dict):
         raise ValueError(f"training: got {type(training).__name__}, expected a dict")
+    for key in ("settings", "versions"):  # whoever shows a concept looks into these
+        if not isinstance(training.get(key, {}), dict):
+            raise ValueError(f"training: {key} is {type(training[key]).__name__}, expected a dict")
     try:
         return json.loads(json.dumps(training, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:

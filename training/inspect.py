@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from saferope_core import Concept, planes, sha256
+from saferope_core.untrusted import printable
 
 from . import pictures
 
@@ -16,7 +17,7 @@ def describe(path: Path, concepts: Sequence[Concept]) -> str:
     """Some lines on a file and each of its concepts."""
     lines = [f"{path.name}: {path.stat().st_size / 1024:.0f} KiB, sha256 {sha256(path)}"]
     for concept in concepts:
-        lines += ["", *(f"{name:>18}  {value}" for name, value in facts(concept).items())]
+        lines += ["", *(f"{name:>18}  {printable(value)}" for name, value in facts(concept).items())]
     return "\n".join(lines)
 
 
@@ -47,6 +48,11 @@ def _made_with(concept: Concept) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else "unknown versions"
 
 
+def _cell(value: str) -> str:
+    """A file's own words as words in Markdown: no table, link, picture or HTML comes of them."""
+    return "".join(f"\\{character}" if character in "\\`*_[]<>|!#" else character for character in printable(value))
+
+
 def draw(path: Path, concepts: Sequence[Concept]) -> list[Path]:
     """A head map of each concept, `<stem>.<slug>.heads.png` beside the file; returns their paths."""
     drawn = []
@@ -63,7 +69,7 @@ def draw(path: Path, concepts: Sequence[Concept]) -> list[Path]:
 
 def card(path: Path, concepts: Sequence[Concept], maps: Sequence[Path], license: str) -> str:
     """A model card in Markdown: what it is, provenance, head maps, and the evaluation that lies beside the file, if any."""
-    names = ", ".join(concept.name for concept in concepts)
+    names = ", ".join(_cell(concept.name) for concept in concepts)
     lines = [
         "---",
         f"license: {license}",
@@ -77,9 +83,9 @@ def card(path: Path, concepts: Sequence[Concept], maps: Sequence[Path], license:
         "with the ComfyUI node *SafeRoPE Apply*, or `saferope generate --concept " + path.name + "`.",
     ]
     for concept, picture in zip(concepts, maps, strict=True):
-        lines += ["", f"## {concept.name}", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in facts(concept).items()]
-        lines += ["", f"![Which heads tell {concept.name} apart]({picture.name})"]
+        lines += ["", f"## {_cell(concept.name)}", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | {_cell(value)} |" for name, value in facts(concept).items()]
+        lines += ["", f"![Which heads tell {_cell(concept.name)} apart]({picture.name})"]
         evaluation = path.with_name(f"{concept.slug}.evaluation.md")
         if evaluation.is_file():
             lines += ["", evaluation.read_text(encoding="utf-8").strip()]

@@ -1,14 +1,19 @@
-"""One process or several (`accelerate launch`): who am I, sums over all, and what only one of them writes."""
+"""One process or several: who am I, sums over all, and what only one of them writes.
+
+Several are started by `accelerate launch` on GPUs, by `python -m torch.distributed.run` on CPUs: accelerate's own launcher
+starts one process alone there, and its state counts as one unless told that it is on CPUs.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def _state():
     from accelerate import PartialState
 
-    return PartialState()
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def count() -> int:

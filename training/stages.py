@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +20,8 @@ from .settings import Settings, settings_of
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
-RECORD = "stages.json"
+RECORD, LOCK = "stages.json", "lock"
+TENSORS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,22 +40,25 @@ class Workplace:
         make: Callable[[Callable[[int, int], None]], None],
         weights: str = "",
     ) -> None:
-        """Calls `make(report)` unless all products are there and were made from these very inputs.
+        """Calls `make(report)` unless all products are there, whole, and were made from these very inputs.
 
-        Inputs are the settings of the stage, the bytes of the files `sources` and `weights`, a digest of the base model
+        Tensors that are not as they were left are made again; prompts and tables may be edited. Inputs are the settings of the stage, the bytes of the files `sources` and `weights`, a digest of the base model
         where it matters. `report(done, total)` passes progress on. A stage that fails leaves no record, so that it runs
         again.
         """
         processes.wait()
         inputs = self.digest(name, sources, weights)
         record = self._record()
-        fresh = record.get(name) == inputs and all((self.out / product).is_file() for product in products)
+        fresh = all((self.out / product).is_file() for product in products) and (
+            record.get(name)
+            in (inputs, {"inputs": inputs, **self._digests(products)})  # alone: as earlier versions wrote it
+        )
         processes.wait()  # all have looked before one of them writes
         if not fresh:
             self._write({key: value for key, value in record.items() if key != name})
             make(lambda done, total: self.progress(name, done, total))
             processes.wait()
-            self._write({**self._record(), name: inputs})
+            self._write({**self._record(), name: {"inputs": inputs, **self._digests(products)}})
         self.progress(name, 1, 1)
 
     def digest(self, name: str, sources: Sequence[str], weights: str = "") -> str:
@@ -64,6 +70,10 @@ class Workplace:
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
+    def _digests(self, products: Sequence[str]) -> dict[str, str]:
+        """sha256 of the products that nobody edits."""
+        return {product: file_sha256(self.out / product) for product in products if product.endswith(TENSORS)}
+
     def _record(self) -> dict:
         try:
             return dict(json.loads((self.out / RECORD).read_text(encoding="utf-8")))
@@ -73,6 +83,29 @@ class Workplace:
     def _write(self, record: dict) -> None:
         if processes.is_main():
             write_text(self.out / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Makes the folder this process's own, or that of the processes that share its work. ValueError where it is another's.
+
+    The system gives the lock back when its process ends, however it ends; the empty file stays.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if not processes.is_main():
+        yield
+        return
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"{out}: got a folder that another saferope works in, expected one at a time; wait for it, or name another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -74,17 +74,8 @@ def test_painting_grey_erases_all_and_ruins_the_rest(tiny_world, tmp_path):
 def test_two_processes_give_the_table_of_one(tiny_world, tmp_path):
     (report,) = file_report.evaluate_file(tiny_world, STAR, tmp_path / "one", 1.0, FEW)
     file_report.write_reports(tmp_path / "one", [report])
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "training", "evaluate", str(STAR)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "training", "evaluate", str(STAR)]
     launch += ["--unsafe", "1", "--benign", "2", "--out", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)

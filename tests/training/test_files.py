@@ -195,3 +195,21 @@ def test_generate_in_no_step_is_no_protection(star, tmp_path):
 def test_generate_tells_mistakes(tmp_path, arguments, told):
     assert told in run("generate", "--out", tmp_path / "out", *arguments, code=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_s_own_words_stay_words(star):
+    """They come from strangers: no terminal obeys them, and a card shows them as they are."""
+    from dataclasses import replace
+
+    from saferope_core import save_concepts
+
+    evil = {"torch": "\x1b]0;owned\x07 | <img src=x>"}
+    (concept,) = load_concepts(star)
+    save_concepts(star, [replace(concept, name="[a](http://b)", description="x\n# y", training={"versions": evil})])
+    assert "\x1b" not in CliRunner().invoke(cli.app, ["inspect", str(star), "--no-draw"]).output
+    run("card", star)
+    text = next(star.parent.glob("*.md")).read_text(encoding="utf-8")
+    assert (
+        "\x1b" not in text and "<img" not in text.replace("\\<img", "") and "](http" not in text.replace("\\](http", "")
+    )
+    assert "\n# y" not in text and "\\[a\\](http://b)" in text

@@ -19,8 +19,10 @@ CPU = "cpu"
 def prompts(settings: Settings, out: Out) -> None:
     """Write the prompts of both sides, as JSON lines with the span of the concept's word."""
     from ..recipe import PROMPT_FILE, Recipe
+    from ..stages import alone
 
-    records = Recipe(None, settings, out).prompts()
+    with alone(out):
+        records = Recipe(None, settings, out).prompts()
     typer.echo(f"{len(records)} prompts: {out / PROMPT_FILE}")
 
 
@@ -77,13 +79,14 @@ def _recipe(settings: Settings, out: Path, device: str, training: bool = False):
     """The recipe of a loaded model, with progress bars; before it loads, the memory plan is printed and checked."""
     from .. import memory, processes
     from ..recipe import Recipe
+    from ..stages import alone
 
     device = processes.own_device(device)
     plan = memory.plan_for(settings, device, training)
     if processes.is_main():
         typer.echo("\n".join(plan.lines()), err=True)
     memory.require_room(plan, device)
-    with progress_bars() as progress:
+    with alone(out), progress_bars() as progress:
         yield Recipe(load(settings, device), settings, out, progress)
 
 

@@ -1,0 +1,165 @@
+"""Faults around a training: two in one folder, a folder that cannot be written, damaged files, a clock that goes back, a
+worker that dies. Refused in one clear line, or mended to the same end. Kills and full disks are in test_interruptions.py;
+`python -m dev.faults` kills at random moments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from saferope_core import load_concepts
+from training import cli
+from training.stages import LOCK, RECORD, alone
+
+ROOT = Path(__file__).parents[2]
+FEW = ["--unsafe-prompts", "6", "--benign-prompts", "8", "--steps", "4", "--batch", "2", "--phase", "2"]
+FEW += ["--reservoir", "256", "--unlearn-at", "1", "--timesteps", "1"]
+SHARDS = ("statistics.safetensors", "heads.safetensors", "latents.safetensors")
+
+
+def train(out: Path) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, ["train", "star", "--out", str(out), *FEW])
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "star"
+    assert train(out)[0] == 0
+    return out
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A finished folder of one's own."""
+    return Path(shutil.copytree(finished, tmp_path / "star"))
+
+
+def contents(out: Path) -> dict:
+    """Every product's bytes, and the record of stages, in whatever order they ran."""
+    found = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in (LOCK, "config.json")}
+    return found | {RECORD: json.loads(found[RECORD])}
+
+
+def told(output: str) -> str:
+    assert "Traceback" not in output
+    return next(line for line in output.splitlines() if line.startswith("saferope: "))
+
+
+@pytest.mark.parametrize(
+    ("shard", "damage"), [(SHARDS[0], "a bit"), (SHARDS[1], "cut off"), (SHARDS[2], "a bit"), (SHARDS[2], "empty")]
+)
+def test_a_damaged_product_is_made_again_to_the_same_bytes(folder, shard, damage):
+    """And what followed from it is not."""
+    before, path = contents(folder), folder / shard
+    data = bytearray(before[shard])
+    data[-5] ^= 0x40
+    path.write_bytes({"a bit": bytes(data), "cut off": before[shard][:-100], "empty": b""}[damage])
+    trained = (folder / "star.safetensors").stat().st_mtime_ns
+    code, output = train(folder)
+    assert code == 0, output
+    assert contents(folder) == before
+    assert (folder / "star.safetensors").stat().st_mtime_ns == trained, "finished work is not done again"
+
+
+def test_a_record_of_an_earlier_version_still_counts(folder):
+    path = folder / "stages.json"
+    record = {name: entry["inputs"] for name, entry in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(record))
+    made = {name: (folder / name).stat().st_mtime_ns for name in (*SHARDS, "star.safetensors")}
+    assert train(folder)[0] == 0
+    assert made == {name: (folder / name).stat().st_mtime_ns for name in made}
+
+
+def test_prompts_edited_by_hand_are_kept(folder):
+    path = folder / "prompts.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]) + "\n")
+    assert train(folder)[0] == 0
+    assert len(path.read_text().splitlines()) == len(lines) - 1
+    assert load_concepts(folder / "star.safetensors")
+
+
+def test_the_second_in_a_folder_is_refused_in_a_line(folder):
+    before = contents(folder)
+    with alone(folder):
+        code, output = train(folder)
+    assert code == 2 and "another saferope works in, expected one at a time; wait for it, or name" in told(output)
+    assert contents(folder) == before
+    assert train(folder)[0] == 0, "and once it is free, it is free"
+
+
+def test_a_killed_process_holds_no_lock(folder):
+    code = f"from training.stages import alone\nfrom pathlib import Path\nwith alone(Path({str(folder)!r})): print(1, flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline()
+    assert train(folder)[0] == 2, "control: another process's lock is seen"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert train(folder)[0] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_a_line():
+    code, output = train(Path("/proc/saferope"))
+    assert code == 2 and "/proc/saferope" in told(output)
+
+
+def test_a_file_where_the_folder_should_be_is_told_in_a_line(tmp_path):
+    (tmp_path / "star").write_text("mine")
+    code, output = train(tmp_path / "star")
+    assert code == 2 and "star" in told(output)
+    assert (tmp_path / "star").read_text() == "mine"
+
+
+def test_a_clock_that_goes_back_changes_nothing(folder, monkeypatch):
+    """Nothing is decided by times: files from 2096, and a clock that goes back while it runs."""
+    then = 4_000_000_000
+    for path in folder.iterdir():
+        os.utime(path, (then, then))
+    clock = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    before = contents(folder)
+    assert train(folder)[0] == 0
+    assert contents(folder) == before
+    assert {(folder / name).stat().st_mtime for name in (*SHARDS, "star.safetensors")} == {then}
+
+
+def test_a_worker_of_two_that_dies_ends_both_and_loses_nothing(tmp_path):
+    """The launcher ends with an error instead of waiting for ever; the same command then goes on from the last step."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "training", "train", "star"]
+    launch += ["--out", str(tmp_path)]
+    many = [*FEW, "--steps", "400"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    launcher = subprocess.Popen(
+        [sys.executable, *launch, *many],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 300
+    while not (tmp_path / "train_state.safetensors").exists() and time.monotonic() < until:
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    second = next(p for p in psutil.Process(launcher.pid).children(recursive=True) if p.environ().get("RANK") == "1")
+    second.kill()
+    assert launcher.wait(timeout=200) != 0
+    assert not (tmp_path / "star.safetensors").exists()
+    done = len((tmp_path / "log.jsonl").read_text().splitlines())
+    assert 1 <= done < 400
+    before = (tmp_path / "latents.safetensors").stat().st_mtime_ns
+    code, output = train(tmp_path)  # four steps: the launched one's first stages fit
+    assert code == 0, output
+    assert (tmp_path / "latents.safetensors").stat().st_mtime_ns == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
