@@ -238,6 +238,7 @@ def test_reports_of_a_file_are_written_and_agree(world, star, tmp_path):
     assert (tmp_path / "star.evaluation.png").stat().st_size > 1000
 
 
-def test_other_models_are_refused(model, star, tmp_path):
+def test_other_models_are_refused(model, star, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(model), "tiny", False)
     with pytest.raises(ValueError, match="the only one with a detector"):
         file_report.evaluate_file(model, star, tmp_path)
