@@ -78,7 +78,9 @@ def detector_judge(concept: str) -> Judge:
 
 
 def write_report(out: Path, results: dict[Method, list[Outcome]]) -> None:
-    """`attack.md`, a table a concept, and `attack.png`, success over queries."""
+    """`attack.md`, a table a concept, and `attack.png`, success over queries; by one process."""
+    if not processes.is_main():
+        return
     concepts = list(dict.fromkeys(method.concept for method in results))
     lines, panels = [], {}
     for concept in concepts:

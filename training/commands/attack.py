@@ -41,4 +41,5 @@ def attack(
         methods = [method for method in found if chosen(method)]
         results = attacked(model, methods, evaluation / "attack", prompts, progress)
     write_report(evaluation / "attack", results)
-    typer.echo((evaluation / "attack" / "attack.md").read_text(encoding="utf-8"))
+    if processes.is_main():
+        typer.echo((evaluation / "attack" / "attack.md").read_text(encoding="utf-8"))

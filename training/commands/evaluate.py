@@ -64,7 +64,8 @@ def evaluate(
     """Measure what methods do: paired by prompt and seed with the unprotected model; Markdown, CSV, JSON and pictures.
 
     A concept file alone gives its table beside it. A suite compares concept files with baselines.
-    Several processes: `accelerate launch -m saferope_training evaluate ...` shares the pictures among them.
+    Several processes share the pictures: `accelerate launch -m saferope_training evaluate ...` on GPUs, on CPUs `python -m
+    torch.distributed.run --nproc_per_node 2 -m ...`.
     """
     if (file is None) == (suite is None):
         raise ValueError(
