@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NEAR, TERMS = 0.02, 9  # ‖UᵀU − I‖ up to which 9 terms of the series leave less than float64's rounding: 0.02¹⁰ = 1e-17
+
 
 class GramSum:
     """A running sum of x xᵀ per head, in float64.
@@ -79,9 +81,26 @@ def extended(basis: Tensor, symmetric: Tensor, count: int) -> Tensor:
 
 
 def orthonormal(basis: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns (the polar factor) to basis [..., D, R]; same dtype."""
+    """The nearest matrix with orthonormal columns (the polar factor) to basis [..., D, R]; same dtype.
+
+    That is U (UᵀU)^(−1/2). Where the columns are nearly orthonormal already, as in a file of float16, the root comes from
+    its series, in a fifth of the time of the SVD that all others get.
+    """
+    wide = basis.double()
+    off = wide.mT @ wide - torch.eye(basis.shape[-1], dtype=torch.float64, device=basis.device)
+    if off.numel() and off.abs().max() * basis.shape[-1] <= NEAR:  # bounds the norm; False for NaN
+        return (wide @ _inverse_root(off)).to(basis.dtype)
     left, _, right = torch.linalg.svd(basis.double(), full_matrices=False)
     return (left @ right).to(basis.dtype)
+
+
+def _inverse_root(off: Tensor) -> Tensor:
+    """(I + E)^(−1/2) of small E [..., R, R]: Σ binomial(−1/2, n) Eⁿ, by Horner's rule."""
+    identity = torch.eye(off.shape[-1], dtype=off.dtype, device=off.device)
+    root = identity
+    for n in range(TERMS, 0, -1):
+        root = identity - (2 * n - 1) / (2 * n) * off @ root
+    return root
 
 
 def _share(gram: Tensor, name: str) -> Tensor:
