@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -44,7 +44,10 @@ def command(*stages: str, **defaults) -> Callable[[Callable], Callable]:
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "settings"]
         hints = get_type_hints(function, include_extras=True)
         parameters = [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in parameters]
-        parameters += [_parameter(entry, defaults) for entry in fields(Settings) if entry.name in names]
+        kinds = get_type_hints(Settings) if names else {}
+        parameters += [
+            _parameter(entry, kinds[entry.name], defaults) for entry in fields(Settings) if entry.name in names
+        ]
         parameters.sort(key=lambda p: p.name != "concept")  # the one positional argument comes first
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -53,9 +56,9 @@ def command(*stages: str, **defaults) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _parameter(entry, defaults: dict) -> inspect.Parameter:
+def _parameter(entry: Field, hint: type, defaults: dict) -> inspect.Parameter:
     """A setting as a keyword-only parameter that Typer makes an option of; the concept is an argument."""
-    details, hint = entry.metadata, get_type_hints(Settings)[entry.name]
+    details = entry.metadata
     default = defaults.get(entry.name, entry.default)
     if entry.name == "concept":
         kind, default = typer.Argument(help=details["help"]), inspect.Parameter.empty
