@@ -74,8 +74,8 @@ class AttentionPatch:
         require_hook(self.protection.geometry, block, q, k, pe, options)
         if block not in self.protected or not self._now.acting:
             return {}
-        text = options[TEXT_END][0]
-        turned = {"q": self._rotate(q, "q", block, text), "k": self._rotate(k, "k", block, text)}
+        text, own = options[TEXT_END][0], self._owns(options)
+        turned = {role: self._rotate(x, role, block, text, own) for role, x in (("q", q), ("k", k))}
         if self.watching:
             return {}
         if self.positive_only:
@@ -107,42 +107,52 @@ class AttentionPatch:
         run.compiled = run.compiled or is_compiled(model.current_patcher, options)
         acting = self._in_range(model.model_sampling, sigma)
 
-        self._now.record = run.blank(model, x, sigma, options)
-        out = self._run(model, acting, executor, x.clone(), sigma, *args, **kwargs)  # EasyCache adds to x in place
+        record = run.blank(model, x, sigma, options)
+        out = self._run(
+            model, acting, record, executor, x.clone(), sigma, *args, **kwargs
+        )  # EasyCache adds to x in place
         missing = self.protected - self._now.called
         if missing and (run.compiled or self._passed_by(run)):
             del out
-            self._now.record = run.blank(model, x, sigma, options)
+            record = run.blank(model, x, sigma, options)
             with torch.compiler.set_stance("force_eager"):  # what a compiled graph hides shows here
-                out = self._run(model, acting, executor, x, sigma, *args, **kwargs)
+                out = self._run(model, acting, record, executor, x, sigma, *args, **kwargs)
             if self._passed_by(run):
                 raise RuntimeError(self._complaint(model, options))
             if self._now.projected:
                 torch._dynamo.reset()  # the graph was traced without the patch
         run.whole = run.whole or self.protected <= self._now.called
         run.compiled = run.compiled or bool(self.protected & self._now.called - self._now.projected)
-        if self._now.record is not None:
-            run.record.add(self._now.record)
+        if record is not None:
+            run.record.add(record)
         return out
 
     def cleanup(self) -> None:
         """Called by ComfyUI after every sampling run, failed ones too."""
         self.protection.clear()
 
-    def _rotate(self, x: torch.Tensor, role: str, block: Block, text: int) -> torch.Tensor:
-        seen = self._now.record.saw if self._now.record else None
-        return self.protection.rotate(x, role, *block, text=(0, text), image=(text, x.shape[2]), seen=seen)
+    def _owns(self, options: dict) -> bool:
+        """Whether q and k may be written to: the block made them for its patches, ours is the first to get them, and
+        nobody wants to see them unturned."""
+        patches = options.get("patches", {}).get("attn1_patch") or [None]
+        return patches[0] is self and not self.watching and not self.positive_only
 
-    def _run(self, model: Any, acting: bool, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+    def _rotate(self, x: torch.Tensor, role: str, block: Block, text: int, own: bool) -> torch.Tensor:
+        seen, own = self._now.record.saw if self._now.record else None, own and not x.requires_grad
+        return self.protection.rotate(x, role, *block, text=(0, text), image=(text, x.shape[2]), seen=seen, own=own)
+
+    def _run(
+        self, model: Any, acting: bool, record: Forward | None, executor: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
         """The forward's output; `_now` holds which blocks called the patch, and which were seen to need it."""
         now = self._now
-        now.acting, now.called, now.projected = acting, set(), set()
+        now.acting, now.record, now.called, now.projected = acting, record, set(), set()
         network = model.diffusion_model
         try:
             with watched_queries(network, self.protected, lambda block: now.projected.add(block)):
                 return executor(*args, **kwargs)
         finally:
-            now.acting = True
+            now.acting, now.record = True, None
 
     def _passed_by(self, run: _Run) -> bool:
         """Whether the forward just run had attention without the patch; a skipped block is none, after the first."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .concept import Concept
 from .geometry import Geometry
 from .risk import gated, risk_of
-from .rotation import exact, fold, turn, wide
+from .rotation import exact, framed, frames, turn, wide
 from .screen import few_candidates
 
 ROLES = ("q", "k")
@@ -96,15 +96,20 @@ class Protection:
         text: tuple[int, int],
         image: tuple[int, int],
         seen: Seen | None = None,
+        own: bool = False,
     ) -> Tensor:
         """R(x) x for the queries or keys x [B, H, L, D] of one block, taken after QK-norm and before RoPE.
 
         role 'q' or 'k'; text and image are half-open, disjoint token spans (start, stop), empty where there is none.
         Text tokens turn by generator_text, image tokens by generator_image, and every concept takes its LRS from the
-        unrotated vector. Float32 inside (float64 for float64), x's dtype out; x itself is never written to, and is
-        returned as the same object where there is nothing to do. Heads that are not safety-critical, tokens outside
-        the spans and tokens not above the gate come back bit for bit. `seen`, if given, is told who was above.
+        unrotated vector. Float32 inside (float64 for float64), x's dtype out. x is not written to, and is returned as
+        the same object where there is nothing to do; unless it is the caller's `own`, which nobody else holds: then
+        the turned vectors are written into it, which saves a copy, half of all the work on a CPU. Heads that are not
+        safety-critical, tokens outside the spans and tokens not above the gate come back bit for bit. `seen`, if given,
+        is told who was above. Raises ValueError for an `own` x that gradients are kept for.
         """
+        if own and x.requires_grad:
+            raise ValueError("x is to be written to, but gradients are kept for it: call without own")
         row = self.geometry.row(block_type, block_index)
         if row not in self._covered:
             return x
@@ -114,7 +119,7 @@ class Protection:
             if plan is not None and span[0] < span[1]:
                 assert 0 <= span[0] and span[1] <= x.shape[2], f"{stream} span {span} in {x.shape[2]} tokens"
                 tell = None if seen is None else partial(seen, row=row, stream=stream)
-                result = _rotate_span(x, result, plan, *span, tell)
+                result = _rotate_span(x, result, plan, *span, tell, own)
         return result
 
     def clear(self) -> None:
@@ -139,9 +144,9 @@ class Protection:
 
 
 def _rotate_span(
-    x: Tensor, result: Tensor, plan: _Plan, start: int, stop: int, tell: Callable[..., None] | None
+    x: Tensor, result: Tensor, plan: _Plan, start: int, stop: int, tell: Callable[..., None] | None, own: bool
 ) -> Tensor:
-    """`result` with the tokens start to stop of the plan's heads replaced by their rotation; x where nothing turns."""
+    """`result` (x, or a copy of it) with tokens start to stop of the plan's heads turned; a copy, unless x is `own`."""
     span = x[:, :, start:stop]
     few = few_candidates(span, plan.heads, plan.directions, plan.parts) if _gathers(x.device) else None
     vectors = wide(span.index_select(1, plan.heads)) if few is None else few.gather(span, plan.heads)
@@ -153,7 +158,7 @@ def _rotate_span(
     if few is not None and not any(bool(scale.any()) for scale in scales):
         return result
     turned = _turned(vectors, plan.parts, scales, coordinates).to(x.dtype)
-    result = x.clone() if result is x else result
+    result = x.clone() if result is x and not own else result
     if few is None:
         result[:, :, start:stop].index_copy_(1, plan.heads, turned)
     else:
@@ -197,37 +202,39 @@ def _all_plans(active: list[_Active], geometry: Geometry, device: torch.device) 
         found = defaultdict(list)
         for each in active:
             for stream in STREAMS:
-                for role in each.concept.acts(stream):
-                    for row, heads, part in _parts_of(each, role, stream):
-                        found[row, role, stream].append((heads, part))
+                for row, role, heads, part in _parts_of(each, stream):
+                    found[row, role, stream].append((heads, part))
         return {key: _merged(parts, geometry, device) for key, parts in found.items()}
 
 
-def _parts_of(active: _Active, role: str, stream: str):
-    """(row, heads, part) of every block of one concept, without the heads whose generator is zero."""
+def _parts_of(active: _Active, stream: str) -> Iterator[tuple[int, str, Tensor, _Part]]:
+    """(row, role, heads, part) of every block of one concept, without the heads whose generator is zero."""
     number, concept, strength, threshold = active
     moving = _moving(concept, stream)
     if not moving.any():
         return
-    basis = concept.basis(role, stream)
-    theta, directions = fold(basis, _generator(concept, stream))
-    unsafe = (directions.mT.double() @ basis[..., : basis.shape[-1] - concept.reach].double()).float()
-    gate = concept.gate(role, stream) if threshold is None else torch.full((len(concept.heads),), threshold)
+    theta, frame = frames(_generator(concept, stream)[moving])
+    theta = strength * theta.float()
     # heads are sorted, so those of a block lie together
-    rows, counts = _rows(concept)[moving].unique_consecutive(return_counts=True)
-    heads = concept.heads[moving, 2].long()
-    fields = (heads, directions[moving], strength * theta[moving], gate[moving], unsafe[moving])
-    for row, own, *tensors in zip(rows.tolist(), *(each.split(counts.tolist()) for each in fields), strict=True):
-        part = _Part(*tensors, concept=number)
-        yield row, own, part if concept.reach else part._replace(unsafe=None)
+    rows, counts = (each.tolist() for each in _rows(concept)[moving].unique_consecutive(return_counts=True))
+    heads = concept.heads[moving, 2].long().split(counts)
+    for role in concept.acts(stream):
+        basis = concept.basis(role, stream)[moving]
+        directions = framed(basis, frame)
+        unsafe = (directions.mT.double() @ basis[..., : basis.shape[-1] - concept.reach].double()).float()
+        gate = concept.gate(role, stream)[moving]
+        fields = (directions, theta, gate if threshold is None else torch.full_like(gate, threshold), unsafe)
+        for row, own, *tensors in zip(rows, heads, *(each.split(counts) for each in fields), strict=True):
+            yield row, role, own, _Part(*tensors[:3], tensors[3] if concept.reach else None, concept=number)
 
 
 def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch.device) -> _Plan:
     """One plan over the union of the heads of several concepts."""
     if len(parts) == 1:
         heads, part = parts[0]
-        part = _Part(*(each.to(device) if isinstance(each, Tensor) else each for each in part))
-        return _Plan(heads.to(device), [part._replace(own=torch.arange(len(heads), device=device))], part.directions)
+        tensors = [None if each is None else each.to(device) for each in part[:4]]
+        part = _Part(*tensors, torch.arange(len(heads), device=device), part.concept)
+        return _Plan(heads.to(device), [part], part.directions)
     heads = torch.cat([heads for heads, _ in parts]).unique()
 
     def placed(values: Tensor | None, own: Tensor) -> Tensor | None:

@@ -119,6 +119,16 @@ def test_norms_are_kept_and_the_input_is_not_written_to(path, make_concept, geom
     assert changed(result, x).any()
 
 
+def test_what_the_caller_owns_is_written_to(path, make_concept, geometry):
+    guard, x = Protection([make_concept()], geometry), vectors()
+    expected = rotate(guard, x)
+    own = x.clone()
+    assert guard.rotate(own, "q", *SINGLE_1, TEXT, IMAGE, own=True) is own
+    assert torch.equal(own, expected) and not torch.equal(own, x)
+    with pytest.raises(ValueError, match="gradients are kept"):
+        guard.rotate(x.requires_grad_(), "q", *SINGLE_1, TEXT, IMAGE, own=True)
+
+
 def test_only_tokens_in_the_spans_turn(path, make_concept, geometry):
     guard = Protection([make_concept(threshold=0.0)], geometry)
     x = vectors()

@@ -110,3 +110,24 @@ def test_keys_of_a_cache_are_image_tokens(apply, flux, concept):
     torch.testing.assert_close(long["k"][:, :, :9], short["k"])
     assert not torch.equal(long["k"][:, :1, 9:], k[:, :1, 9:])
     assert torch.equal(long["k"][:, 1:], k[:, 1:])  # the second head is not safety-critical
+
+
+def test_what_other_patches_hold_is_not_written_to(apply, flux, sample, concept):
+    """Alone, the patch writes into q and k; behind another, which may keep them, it does not. The pictures are equal."""
+    held = []
+
+    def keeper(q, k, v, pe=None, attn_mask=None, extra_options=None):
+        held.append((q, q.clone()))
+        return {}
+
+    watched = flux.clone()
+    watched.set_model_attn1_patch(keeper)
+    latents = sample(apply(watched, [concept], 1.0), steps=1)
+    assert all(torch.equal(q, before) for q, before in held)
+    alone = apply(flux, [concept], 1.0)
+    assert torch.equal(sample(alone, steps=1), latents)
+    patch, q = patches(alone)[0], torch.randn(1, 2, 9, 128)
+    options = {"block_type": "double", "block_index": 0, "img_slice": [5, 9], "patches": {"attn1_patch": [patch]}}
+    before = q.clone()
+    out = patch(q, q.clone(), q, pe=torch.zeros(1), extra_options=options)
+    assert out["q"] is q and not torch.equal(q, before)  # control: alone it does

@@ -78,8 +78,11 @@ def vectors(size: Size, concept: Concept) -> Tensor:
     return x
 
 
-def turning(size: Size, recorded: bool = False) -> Callable[[], object]:
-    """Turns q and k of a block once."""
+def turning(size: Size, recorded: bool = False, own: bool = True) -> Callable[[], object]:
+    """Turns q and k of a block once; in place, as ComfyUI's patch does where no other is before it, or not.
+
+    What has turned stays in its subspace, so the next call finds the same tokens above the gate.
+    """
     concepts = [concept_of(size, number) for number in range(size.concepts)]
     guard, x = Protection(concepts, size.geometry), vectors(size, concepts[0])
     side, spans = size.resolution // 16, ((0, size.text), (size.text, size.text + size.image))
@@ -87,7 +90,7 @@ def turning(size: Size, recorded: bool = False) -> Callable[[], object]:
     def turn() -> None:
         seen = Forward(["prompt"], 1.0, (side, side)).saw if recorded else None
         for role in "qk":
-            guard.rotate(x, role, "single", 0, *spans, seen=seen)
+            guard.rotate(x, role, "single", 0, *spans, seen=seen, own=own)
 
     return turn
 
@@ -134,6 +137,7 @@ def beside_the_block(size: Size, repeats: int) -> Iterator[Row]:
         "three": turning(three),
         "trained": turning(trained),
         "recorded": turning(size, recorded=True),
+        "copied": turning(size, own=False),
         "paper": papers_form(size),
     }
     with torch.inference_mode():
@@ -149,6 +153,7 @@ def beside_the_block(size: Size, repeats: int) -> Iterator[Row]:
     yield Row("turning q and k of it", 1e3 * median(taken["all"]), "ms", spread=1e3 * spread(taken["all"]))
     yield share("all", "block with rotation / without, all heads critical", 1.005)
     yield share("quarter", "the same, a quarter of the heads critical", 1.002)
+    yield share("copied", "the same, all heads, q and k copied, as other nodes hold them", None)
     yield share("trained", f"the same, all heads, rank {trained.rank} and reach {trained.reach}", None)
     value, width = ratio(taken["paper"], taken["all"])
     yield Row("the paper's form / ours", value, "x", 40, True, width, "every token gets its matrix exponential")
@@ -165,14 +170,11 @@ def _peaks(block: nn.Module, run: Callable[[], object], size: Size) -> tuple[int
     spans = (0, size.text), (size.text, size.text + size.image)
     weights = sum(parameter.nbytes for parameter in block.parameters())
     peak = {"plain": weights + peak_of(run)}
-    hooks = [
-        getattr(block.attn, f"norm_{role}").register_forward_hook(
-            lambda _module, _args, out, role=role: (
-                guard.rotate(out.transpose(1, 2), role, "single", 0, *spans).transpose(1, 2).contiguous()
-            )
-        )
-        for role in "qk"
-    ]
+
+    def hook(_module, _args, out: Tensor, role: str) -> None:
+        guard.rotate(out.transpose(1, 2), role, "single", 0, *spans, own=True)
+
+    hooks = [getattr(block.attn, f"norm_{role}").register_forward_hook(partial(hook, role=role)) for role in "qk"]
     run()  # prepares the plans, which stay
     peak["protected"] = weights + peak_of(run)
     for hook in hooks:
