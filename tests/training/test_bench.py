@@ -51,8 +51,6 @@ def test_peak_counts_what_is_allocated():
 
 
 def test_bench_writes_its_report(monkeypatch, small, tmp_path):
-    monkeypatch.setattr("training.loading.load_model", lambda *_: None)
-    monkeypatch.setattr("training.bench.work.tiny_rows", lambda *_: [])
     monkeypatch.setattr("training.bench.work.start_rows", lambda *_: [])
     monkeypatch.setattr(rotation, "curves", lambda *_: {"rank": [(2, 1.0), (5, 2.0)]})
     options = ["--resolution", "64", "--heads", "1", "--repeats", "1", "--dtype", "float32", "--out", str(tmp_path)]
@@ -61,6 +59,7 @@ def test_bench_writes_its_report(monkeypatch, small, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"bench.md", "bench.json", "bench.png"}
     rows = {row["what"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     assert rows["concept file, 400 heads, fp16"]["value"] <= 1.1
+    assert rows["training step / two forward passes and one backward"]["value"] > 0
     assert "GPU" in rows["the same, compiled"]["note"] and rows["the same, compiled"]["value"] is None
     refused = CliRunner().invoke(cli.app, ["bench", "--dtype", "int4", "--out", str(tmp_path)])
     assert refused.exit_code == 2 and "got 'int4', expected one of" in " ".join(refused.output.split())

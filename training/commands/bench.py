@@ -35,8 +35,7 @@ def bench(
         raise ValueError(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     import torch
 
-    from ..bench import report, rotation, work
-    from ..loading import load_model
+    from ..bench import making, report, rotation, work
 
     torch.manual_seed(0)
     if dtype == "auto":
@@ -44,7 +43,7 @@ def bench(
     kind = getattr(torch, dtype)
     size = rotation.Size(resolution, heads, critical, concepts, rank, batch, kind)
     rows = [*rotation.beside_the_block(size, repeats), *work.not_here(), *work.file_rows(repeats)]
-    rows += [*work.tiny_rows(load_model("tinyworld"), 2 * repeats), *work.start_rows(repeats)]
+    rows += [*making.rows(size, repeats), *work.start_rows(repeats)]
     grown = rotation.curves(size, repeats) if curves else {}
     setting = (
         f"{resolution} x {resolution}, {heads} heads, critical {critical:g}, concepts {concepts}, rank {rank}, batch {batch}, "
