@@ -53,9 +53,9 @@ def test_start_and_end_percent_choose_the_steps(apply, flux, sample, tiny, conce
     protection = type(apply(flux, [concept], 1.0).model_options["transformer_options"]["patches"]["attn1_patch"][0])
     rotate = protection._rotate
 
-    def noted(self, x, role, block, text):
+    def noted(self, x, role, block, *rest):
         acted.append((role, block))
-        return rotate(self, x, role, block, text)
+        return rotate(self, x, role, block, *rest)
 
     monkeypatch.setattr(protection, "_rotate", noted)
     per_step = 2 * tiny.blocks
