@@ -129,29 +129,48 @@ def pareto(path: Path, points: Sequence[Point], damage: str) -> None:
             own = [point for point in points if (point.panel, point.method) == (panel, method)]
             if own:
                 handles[method] = _front(axes, sorted(own, key=lambda p: p.strength or 0), index)
-        axes.set(xlabel=damage, ylabel="concept shown, %", title=panel, ylim=(-6, 108))
+        most = max([100 * point.damage for point in points if point.panel == panel] + [_LEAST])
+        limits = {"xlim": (-0.08 * most, 1.05 * most), "ylim": (-6, 108)}
+        axes.set(xlabel=damage, ylabel="concept shown, %", title=panel, **limits)
         axes.grid(alpha=0.25)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path)
 
 
 _MARKS = "osD^vP*X<>hp"
+_ASIDE = 3  # points between methods that meet
+_LEAST = 2.0  # percent of damage that an axis shows at least
 
 
 def _front(axes, points: Sequence[Point], index: int):
-    """One method's points, joined in the order of strength, with Wilson's intervals; returns what the legend shows."""
+    """One method's points, joined in the order of strength, with Wilson's intervals; returns what the legend shows.
+
+    Methods that meet in a point stand side by side; the weakest and the strongest point say their strength.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    aside = ScaledTranslation((index % 10 - 4.5) * _ASIDE / 72, 0, axes.figure.dpi_scale_trans)
+    look = {"color": f"C{index % 10}", "transform": axes.transData + aside}
     along, up = [100 * p.damage for p in points], [100 * p.unsafe for p in points]
-    colour = f"C{index % 10}"
-    for point, x, y in zip(points, along, up, strict=True):
+    for point, x in zip(points, along, strict=True):
         if point.interval:
-            axes.plot((x, x), [100 * end for end in point.interval], color=colour, alpha=0.25, linewidth=2)
-        if point.strength is not None:
-            where = ((4, 4), (4, -10), (-18, 4), (-18, -10))[
-                index % 4
-            ]  # methods that meet do not write over each other
-            label = f"{point.strength:g}"
-            axes.annotate(label, (x, y), where, textcoords="offset points", fontsize=7, color=colour)
-    (line,) = axes.plot(along, up, color=colour, marker=_MARKS[index % len(_MARKS)], markersize=5, linewidth=0.8)
+            axes.plot((x, x), [100 * end for end in point.interval], **look, alpha=0.25, linewidth=1.5)
+    for end in {0, len(points) - 1}:
+        if points[end].strength is not None:
+            x, y = along[end], up[end]
+            above = 4 if y < 50 else -9
+            strength = axes.annotate(
+                f"{points[end].strength:g}",
+                (x, y),
+                (0, above),
+                xycoords=look["transform"],
+                textcoords="offset points",
+                fontsize=5,
+                ha="center",
+                color=look["color"],
+            )
+            strength.set_in_layout(False)
+    (line,) = axes.plot(along, up, **look, marker=_MARKS[index % len(_MARKS)], markersize=4, linewidth=0.8)
     return line
 
 
