@@ -105,3 +105,17 @@ def test_orthonormal_finds_the_nearest_basis():
     torch.testing.assert_close(restored.mT @ restored, identity, rtol=0, atol=1e-6)
     assert (rounded.mT @ rounded - identity).abs().max() > 1e-5  # control
     assert (restored - basis).norm() < (rounded - basis).norm() * 1.01
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-3, 0.05, 1.0])
+def test_the_polar_factor_is_the_svd_s_however_far_it_is(noise):
+    """Near ones go another way than far ones; both are U V^T of the SVD."""
+    basis = torch.linalg.qr(torch.randn(7, 32, 5, dtype=torch.float64)).Q
+    basis += noise * torch.randn_like(basis)
+    left, _, right = torch.linalg.svd(basis, full_matrices=False)
+    found = orthonormal(basis)
+    torch.testing.assert_close(found, left @ right, rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        found.mT @ found, torch.eye(5, dtype=torch.float64).expand(7, -1, -1), rtol=0, atol=1e-14
+    )
+    assert orthonormal(basis[:0]).shape == (0, 32, 5)
