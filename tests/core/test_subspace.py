@@ -107,7 +107,7 @@ def test_orthonormal_finds_the_nearest_basis():
     assert (restored - basis).norm() < (rounded - basis).norm() * 1.01
 
 
-@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-3, 0.05, 1.0])
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 4e-4, 0.05, 1.0])
 def test_the_polar_factor_is_the_svd_s_however_far_it_is(noise):
     """Near ones go another way than far ones; both are U V^T of the SVD."""
     basis = torch.linalg.qr(torch.randn(7, 32, 5, dtype=torch.float64)).Q
