@@ -85,8 +85,16 @@ def check_whole(out: Path) -> None:
 def products(out: Path) -> dict:
     """What must be the same again."""
     (concept,) = load_concepts(out / "star.safetensors")
-    found = {name: (out / name).read_bytes() for name in (*TENSORS, "prompts.jsonl", "log.jsonl", "heads.csv")}
+    found = {name: (out / name).read_bytes() for name in ("prompts.jsonl", "log.jsonl", "heads.csv")}
+    found |= {name: contents(out / name) for name in TENSORS}
     return found | {"generators": (concept.generator_text.numpy().tobytes(), concept.generator_image.numpy().tobytes())}
+
+
+def contents(path: Path) -> tuple[dict, dict]:
+    """Metadata and every tensor's bytes. Not the file's: safetensors writes metadata in a random order."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).contiguous().flatten() for name in sorted(file.keys())}
+        return file.metadata() or {}, {name: x.view(torch.uint8).numpy().tobytes() for name, x in tensors.items()}
 
 
 def durations(out: Path, model) -> dict[str, float]:
