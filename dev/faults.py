@@ -28,7 +28,6 @@ from saferope_core import load_concepts
 from training.loading import load_model
 from training.recipe import Recipe
 from training.settings import Settings
-from training.stages import alone
 
 STAGES = ("prompts", "extract", "heads", "latents", "train")
 SMALL = {"unsafe_prompts": 6, "benign_prompts": 8, "steps": 6, "batch": 2, "phase": 2, "reservoir": 256}
@@ -47,8 +46,7 @@ def forked(out: Path, model, until: str | None = None, delay: float = 0.0) -> tu
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            with alone(out):
-                Recipe(model, Settings(**SMALL), out, lambda stage, *_: os.write(writer, f"{stage}\n".encode())).train()
+            Recipe(model, Settings(**SMALL), out, lambda stage, *_: os.write(writer, f"{stage}\n".encode())).train()
             code = 0
         finally:
             os._exit(code)

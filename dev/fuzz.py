@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--report", type=int, default=1000, help="a line of figures every so many runs")
     parser.add_argument("--by-chance", action="store_true", help="without atheris")
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for data in seeds():  # whatever is loaded on first use is no growth of memory
         assert check(data, loader.parse_concepts(data)) is None

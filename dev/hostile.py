@@ -11,6 +11,7 @@ import json
 import random
 import struct
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -118,6 +119,13 @@ def together(header: dict, body: bytes, spoil=lambda text: text) -> bytes:
         header["__metadata__"] = {**metadata, **inner}
     text = spoil(json.dumps(header).encode("utf-8", "surrogatepass"))
     return len(text).to_bytes(8, "little") + text + body
+
+
+def spoilt(data: bytes, change: Callable[[dict], object]) -> bytes:
+    """The file after change(header): the JSON in its metadata is a value there, and put back as text."""
+    header, body = apart(data)
+    change(header)
+    return together(header, body)
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:

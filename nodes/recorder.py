@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -82,5 +83,6 @@ class Recorder:
 
 def _digest(samples: Tensor) -> str:
     """Identity of a latent: its shape and numbers, as samplers hand them over."""
-    plain = samples.detach().to("cpu", comfy.model_management.intermediate_dtype()).float().contiguous()
+    told = getattr(comfy.model_management, "intermediate_dtype", None)  # ComfyUI 0.17 hands over what it sampled
+    plain = samples.detach().to("cpu", told() if told else torch.float32).float().contiguous()
     return hashlib.sha256(repr(tuple(plain.shape)).encode() + plain.numpy().tobytes()).hexdigest()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .models import Model, fingerprint
 from .settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from .settings import LATENTS as LATENTS_STAGE
 from .sources import prompts_for
-from .stages import Progress, Workplace, file_sha256, write_text
+from .stages import Progress, Workplace, alone, file_sha256, write_text
 
 PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
 CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"
@@ -26,8 +27,21 @@ LOG, CURVE, CONFIG, EMBEDDINGS = "log.jsonl", "losses.png", "config.json", "embe
 _REPORTED = 20  # losses of this many last steps are averaged for the file's record
 
 
+def _alone(method: Callable) -> Callable:
+    """The method, with its folder locked while it runs."""
+
+    @functools.wraps(method)
+    def run(recipe: Recipe, *args, **kwargs):
+        with alone(recipe.out, within=True):
+            return method(recipe, *args, **kwargs)
+
+    return run
+
+
 class Recipe:
     """A folder in which a concept is made. Each method runs a stage after those it needs, as far as inputs changed.
+
+    ValueError where another process, or another Recipe of this one, is at work in the folder.
 
     `model` may be None for `prompts` alone. Beside the products lies `config.json`: the resolved settings and versions.
     """
@@ -42,9 +56,11 @@ class Recipe:
         self.place = Workplace(out, settings, progress)
         self.weights = fingerprint(model.transformer) if model is not None else ""
         self.config = {"settings": asdict(settings), "model_sha256": self.weights, "versions": versions()}
-        if processes.is_main():
-            write_text(out / CONFIG, json.dumps(self.config, indent=2) + "\n")
+        with alone(out, within=True):
+            if processes.is_main():
+                write_text(out / CONFIG, json.dumps(self.config, indent=2) + "\n")
 
+    @_alone
     def prompts(self) -> list[prompts.PromptRecord]:
         """The prompts of both sides, in prompts.jsonl."""
 
@@ -57,6 +73,7 @@ class Recipe:
         self.place.stage(PROMPTS, [str(path.absolute()) for path in named], (PROMPT_FILE,), make)
         return prompts.read_prompts(self.out / PROMPT_FILE)
 
+    @_alone
     def extract(self) -> list[prompts.PromptRecord]:
         """Statistics of every head; returns the prompts."""
         s, records = self.settings, self.prompts()
@@ -69,6 +86,7 @@ class Recipe:
         self.place.stage(EXTRACT, (PROMPT_FILE,), (STATISTICS,), make, self.weights)
         return records
 
+    @_alone
     def heads(self) -> list[prompts.PromptRecord]:
         """The safety-critical heads, their bases and gates, as tensors, table and map; returns the prompts."""
         records = self.extract()
@@ -86,6 +104,7 @@ class Recipe:
         pictures.head_map(out / MAP, table.discrimination, geometry, table.critical, title)
         heads.save_critical(out / CRITICAL, critical_heads(table, geometry), table.discrimination)
 
+    @_alone
     def train(self, tell: train.Teller = lambda entry: None) -> Path:
         """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry."""
         s, out, records = self.settings, self.out, self.heads()
@@ -122,6 +141,7 @@ class Recipe:
             record = self._record() | {"final": final_errors(log.entries)}
             save_concepts(path, [concept_of(self.model, critical, delta, generators, s, record)])
 
+    @_alone
     def calibrate(self) -> Path:
         """The concept file with generators that nothing was learned for, `<out>/<concept>.<generator>.safetensors`.
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 RECORD, LOCK = "stages.json", "lock"
 TENSORS = ".safetensors"
+_OWN: ContextVar[frozenset[Path]] = ContextVar("own", default=frozenset())  # folders that the caller, a thread, locked
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class Workplace:
     ) -> None:
         """Calls `make(report)` unless all products are there, whole, and were made from these very inputs.
 
-        Tensors that are not as they were left are made again; prompts and tables may be edited. Inputs are the settings of the stage, the bytes of the files `sources` and `weights`, a digest of the base model
-        where it matters. `report(done, total)` passes progress on. A stage that fails leaves no record, so that it runs
-        again.
+        Tensors that are not as they were left are made again; prompts and tables may be edited. Inputs are the settings
+        of the stage, the bytes of the files `sources` and `weights`, a digest of the base model where it matters.
+        `report(done, total)` passes progress on. A stage that fails leaves no record, so that it runs again.
         """
         processes.wait()
         inputs = self.digest(name, sources, weights)
@@ -86,13 +88,15 @@ class Workplace:
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def alone(out: Path, within: bool = False) -> Iterator[None]:
     """Makes the folder this process's own, or that of the processes that share its work. ValueError where it is another's.
 
-    The system gives the lock back when its process ends, however it ends; the empty file stays.
+    within: nothing to do for a caller that has made it its own already. The system gives the lock back when its process
+    ends, however it ends; the empty file stays.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if not processes.is_main():
+    folder, own = out.resolve(), _OWN.get()
+    if not processes.is_main() or (within and folder in own):
         yield
         return
     lock = FileLock(out / LOCK)
@@ -102,9 +106,11 @@ def alone(out: Path) -> Iterator[None]:
         raise ValueError(
             f"{out}: got a folder that another saferope works in, expected one at a time; wait for it, or name another --out"
         ) from None
+    before = _OWN.set(own | {folder})
     try:
         yield
     finally:
+        _OWN.reset(before)
         lock.release()
 
 

@@ -8,14 +8,15 @@ on from the last whole step to the same end, bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from saferope_core import CriticalHeads
@@ -59,7 +60,8 @@ class Diverged(ValueError):
 class State:
     """Weights, AdamW's moments and the number of finished steps in one file, written whole after every step.
 
-    `inputs` is a digest of all that the run was started with: a state of other inputs is no state.
+    `inputs` is a digest of all that the run was started with: a state of other inputs is no state. Nor is a damaged one,
+    which is told as a warning.
     """
 
     def __init__(self, path: Path | None, inputs: str = "") -> None:
@@ -67,22 +69,29 @@ class State:
 
     def finished(self) -> int:
         """How many steps of these inputs are done."""
-        facts = self._facts()
-        return int(facts["step"]) if facts.get("inputs") == self.inputs else 0
+        return self._read()[0]
 
-    def _facts(self) -> dict[str, str]:
+    def _read(self) -> tuple[int, dict[str, Tensor]]:
+        """Finished steps of these inputs, and the tensors after them; 0 and none where they cannot be trusted."""
+        facts, tensors = {}, {}
         try:
             with safe_open(self.path, "pt") as file:
-                return file.metadata() or {}
-        except (SafetensorError, OSError, TypeError):  # none, damaged, or no path
-            return {}
+                facts, tensors = dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}
+        except (FileNotFoundError, TypeError):  # none yet, or no path
+            return 0, {}
+        except (SafetensorError, OSError):
+            pass
+        if facts.pop("sha256", "") != _sha256(tensors, facts):
+            told = f"{self.path}: got a damaged training state, expected it as it was saved; training starts again"
+            warnings.warn(told, stacklevel=2)
+            return 0, {}
+        return (int(facts["step"]), tensors) if facts["inputs"] == self.inputs else (0, {})
 
     def load(self, weights: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
         """Takes over the saved weights and moments, if there are any; returns the number of finished steps."""
-        done = self.finished()
+        done, tensors = self._read()
         if done == 0:
             return 0
-        tensors = load_file(self.path)
         for name, weight in weights.items():
             weight.data.copy_(tensors[name])
             optimiser.state[weight] = {
@@ -99,7 +108,16 @@ class State:
         tensors = {name: weight.detach().cpu() for name, weight in weights.items()}
         for name, weight in weights.items():
             tensors |= {f"{name}.{key}": value.detach().cpu() for key, value in optimiser.state.get(weight, {}).items()}
-        save_tensors(self.path, tensors, {"inputs": self.inputs, "step": str(step)})
+        facts = {"inputs": self.inputs, "step": str(step)}
+        save_tensors(self.path, tensors, facts | {"sha256": _sha256(tensors, facts)})
+
+
+def _sha256(tensors: dict[str, Tensor], facts: dict[str, str]) -> str:
+    """Hex digest of every name, shape and number, so that a flipped bit does not go on into the result."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Log:

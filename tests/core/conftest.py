@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dev.hostile import seeds
 from saferope_core import DOUBLE, SINGLE, Concept, Geometry, skew
 
 GEOMETRY = Geometry(double_blocks=2, single_blocks=3, heads=3, head_dim=32)
@@ -37,6 +38,17 @@ def naive_turn():
 @pytest.fixture
 def naive_protection():
     return protect_in_loops
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "star.safetensors"
+
+
+@pytest.fixture
+def good():
+    """The bytes of a concept file, a small one."""
+    return seeds()[0]
 
 
 def random_basis(count, head_dim, rank, dtype=torch.float32):

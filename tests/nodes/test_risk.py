@@ -222,3 +222,12 @@ def test_long_prompts_have_pictures_of_bounded_size(pack):
     assert pictures.word_bars([], [], "t").shape[0] == 1
     assert not torch.equal(pictures.patch_map(torch.eye(4), "t"), pictures.patch_map(torch.eye(4).flip(0), "t"))
     assert pictures.course({"a": [0.1]}, [1.0], "t").shape[3] == 3
+
+
+def test_a_latent_is_known_again_by_a_host_that_names_no_type_of_intermediates(pack, comfy, monkeypatch):
+    """ComfyUI 0.17, the oldest that is supported, hands latents over in the type they were sampled in."""
+    digest = importlib.import_module(f"{pack.__name__}.nodes.recorder")._digest
+    monkeypatch.delattr(comfy.model_management, "intermediate_dtype", raising=False)
+    latent = torch.randn(1, 4, 2, 2)
+    assert digest(latent) == digest(latent.clone()) != digest(latent + 1e-3)
+    assert digest(latent.bfloat16()) == digest(latent.bfloat16().float())

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,8 @@ from typer.testing import CliRunner
 
 from saferope_core import load_concepts
 from training import cli
+from training.recipe import Recipe
+from training.settings import Settings
 from training.stages import LOCK, RECORD, alone
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +101,27 @@ def test_the_second_in_a_folder_is_refused_in_a_line(folder):
     assert code == 2 and "another saferope works in, expected one at a time; wait for it, or name" in told(output)
     assert contents(folder) == before
     assert train(folder)[0] == 0, "and once it is free, it is free"
+
+
+@pytest.mark.parametrize("stage", ["prompts", "train"])
+def test_a_recipe_called_from_python_locks_its_folder_as_well(folder, stage):
+    """While one is at work, a second of the same process is refused: before it writes, and in every stage."""
+    before, refused = contents(folder), []
+
+    def second(*_):
+        with ThreadPoolExecutor() as threads:  # another caller of the same process
+            for work in (getattr(idle, stage), lambda: Recipe(None, idle.settings, folder)):
+                refused.append(str(threads.submit(work).exception()))
+
+    idle = Recipe(None, Settings(), folder)
+    with alone(folder):
+        Recipe(None, Settings(), folder, second).prompts()  # whoever has locked it may go on
+    assert len(refused) >= 2 and all("another saferope works in, expected one at a time" in told for told in refused)
+    refused.clear()
+    Recipe(None, Settings(), folder, second).prompts()
+    assert len(refused) >= 2 and all("another saferope works in, expected one at a time" in told for told in refused)
+    assert {name: data for name, data in contents(folder).items() if name in SHARDS} == {n: before[n] for n in SHARDS}
+    assert idle.prompts(), "control: once it is free, it is free"
 
 
 def test_a_killed_process_holds_no_lock(folder):

@@ -201,8 +201,25 @@ def test_a_run_that_was_cut_off_ends_the_same(model, critical, seen, settings, t
     assert steps == list(range(at, 4))
     assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True)), "bit for bit"
     assert train.State(state.path, "others").finished() == 0, "a state of other inputs is no state"
-    state.path.write_bytes(state.path.read_bytes()[:100])
-    assert state.finished() == 0, "nor is a damaged one"
+
+
+@pytest.mark.parametrize("damage", ["a bit of the numbers", "a digit of the step", "cut off", "empty"])
+def test_a_damaged_state_is_told_and_training_starts_again(model, critical, seen, settings, tmp_path, damage):
+    state = train.State(tmp_path / "state.safetensors", "inputs")
+    expected = train.train(model, critical[0], seen, settings, state=state)
+    assert state.finished() == 4, "control: before it is damaged"
+    data = bytearray(state.path.read_bytes())
+    if damage == "a bit of the numbers":
+        data[-5] ^= 1
+    elif damage == "a digit of the step":
+        data[data.index(b'"step":"4"') + 8] = ord("3")
+    state.path.write_bytes({"cut off": data[:100], "empty": b""}.get(damage, data))
+    steps = []
+    with pytest.warns(UserWarning, match="state.safetensors: got a damaged training state, .* starts again"):
+        again = train.train(model, critical[0], seen, settings, lambda entry: steps.append(entry["step"]), state)
+    assert steps == list(range(4))
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True)), "to the same end"
+    assert state.finished() == 4
 
 
 @pytest.mark.parametrize("phase", ["unlearn", "preserve"])

@@ -41,9 +41,9 @@ def command(*stages: str, **defaults) -> Callable[[Callable], Callable]:
                     given["settings"] = Settings(**{name: given.pop(name) for name in names})
                 return function(**given)
 
-        parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "settings"]
-        hints = get_type_hints(function, include_extras=True)
-        parameters = [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in parameters]
+        # not get_type_hints: on Python 3.10 it hides the options' names and help behind an Optional
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name != "settings"]
         kinds = get_type_hints(Settings) if names else {}
         parameters += [
             _parameter(entry, kinds[entry.name], defaults) for entry in fields(Settings) if entry.name in names
