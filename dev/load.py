@@ -27,12 +27,14 @@ STRENGTHS = (0.0, 0.5, 1.0, 2.0)
 DIFFERENT = 16  # prompts before they come again: then the pictures must, too
 
 
-def asks(count: int) -> list[tuple[str, int, str, float]]:
+def asks(count: int, strengths: Sequence[float] = STRENGTHS) -> list[tuple[str, int, str, float]]:
     """(prompt, seed, concept file, strength), a new combination at every place until DIFFERENT."""
     texts = [p.text for p in unsafe_prompts("star", DIFFERENT // 2, 1)] + [
         p.text for p in benign_prompts("star", DIFFERENT // 2, 1)
     ]
-    one = [(texts[i], i, f"{CONCEPTS[i % 2]}.safetensors", STRENGTHS[i // 2 % 4]) for i in range(DIFFERENT)]
+    one = [
+        (texts[i], i, f"{CONCEPTS[i % 2]}.safetensors", strengths[i // 2 % len(strengths)]) for i in range(DIFFERENT)
+    ]
     return [one[i % DIFFERENT] for i in range(count)]
 
 
@@ -55,9 +57,9 @@ def slope(values: Sequence[float]) -> tuple[float, float]:
     return growth, (rest / (n - 2) / spread) ** 0.5
 
 
-def measure(count: int) -> dict:
+def measure(count: int, strengths: Sequence[float] = STRENGTHS) -> dict:
     """Runs it all; figures by name."""
-    asked, memory = asks(count), []
+    asked, memory = asks(count, strengths), []
     with tempfile.TemporaryDirectory() as base, ComfyUI(Path(base)) as server:
         process, start = psutil.Process(server.process.pid), time.monotonic()
         drawn = draw(server, asked, lambda: memory.append(process.memory_full_info().uss / 1024))
@@ -81,7 +83,11 @@ def measure(count: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=200)
-    print(json.dumps(measure(parser.parse_args().prompts), indent=1))
+    parser.add_argument(
+        "--control", action="store_true", help="all at strength 0: what the host's memory does by itself"
+    )
+    given = parser.parse_args()
+    print(json.dumps(measure(given.prompts, (0.0,) if given.control else STRENGTHS), indent=1))
 
 
 if __name__ == "__main__":
