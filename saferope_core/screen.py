@@ -60,7 +60,8 @@ def few_candidates(span: Tensor, heads: Tensor, directions: Tensor, parts) -> Fe
 
     directions [H, D, W]: those of all the parts (`protection._Part`), side by side, for `heads` [H].
     """
-    maybe = _maybe(span, heads, directions, parts)
+    # by pictures: of several, a product would copy all of span first
+    maybe = torch.cat([_maybe(each, heads, directions, parts) for each in span.split(1)])
     batch, head, token = maybe.nonzero(as_tuple=True)
     if len(token) > FEW * maybe.numel():
         return None
@@ -77,10 +78,9 @@ def margin(head_dim: int, width: int, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def _maybe(span: Tensor, heads: Tensor, directions: Tensor, parts) -> Tensor:
-    """bool [B, H, L]: False only where no part's gate can be passed."""
-    batch, head_dim = span.shape[0], span.shape[-1]
-    everyone = len(heads) == span.shape[1]
-    size = max(1, PIECE // max(1, batch * len(heads) * head_dim))
+    """bool [1, H, L] of span [1, H of the model, L, D]: False only where no part's gate can be passed."""
+    head_dim, everyone = span.shape[-1], len(heads) == span.shape[1]
+    size = max(1, PIECE // max(1, len(heads) * head_dim))
     widths, found = [part.directions.shape[-1] for part in parts], []
     with exact(span):
         for piece in span.detach().split(size, dim=2):
