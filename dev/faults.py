@@ -112,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     given = parser.parse_args()
     torch.set_num_threads(1)
     chance, model = random.Random(given.seed), load_model("tinyworld", "cpu", None, None, None)
@@ -119,7 +120,7 @@ def main() -> None:
         undisturbed = Path(folder) / "undisturbed"
         seconds = durations(undisturbed, model)
         expected = products(undisturbed)
-        for stage in STAGES:
+        for stage in given.stages:
             figures = Counter()
             while figures["killed"] < given.kills and figures["tried"] < 4 * given.kills:
                 out = Path(folder) / "trial"
