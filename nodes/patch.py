@@ -108,9 +108,8 @@ class AttentionPatch:
         acting = self._in_range(model.model_sampling, sigma)
 
         record = run.blank(model, x, sigma, options)
-        out = self._run(
-            model, acting, record, executor, x.clone(), sigma, *args, **kwargs
-        )  # EasyCache adds to x in place
+        untouched = x.clone()  # EasyCache adds to x in place
+        out = self._run(model, acting, record, executor, untouched, sigma, *args, **kwargs)
         missing = self.protected - self._now.called
         if missing and (run.compiled or self._passed_by(run)):
             del out

@@ -13,7 +13,7 @@ from training import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
-LAUNCHED = r"^ {4}(?:accelerate launch -m saferope_training|saferope) (.+)$"
+LAUNCHED = r"^ {4}(?:accelerate launch -m saferope_training|(?:\S+/)?saferope) (.+)$"
 
 
 def commands(text):
