@@ -19,7 +19,7 @@ from torch import Tensor
 from .concept import Concept
 from .geometry import Geometry
 from .risk import gated, risk_of
-from .rotation import exact, framed, frames, turn, wide
+from .rotation import exact, fold, turn, wide
 from .screen import few_candidates
 
 ROLES = ("q", "k")
@@ -213,17 +213,16 @@ def _parts_of(active: _Active, stream: str) -> Iterator[tuple[int, str, Tensor, 
     moving = _moving(concept, stream)
     if not moving.any():
         return
-    theta, frame = frames(_generator(concept, stream)[moving])
-    theta = strength * theta.float()
+    roles = concept.acts(stream)
+    bases = [concept.basis(role, stream)[moving] for role in roles]
+    theta, *folded = fold(_generator(concept, stream)[moving], *bases)
     # heads are sorted, so those of a block lie together
     rows, counts = (each.tolist() for each in _rows(concept)[moving].unique_consecutive(return_counts=True))
     heads = concept.heads[moving, 2].long().split(counts)
-    for role in concept.acts(stream):
-        basis = concept.basis(role, stream)[moving]
-        directions = framed(basis, frame)
+    for role, basis, directions in zip(roles, bases, folded, strict=True):
         unsafe = (directions.mT.double() @ basis[..., : basis.shape[-1] - concept.reach].double()).float()
         gate = concept.gate(role, stream)[moving]
-        fields = (directions, theta, gate if threshold is None else torch.full_like(gate, threshold), unsafe)
+        fields = (directions, strength * theta, gate if threshold is None else torch.full_like(gate, threshold), unsafe)
         for row, own, *tensors in zip(rows, heads, *(each.split(counts) for each in fields), strict=True):
             yield row, role, own, _Part(*tensors[:3], tensors[3] if concept.reach else None, concept=number)
 

@@ -34,45 +34,21 @@ def planes(generator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns θ [N, P] >= 0, descending, in radians at s = 1, and a, b [N, R, P], orthonormal together; all float64 on
     the CPU. Only the skew part of `generator` is read. For odd R the one remaining direction is not turned.
     """
-    theta, frame = frames(generator)
+    theta, frame = _frames(generator)
     count = theta.shape[-1]
     return theta, frame[..., :count], frame[..., count : 2 * count]
 
 
-def frames(generator: Tensor) -> tuple[Tensor, Tensor]:
-    """θ [N, P] as in `planes`, and orthonormal frames [N, R, R]: the a of every plane, the b, and what is left.
-
-    Of one generator they serve the bases of queries and of keys alike (`framed`), which saves half of the work.
-    """
-    generator = skew(generator.detach().to("cpu", torch.float64))
-    count = generator.shape[-1] // 2
-    values, vectors = torch.linalg.eigh(1j * generator)
-    theta = values.flip(-1)[..., :count].clamp(min=0.0)
-    half = vectors.flip(-1)[..., :count]
-    pairs = torch.stack((half.real, half.imag), dim=-1).flatten(-2)  # a1 b1 a2 b2 ...
-    # Where θ is 0 the real and imaginary part need not be independent. Gram-Schmidt in descending order of θ keeps
-    # every plane that turns and fills the rest with any directions of the kernel.
-    frame, triangle = torch.linalg.qr(pairs, mode="complete")
-    flipped = triangle.diagonal(dim1=-2, dim2=-1) < 0  # a reflected a or b would turn the wrong way
-    frame[..., : 2 * count] *= torch.where(flipped, -1.0, 1.0)[..., None, :]
-    order = [*range(0, 2 * count, 2), *range(1, 2 * count, 2), *range(2 * count, generator.shape[-1])]
-    return theta, frame[..., order]
-
-
-def fold(basis: Tensor, generator: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold U [N, D, R] and A [N, R, R] into what `turn` needs: θ [N, P] and directions [N, D, R].
+def fold(generator: Tensor, *bases: Tensor) -> tuple[Tensor, ...]:
+    """Fold A [N, R, R] and every U [N, D, R] that it turns into what `turn` needs: θ [N, P], and directions [N, D, R] for each.
 
     The columns of `directions` are U a of every plane, then U b, then for odd R the direction that is not turned:
     an orthonormal basis of the same subspace as U, so one projection gives both the LRS and the plane coordinates.
-    Computed in float64 on the CPU, returned in the dtype and on the device of `basis`; not differentiable.
+    Computed in float64 on the CPU, returned in the dtype and on the device of each basis; not differentiable.
     """
-    theta, frame = frames(generator)
-    return theta.to(basis), framed(basis, frame)
-
-
-def framed(basis: Tensor, frame: Tensor) -> Tensor:
-    """The `directions` of `fold`, from U [N, D, R] and the frame [N, R, R] that `frames` gives for A."""
-    return (basis.detach().to("cpu", torch.float64) @ frame).to(basis)
+    theta, frame = _frames(generator)
+    directions = ((basis.detach().to("cpu", torch.float64) @ frame).to(basis) for basis in bases)
+    return theta.to(bases[0]), *directions
 
 
 def turn(x: Tensor, directions: Tensor, theta: Tensor, scale: Tensor, coordinates: Tensor | None = None) -> Tensor:
@@ -117,3 +93,20 @@ def _swing(coordinates: Tensor, angle: Tensor) -> Tensor:
     a, b = coordinates.chunk(2, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos * a - sin * b - a, sin * a + cos * b - b), dim=-1)
+
+
+def _frames(generator: Tensor) -> tuple[Tensor, Tensor]:
+    """θ [N, P] and orthonormal frames [N, R, R] whose columns are the a of every plane, the b, and what is left."""
+    generator = skew(generator.detach().to("cpu", torch.float64))
+    count = generator.shape[-1] // 2
+    values, vectors = torch.linalg.eigh(1j * generator)
+    theta = values.flip(-1)[..., :count].clamp(min=0.0)
+    half = vectors.flip(-1)[..., :count]
+    pairs = torch.stack((half.real, half.imag), dim=-1).flatten(-2)  # a1 b1 a2 b2 ...
+    # Where θ is 0 the real and imaginary part need not be independent. Gram-Schmidt in descending order of θ keeps
+    # every plane that turns and fills the rest with any directions of the kernel.
+    frame, triangle = torch.linalg.qr(pairs, mode="complete")
+    flipped = triangle.diagonal(dim1=-2, dim2=-1) < 0  # a reflected a or b would turn the wrong way
+    frame[..., : 2 * count] *= torch.where(flipped, -1.0, 1.0)[..., None, :]
+    order = [*range(0, 2 * count, 2), *range(1, 2 * count, 2), *range(2 * count, generator.shape[-1])]
+    return theta, frame[..., order]

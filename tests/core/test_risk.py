@@ -72,7 +72,7 @@ def test_dtypes_and_leading_axes(basis):
 
 def test_folded_directions_give_the_same_risk(basis):
     x = torch.randn(2, HEADS, 4, WIDTH)
-    _, directions = fold(basis, skew(torch.randn(HEADS, RANK, RANK)))
+    _, directions = fold(skew(torch.randn(HEADS, RANK, RANK)), basis)
     lrs = risk_of(torch.einsum("bhld,hdr->bhlr", x, directions), x)
     torch.testing.assert_close(lrs, latent_risk_score(x, basis))
 

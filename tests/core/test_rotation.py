@@ -26,7 +26,7 @@ def example(rank, dtype=torch.float64, tokens=6, batch=2):
 
 
 def turned(x, basis, generator, scale):
-    theta, directions = fold(basis, generator)
+    theta, directions = fold(generator, basis)
     return turn(x, directions, theta, scale)
 
 
@@ -163,7 +163,7 @@ def test_autocast_and_inference_mode_change_nothing(form):
 
 def test_odd_rank_leaves_one_direction_unturned():
     _, basis, generator, scale = example(5)
-    theta, directions = fold(basis, generator)
+    theta, directions = fold(generator, basis)
     assert theta.shape == (HEADS, 2) and directions.shape == (HEADS, WIDTH, 5)
     left_over = directions[..., 4].expand(2, 6, HEADS, WIDTH).transpose(1, 2)
     torch.testing.assert_close(turn(left_over, directions, theta, scale), left_over, rtol=0, atol=1e-14)
@@ -174,7 +174,7 @@ def test_odd_rank_leaves_one_direction_unturned():
 @pytest.mark.parametrize("rank", RANKS)
 def test_folded_directions_are_another_basis_of_the_same_subspace(rank):
     x, basis, generator, scale = example(rank)
-    theta, directions = fold(basis, generator)
+    theta, directions = fold(generator, basis)
     torch.testing.assert_close(directions @ directions.mT, basis @ basis.mT, rtol=0, atol=1e-14)
     known = torch.einsum("bhld,hdr->bhlr", x, directions)
     torch.testing.assert_close(turn(x, directions, theta, scale, known), turn(x, directions, theta, scale))
