@@ -100,7 +100,7 @@ def memory_rows() -> list[str]:
     """Peak of a training run of FLUX.1-dev by resolution and quantisation, counted."""
     import torch
 
-    from training import memory
+    from training.making import memory
 
     dev = {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128}
     dev |= {"num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768}

@@ -27,7 +27,7 @@ from torch import Tensor
 from saferope_core import sha256
 from tinyworld.detector import accuracy, load_detector, shows
 from tinyworld.world import Prompt, benign_prompts, unsafe_prompts
-from training.metrics import pixel_difference, wilson_interval
+from training.scores.metrics import pixel_difference, wilson_interval
 
 from .comfyui import ROOT, ComfyUI
 from .workflow import BUNDLED, api_prompt, fill

@@ -25,8 +25,8 @@ import torch
 from safetensors import safe_open
 
 from saferope_core import load_concepts
-from training.loading import load_model
-from training.recipe import Recipe
+from training.flux.loading import load_model
+from training.making.recipe import Recipe
 from training.settings import Settings
 
 STAGES = ("prompts", "extract", "heads", "latents", "train")

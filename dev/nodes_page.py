@@ -14,9 +14,9 @@ from torch import Tensor
 
 from saferope_core import Concept, Forward, Protection, Run, load_concepts
 from tinyworld import world
-from training.attach import attached
-from training.loading import load_model
-from training.models import Model, encode, seeded_noise, velocity
+from training.flux.attach import attached
+from training.flux.loading import load_model
+from training.flux.models import Model, encode, seeded_noise, velocity
 
 from .comfyui import ROOT, ComfyUI
 from .workflow import api_prompt

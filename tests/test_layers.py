@@ -30,6 +30,22 @@ COMFYUI = {
 BROUGHT = {"torch", "safetensors"}
 BROUGHT_BY_COMFYUI = BROUGHT | {"numpy", "PIL", "transformers", "tokenizers", "einops", "tqdm"}
 STDLIB = set(sys.stdlib_module_names)
+# The trainer's own parts, bottom first: each may use those of rows above it in this list, and its own
+TRAINER = (
+    {"settings", "processes"},
+    {"stages", "pictures"},
+    {"flux"},
+    {"prompts"},
+    {"making"},
+    {"baselines"},
+    {"scores"},
+    {"evaluation"},
+    {"suites"},
+    {"audit", "bench", "convert", "generate", "inspect"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+)
 
 
 class Rule(NamedTuple):
@@ -116,6 +132,49 @@ def test_right_imports_are_let_through(folder, line):
     assert violations(line, RULES[folder]) == []
 
 
+def reached(source: str, parts: tuple[str, ...]) -> set[str]:
+    """Parts of the trainer that a file imports; `parts`: the file's path inside of it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = parts[:-1][: len(parts) - node.level]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {(package[0] if package else name.split(".")[0]) for name in names}
+    return found
+
+
+def downward(part: str, others: set[str]) -> bool:
+    row = next(row for row, parts in enumerate(TRAINER) if part in parts)
+    return others - {part} <= set().union(*TRAINER[:row])
+
+
+def part_of(file: Path) -> tuple[str, tuple[str, ...]]:
+    parts = file.relative_to(ROOT / "training").with_suffix("").parts
+    return parts[0], parts
+
+
+def test_parts_of_the_trainer_import_downwards():
+    files = [file for file in sources("training") if part_of(file)[0] != "__init__"]
+    assert {part_of(file)[0] for file in files} == set().union(*TRAINER), "every part has its row"
+    wrong = {str(f): reached(f.read_text(encoding="utf-8"), part_of(f)[1]) for f in files}
+    assert {name: parts for name, parts in wrong.items() if not downward(part_of(Path(name))[0], parts)} == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "right"),
+    [
+        (("flux", "models"), "from ..making.recipe import Recipe", False),
+        (("prompts", "__init__"), "def f():\n    from .. import evaluation", False),
+        (("flux", "__init__"), "from ..prompts import sources", False),
+        (("evaluation", "tables"), "from ..scores import Measure", True),
+        (("scores", "clip"), "from . import Metric", True),
+        (("cli",), "from .commands import files", True),
+    ],
+)
+def test_imports_upwards_in_the_trainer_are_found(file, line, right):
+    assert downward(file[0], reached(line, file)) == right
+
+
 @pytest.mark.parametrize("folder", ["saferope_core", "tinyworld", "nodes", "training"])
 def test_syntax_is_of_the_oldest_python(folder):
     for file in sources(folder):
@@ -123,7 +182,7 @@ def test_syntax_is_of_the_oldest_python(folder):
 
 
 @pytest.mark.parametrize(
-    ("mark", "only"), [("set_model_attn1_patch", "nodes/patch.py"), ("norm_added_", "training/attach.py")]
+    ("mark", "only"), [("set_model_attn1_patch", "nodes/patch.py"), ("norm_added_", "training/flux/attach.py")]
 )
 def test_one_file_knows_each_hosts_attention(mark, only):
     files = [file for folder in RULES for file in sources(folder) if mark in file.read_text(encoding="utf-8")]

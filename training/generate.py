@@ -11,9 +11,9 @@ from torch import Tensor
 
 from saferope_core import Concept, Protection
 
-from .models import Model
+from .flux.models import Model
+from .flux.sample import RiskMeter, sample
 from .pictures import comparison_grid, save_picture
-from .sample import RiskMeter, sample
 from .stages import Progress, write_text
 
 RECORD, GRID = "pictures.json", "pairs.png"

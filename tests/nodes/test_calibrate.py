@@ -81,8 +81,8 @@ def theirs():
     """The trainer's statistics in full precision, as ComfyUI runs the tiny world, and its noises in ComfyUI's layout."""
     from tinyworld.model import GUIDANCE, TEXT_LENGTH, load_pipeline
     from tinyworld.model import STEPS as ALL_STEPS
-    from training import extract
-    from training.models import from_pipeline, seeded_noise
+    from training.flux.models import from_pipeline, seeded_noise
+    from training.making import extract
     from training.prompts import PromptRecord
 
     pipe = load_pipeline()
@@ -90,7 +90,7 @@ def theirs():
     records = [PromptRecord("unsafe", p.text, p.subject) for p in world.unsafe_prompts("star", UNSAFE, 0)]
     records += [PromptRecord("benign", p.text) for p in world.benign_prompts("star", SAFE, 0)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.models.torch.autocast", lambda *_, **__: nullcontext())
+        patch.setattr("training.flux.models.torch.autocast", lambda *_, **__: nullcontext())
         statistics = extract.extract(model, records, TIMES, 4096, seed=0)
     return statistics, lambda seeds, shape: pipe._unpack_latents(
         seeded_noise(model, seeds), 96, 96, pipe.vae_scale_factor

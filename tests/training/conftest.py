@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from tinyworld import model as tiny
-from training.models import Model, from_pipeline
+from training.flux.models import Model, from_pipeline
 from training.prompts import PromptRecord, tiny_world_prompts
 from training.settings import Settings
 

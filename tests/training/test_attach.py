@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.attach import attached, geometry_of, listening, sites
+from training.flux.attach import attached, geometry_of, listening, sites
 
 TEXT, IMAGE = 5, 4  # tokens of the `inputs` fixture
 

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from training import robustness
-from training.attack import BUDGET, CANDIDATES, ROUNDS, Target, Words, attack, in_other_words, success
-from training.methods import Method
+from training.evaluation import robustness
+from training.evaluation.attack import BUDGET, CANDIDATES, ROUNDS, Target, Words, attack, in_other_words, success
+from training.evaluation.methods import Method
 
 WORDS = Words(("star", "pentagram"), ("bold", "shiny"), tuple("abcdefghijkl"))
 TARGETS = [Target("a red star here", seed, (6, 10)) for seed in range(3)]

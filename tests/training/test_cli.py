@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from saferope_core import load_concepts
-from training import cli, recipe
+from training import cli
+from training.making import recipe
 from training.settings import Settings
 
 
@@ -44,8 +45,8 @@ def test_mistakes_are_told_without_a_traceback(arguments, told):
 
 def test_command_line_offers_the_settings_defaults(monkeypatch, tmp_path):
     made = {}
-    monkeypatch.setattr("training.loading.load_model", lambda *_: None)
-    monkeypatch.setattr("training.recipe.Recipe.train", lambda self, tell: made.update(settings=self.settings))
+    monkeypatch.setattr("training.flux.loading.load_model", lambda *_: None)
+    monkeypatch.setattr("training.making.recipe.Recipe.train", lambda self, tell: made.update(settings=self.settings))
     result = CliRunner().invoke(cli.app, ["train", "zappy", "--out", str(tmp_path), "--rank", "4"])
     assert result.exit_code == 0, result.output
     assert made["settings"] == Settings(concept="zappy", rank=4)
@@ -90,7 +91,7 @@ def test_a_failed_stage_runs_again(model, small, tmp_path):
 def test_losses_go_to_tensorboard(monkeypatch, model, small, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr("training.loading.load_model", lambda *_: model)
+    monkeypatch.setattr("training.flux.loading.load_model", lambda *_: model)
     few = ["--unsafe-prompts", "6", "--benign-prompts", "6", "--steps", "4", "--phase", "2", "--batch", "2"]
     narrow = [
         "--rank",

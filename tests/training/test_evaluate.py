@@ -13,12 +13,13 @@ import torch
 from saferope_core import save_concepts
 from tinyworld import detector as world_detector
 from tinyworld.model import generate
-from training import evaluate, file_report, recipe, tables
-from training.heads import CriticalHeads
-from training.methods import Method, concept_file, unprotected
-from training.models import TINYWORLD
+from training.evaluation import evaluate, file_report, tables
+from training.evaluation.methods import Method, concept_file, unprotected
+from training.flux.models import TINYWORLD
+from training.making import recipe
+from training.making.heads import CriticalHeads
 from training.pictures import save_picture
-from training.prompt_sets import Sizes, tiny_world_sets
+from training.prompts.prompt_sets import Sizes, tiny_world_sets
 from training.scores import Absent
 from training.scores.detector import detector, features
 from training.scores.distance import distance

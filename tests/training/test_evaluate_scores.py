@@ -13,14 +13,23 @@ from scipy.stats import binomtest
 from tinyworld import model as tiny
 from tinyworld import world
 from tinyworld.render import render
-from training.metrics import fid, kid, mcnemar, pixel_differences, wilson_interval
 from training.pictures import load_picture, save_picture
-from training.prompt_sets import BENIGN, NEIGHBOURS, UNSAFE, Ask, PromptSet, i2p_set, preset_set, tiny_world_sets
+from training.prompts.prompt_sets import (
+    BENIGN,
+    NEIGHBOURS,
+    UNSAFE,
+    Ask,
+    PromptSet,
+    i2p_set,
+    preset_set,
+    tiny_world_sets,
+)
 from training.scores import KEPT, REST, SHOWN, Absent
 from training.scores.clip import clip_score
 from training.scores.detector import detector, places
 from training.scores.distance import distance, lpips_distance
 from training.scores.kid import inception, likeness
+from training.scores.metrics import fid, kid, mcnemar, pixel_differences, wilson_interval
 from training.scores.nudenet import CORE, NINE, THRESHOLDS, label_scores, nudenet
 from training.scores.vqa import vqa_score
 
@@ -96,7 +105,7 @@ def test_detector_finds_renders_right_and_grey_wrong():
 
 
 def world_sizes():
-    from training.prompt_sets import Sizes
+    from training.prompts.prompt_sets import Sizes
 
     return Sizes(24, 24, 24, 24)
 

@@ -18,18 +18,19 @@ from typer.testing import CliRunner
 
 from saferope_core import load_concepts
 from tinyworld.model import generate, load_pipeline
-from training import cli, compare, evaluate, file_report, methods
-from training.loading import load_model
-from training.methods import Method, unprotected
-from training.models import edited, encode
+from training import cli
+from training.evaluation import compare, evaluate, file_report, methods
+from training.evaluation.methods import Method, unprotected
+from training.evaluation.tables import COSTS, Row
+from training.flux.loading import load_model
+from training.flux.models import edited, encode
 from training.pictures import Point, pareto
-from training.prompt_sets import BENIGN, UNSAFE, Sizes, tiny_world_sets
+from training.prompts.prompt_sets import BENIGN, UNSAFE, Sizes, tiny_world_sets
 from training.scores import KEPT, SHOWN, Absent
 from training.scores.detector import detector
 from training.scores.distance import distance
 from training.settings import Settings
 from training.suites import ablations, contenders, figures, positions, rotations
-from training.tables import COSTS, Row
 
 ROOT = Path(__file__).parents[2]
 STAR = ROOT / "tinyworld" / "concepts" / "star.safetensors"
@@ -212,7 +213,7 @@ def test_pareto_has_a_point_for_every_strength(tmp_path):
 
 def test_quick_suite_runs_and_goes_on(tiny_world, monkeypatch, shaded, tmp_path):
     """The command, the search, the table; called again it paints nothing."""
-    monkeypatch.setattr("training.loading.load_model", lambda *_: tiny_world)
+    monkeypatch.setattr("training.flux.loading.load_model", lambda *_: tiny_world)
     monkeypatch.setattr(evaluate, "paint", lambda model, texts, seeds: generate(model.pipe, texts, seeds, steps=1))
     arguments = ["evaluate", "--suite", "quick", "--baselines", "none", "--unsafe", "2", "--benign", "2"]
     arguments += ["--out", str(tmp_path)]
@@ -279,7 +280,7 @@ def test_paper_flux_on_a_stand_in(monkeypatch, tmp_path):
     ],
 )
 def test_mistakes_are_told(tiny_world, monkeypatch, tmp_path, arguments, told):
-    monkeypatch.setattr("training.loading.load_model", lambda *_: tiny_world)
+    monkeypatch.setattr("training.flux.loading.load_model", lambda *_: tiny_world)
     result = CliRunner().invoke(cli.app, ["evaluate", *arguments, "--out", str(tmp_path)])
     assert result.exit_code == 2 and told in " ".join(result.output.replace("│", " ").split()), result.output
     assert "Traceback" not in result.output

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from saferope_core import BENIGN, PADDING, SUBJECT, UNSAFE, WORDS, unsafe_basis
-from training import extract
-from training.attach import listening
-from training.models import Text, encode, noise, seeded_noise, text_tokens, velocity
+from training.flux.attach import listening
+from training.flux.models import Text, encode, noise, seeded_noise, text_tokens, velocity
+from training.making import extract
 from training.prompts import side
 
 TIMES = (1.0, 0.8, 0.5)

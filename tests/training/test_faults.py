@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from saferope_core import load_concepts
 from training import cli
-from training.recipe import Recipe
+from training.making.recipe import Recipe
 from training.settings import Settings
 from training.stages import LOCK, RECORD, alone
 

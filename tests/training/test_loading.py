@@ -12,10 +12,10 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from safetensors.torch import load_file, save_file
 
 from tinyworld import model as tiny
-from training import checkpoint, loading
-from training.loading import load_model
-from training.models import encode, noise, velocity
-from training.quantise import require_library
+from training.flux import checkpoint, loading
+from training.flux.loading import load_model
+from training.flux.models import encode, noise, velocity
+from training.flux.quantise import require_library
 
 DEV_CONFIG = {  # FLUX.1-dev's published geometry
     "patch_size": 1,

@@ -7,11 +7,13 @@ import torch
 from typer.testing import CliRunner
 
 from tinyworld.model import WEIGHTS
-from training import cli, heads, loading, memory, recipe
-from training.attach import attached
-from training.loading import load_model
-from training.models import encode, noise, velocity
-from training.recipe import Recipe
+from training import cli
+from training.flux import loading
+from training.flux.attach import attached
+from training.flux.loading import load_model
+from training.flux.models import encode, noise, velocity
+from training.making import heads, memory, recipe
+from training.making.recipe import Recipe
 from training.settings import Settings
 
 FLUX_DEV = {
@@ -37,12 +39,12 @@ def test_weights_are_those_of_the_file():
 @pytest.mark.parametrize("batch", [2, 8])
 def test_count_is_what_a_real_pass_keeps(tmp_path, batch, monkeypatch):
     """With the rotation that is trained, on the tiny world's own weights: within 15 %."""
-    monkeypatch.setattr("training.models._faster_in_fp32", lambda *_: False)  # the count is of bf16, as on a GPU
+    monkeypatch.setattr("training.flux.models._faster_in_fp32", lambda *_: False)  # the count is of bf16, as on a GPU
     model = load_model("tinyworld")
     settings = Settings(unsafe_prompts=8, benign_prompts=24)
     Recipe(model, settings, tmp_path).heads()
     critical, _ = heads.load_critical(tmp_path / recipe.CRITICAL)
-    from training.train import initial_rotation
+    from training.making.train import initial_rotation
 
     rotation = initial_rotation(critical, model, settings)
     text, x = encode(model, ["a red star , center"] * batch), noise(model, batch, torch.Generator().manual_seed(0))

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from saferope_core import BLOCK_TYPES, CriticalHeads
 from tinyworld import model as tiny
-from training import material, quantise, train
-from training.loading import load_model
-from training.models import encode, fingerprint, noise, plain_tensors, velocity
+from training.flux import quantise
+from training.flux.loading import load_model
+from training.flux.models import encode, fingerprint, noise, plain_tensors, velocity
+from training.making import material, train
 from training.prompts import tiny_world_prompts
 from training.settings import Settings
 

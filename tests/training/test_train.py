@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from saferope_core import Protection, Ranks, critical_heads, load_concepts, read_heads, save_concepts
-from training import extract, material, recipe, train
-from training.attach import attached
-from training.models import encode, fingerprint, noise, velocity
-from training.rotation import TrainableRotation
+from training.flux.attach import attached
+from training.flux.models import encode, fingerprint, noise, velocity
+from training.making import extract, material, recipe, train
+from training.making.rotation import TrainableRotation
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from ..models import Model, Text, edited, embed, load_encoders
+from ..flux.models import Model, Text, edited, embed, load_encoders
 from .task import Progress, Task, silent
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.25)

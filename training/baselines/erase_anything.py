@@ -25,9 +25,9 @@ from torch.nn.functional import normalize
 
 from saferope_core import SUBJECT, WORDS
 
-from ..attach import attached, positioned
-from ..losses import flow_matching_loss, mean_squared_error
-from ..models import Model, Text, encode, text_tokens
+from ..flux.attach import attached, positioned
+from ..flux.models import Model, Text, encode, text_tokens
+from ..making.losses import flow_matching_loss, mean_squared_error
 from . import lora
 from .task import Progress, Task, silent
 from .teacher import Lessons, erasing_lessons, live_velocity, trajectories

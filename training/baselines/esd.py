@@ -18,8 +18,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..losses import mean_squared_error
-from ..models import Model, encode
+from ..flux.models import Model, encode
+from ..making.losses import mean_squared_error
 from . import lora
 from .task import Progress, Task, silent
 from .teacher import erasing_lessons, live_velocity

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..models import Model, Text, encode
+from ..flux.models import Model, Text, encode
 from .passes import together
 from .task import Progress, Task, silent
 

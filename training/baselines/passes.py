@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..models import Text
+from ..flux.models import Text
 
 Narrow = Callable[[Tensor, Tensor], Tensor]  # (velocities [P, B, L, C], t [B]) -> velocity [B, L, C]
 _BATCHED = ("hidden_states", "timestep", "guidance", "encoder_hidden_states", "pooled_projections")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from saferope_core import Concept, Protection, critical_heads, read_heads
 
-from ..attach import attached
-from ..calibrate import untrained
-from ..extract import extract
-from ..heads import ranks_of
-from ..models import Model
+from ..flux.attach import attached
+from ..flux.models import Model
+from ..making.calibrate import untrained
+from ..making.extract import extract
+from ..making.heads import ranks_of
 from ..settings import Settings
 from .task import Progress, Task, silent
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..models import Model, Text, edited, encode, load_encoders
+from ..flux.models import Model, Text, edited, encode, load_encoders
 from .task import Progress, Task, silent
 
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..models import Model, Text, encode
+from ..flux.models import Model, Text, encode
 from .passes import together
 from .task import Progress, Task, silent
 

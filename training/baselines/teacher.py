@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..models import Model, Text, encode, seeded_noise, velocity
+from ..flux.models import Model, Text, encode, seeded_noise, velocity
 
 _BATCH = 16
 

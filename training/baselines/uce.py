@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from saferope_core import SUBJECT, WORDS
 
-from ..models import Model, encode, text_tokens
+from ..flux.models import Model, encode, text_tokens
 from .task import Progress, Task, silent
 
 STRENGTHS = (1.0, 2.0, 4.0, 10.0)

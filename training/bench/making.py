@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from saferope_core import SINGLE, CriticalHeads, Gathering, token_kinds
 
-from ..attach import attached, geometry_of, listening, positioned
-from ..losses import velocity_matching_loss
-from ..rotation import TrainableRotation
+from ..flux.attach import attached, geometry_of, listening, positioned
+from ..making.losses import velocity_matching_loss
+from ..making.rotation import TrainableRotation
 from .rotation import WORD, Size, gate_of
 from .timing import Row, in_turns, ratio
 

@@ -26,7 +26,7 @@ def attack(
     Black box: pictures and the detector's score alone, the same budget for all. Killed, the same command goes on.
     """
     from .. import processes
-    from ..robustness import attacked, reported, write_report
+    from ..evaluation.robustness import attacked, reported, write_report
     from ..suites.contenders import found_files, made_files, with_baselines
     from ..suites.questions import require, tiny_world_questions
     from .evaluate import names

@@ -122,7 +122,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def load(settings: Settings, device: str):
     """The model that the settings name."""
-    from ..loading import load_model
+    from ..flux.loading import load_model
 
     return load_model(settings.model, device, settings.quantise, settings.encoders, settings.resolution)
 

@@ -75,7 +75,7 @@ def evaluate(
         _file(settings, file, out or file.parent, device, strength, unsafe, benign)
         return
     from .. import processes
-    from ..compare import compare
+    from ..evaluation.compare import compare
     from ..suites import is_tiny, prepared
     from ..suites.questions import paper_metrics
 
@@ -97,8 +97,8 @@ def evaluate(
 
 def _file(settings: Settings, file: Path, out: Path, device: str, strength: float, unsafe, benign) -> None:
     from .. import processes
-    from ..file_report import evaluate_file, markdown, write_reports
-    from ..prompt_sets import Sizes
+    from ..evaluation.file_report import evaluate_file, markdown, write_reports
+    from ..prompts.prompt_sets import Sizes
 
     unsafe, benign = (_or(given, own) for given, own in zip((unsafe, benign), _FILE_SIZES, strict=True))
     with progress_bars() as progress:

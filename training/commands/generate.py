@@ -46,6 +46,6 @@ def generate(
 def _read(path: Path | None) -> list[str]:
     if path is None:
         return []
-    from ..readers import read_texts
+    from ..prompts.readers import read_texts
 
     return read_texts(path)

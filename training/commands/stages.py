@@ -18,7 +18,7 @@ CPU = "cpu"
 @command(MODEL, PROMPTS)
 def prompts(settings: Settings, out: Out) -> None:
     """Write the prompts of both sides, as JSON lines with the span of the concept's word."""
-    from ..recipe import PROMPT_FILE, Recipe
+    from ..making.recipe import PROMPT_FILE, Recipe
     from ..stages import alone
 
     with alone(out):
@@ -29,7 +29,7 @@ def prompts(settings: Settings, out: Out) -> None:
 @command(*BEFORE_HEADS)
 def extract(settings: Settings, out: Out, device: Device = CPU) -> None:
     """Collect what every head makes of the concept's words: Gram matrices and samples of queries and keys."""
-    from ..recipe import STATISTICS
+    from ..making.recipe import STATISTICS
 
     with _recipe(settings, out, device) as recipe:
         recipe.extract()
@@ -39,7 +39,7 @@ def extract(settings: Settings, out: Out, device: Device = CPU) -> None:
 @command(*BEFORE_HEADS, HEADS)
 def heads(settings: Settings, out: Out, device: Device = CPU) -> None:
     """Find the safety-critical heads, their unsafe subspaces and their gates."""
-    from ..recipe import MAP, TABLE
+    from ..making.recipe import MAP, TABLE
 
     with _recipe(settings, out, device) as recipe:
         recipe.heads()
@@ -77,8 +77,9 @@ def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
 @contextmanager
 def _recipe(settings: Settings, out: Path, device: str, training: bool = False):
     """The recipe of a loaded model, with progress bars; before it loads, the memory plan is printed and checked."""
-    from .. import memory, processes
-    from ..recipe import Recipe
+    from .. import processes
+    from ..making import memory
+    from ..making.recipe import Recipe
     from ..stages import alone
 
     device = processes.own_device(device)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..prompt_sets import PromptSet
+from ..prompts.prompt_sets import PromptSet
 
 # Columns of the summary, whatever metric fills them
 SHOWN, KEPT, REST = "concept shown", "right", "rest of the prompt right"

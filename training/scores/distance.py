@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..metrics import pixel_differences
-from ..prompt_sets import UNSAFE, PromptSet
+from ..prompts.prompt_sets import UNSAFE, PromptSet
 from . import Absent, Measure, Metric, Scores, attempt
+from .metrics import pixel_differences
 
 GREY_LEVELS = "of 255"
 _REMEDY = "run `pip install lpips` and name torchvision's AlexNet weights (alexnet-owt-7be5be79.pth) with --lpips"

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..metrics import fid, kid
 from ..pictures import load_picture
-from ..prompt_sets import UNSAFE, Ask, PromptSet
+from ..prompts.prompt_sets import UNSAFE, Ask, PromptSet
 from . import Absent, Measure, Metric, Scores, attempt
+from .metrics import fid, kid
 
 Features = tuple[str, Callable[[Tensor], Tensor]]
 _REMEDY = (

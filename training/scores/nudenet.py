@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..prompt_sets import UNSAFE, PromptSet
+from ..prompts.prompt_sets import UNSAFE, PromptSet
 from . import SHOWN, Absent, Measure, Metric, Scores, attempt
 
 NUDITY = "nudity"

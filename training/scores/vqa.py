@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..pictures import to_pil
-from ..prompt_sets import UNSAFE, PromptSet
+from ..prompts.prompt_sets import UNSAFE, PromptSet
 from . import Absent, Measure, Metric, Scores, attempt
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'  # Lin et al., VQAScore, 2024

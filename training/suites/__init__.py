@@ -10,10 +10,10 @@ from pathlib import Path
 
 import tinyworld
 
-from ..compare import Comparison
-from ..methods import Method, unprotected
-from ..models import Model
-from ..prompt_sets import SEED, Sizes
+from ..evaluation.compare import Comparison
+from ..evaluation.methods import Method, unprotected
+from ..flux.models import Model
+from ..prompts.prompt_sets import SEED, Sizes
 from ..scores import Absent, Metric
 from ..settings import SUITES
 from ..stages import Progress

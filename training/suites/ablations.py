@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import processes
-from ..methods import Method, concept_file
-from ..models import Model
-from ..recipe import PROMPT_FILE, STATISTICS, Recipe
+from ..evaluation.methods import Method, concept_file
+from ..flux.models import Model
+from ..making.recipe import PROMPT_FILE, STATISTICS, Recipe
 from ..stages import RECORD, Progress
 from .contenders import settings_for
 

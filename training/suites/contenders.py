@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..methods import Method, baseline, baselines, concept_file
-from ..models import TINYWORLD, Model, fingerprint
-from ..recipe import Recipe
+from ..evaluation.methods import Method, baseline, baselines, concept_file
+from ..flux.models import TINYWORLD, Model, fingerprint
+from ..making.recipe import Recipe
+from ..prompts.sources import prompts_for
 from ..scores import Absent
 from ..settings import Settings
-from ..sources import prompts_for
 from ..stages import Progress
 
 OURS, NO_TRAINING = "saferope", "saferope, no training"

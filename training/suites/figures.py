@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..compare import front
-from ..methods import Method
+from ..evaluation.compare import front
+from ..evaluation.methods import Method
+from ..evaluation.tables import Row
 from ..pictures import curves, matrix, pareto
-from ..prompt_sets import BENIGN, NEIGHBOURS, UNSAFE
+from ..prompts.prompt_sets import BENIGN, NEIGHBOURS, UNSAFE
 from ..scores import KEPT, SHOWN
-from ..tables import Row
 
 _KINDS = {(UNSAFE, SHOWN): "concept shown", (NEIGHBOURS, KEPT): "neighbours right", (BENIGN, KEPT): "benign right"}
 

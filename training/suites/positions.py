@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..methods import Method
-from ..models import Model
+from ..evaluation.methods import Method
+from ..flux.models import Model
 
 SPREADS = (1, 4, 16, 64)  # rows and columns are drawn from 0 .. spread; a FLUX picture of 1024 x 1024 has 64
 DRAWS = (0, 1)  # seeds: how much of it is the luck of one draw

@@ -8,9 +8,18 @@ from pathlib import Path
 
 from tinyworld import world
 
-from .. import presets
-from ..models import TINYWORLD, Model
-from ..prompt_sets import SEED, PromptSet, Sizes, captions_set, everyday_set, i2p_set, preset_set, tiny_world_sets
+from ..flux.models import TINYWORLD, Model
+from ..prompts import presets
+from ..prompts.prompt_sets import (
+    SEED,
+    PromptSet,
+    Sizes,
+    captions_set,
+    everyday_set,
+    i2p_set,
+    preset_set,
+    tiny_world_sets,
+)
 from ..scores import Absent, Metric
 from ..scores.clip import clip_score
 from ..scores.detector import detector, features

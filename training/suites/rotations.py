@@ -16,12 +16,12 @@ from torch import Tensor
 
 from saferope_core import Concept, HeadTable, Protection, critical_heads, random_generators, read_heads
 
-from ..attach import attached
-from ..extract import load_statistics
-from ..heads import ranks_of
-from ..methods import Method
-from ..models import Model
-from ..recipe import STATISTICS, Recipe
+from ..evaluation.methods import Method
+from ..flux.attach import attached
+from ..flux.models import Model
+from ..making.extract import load_statistics
+from ..making.heads import ranks_of
+from ..making.recipe import STATISTICS, Recipe
 from ..stages import Progress, file_sha256
 from .ablations import PAPER
 from .contenders import settings_for

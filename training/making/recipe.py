@@ -14,12 +14,14 @@ from torch import Tensor
 
 from saferope_core import Concept, CriticalHeads, critical_heads, read_heads, save_concepts
 
-from . import calibrate, extract, heads, material, models, pictures, processes, prompts, train
-from .models import Model, fingerprint
-from .settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
-from .settings import LATENTS as LATENTS_STAGE
-from .sources import prompts_for
-from .stages import Progress, Workplace, alone, file_sha256, write_text
+from .. import pictures, processes, prompts
+from ..flux import models
+from ..flux.models import Model, fingerprint
+from ..prompts.sources import prompts_for
+from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
+from ..settings import LATENTS as LATENTS_STAGE
+from ..stages import Progress, Workplace, alone, file_sha256, write_text
+from . import calibrate, extract, heads, material, train
 
 PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
 CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"

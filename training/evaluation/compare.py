@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import processes
+from .. import processes
+from ..flux.models import Model, fingerprint
+from ..pictures import Point, pareto
+from ..prompts.prompt_sets import NEIGHBOURS, PromptSet
+from ..scores import KEPT, SHOWN, Absent, Metric
+from ..scores.metrics import wilson_interval
+from ..stages import Progress
 from .evaluate import BATCH, Evaluation, run, write
 from .methods import Method
-from .metrics import wilson_interval
-from .models import Model, fingerprint
-from .pictures import Point, pareto
-from .prompt_sets import NEIGHBOURS, PromptSet
-from .scores import KEPT, SHOWN, Absent, Metric
-from .stages import Progress
 from .tables import Row
 
 TOLERANCE = 0.02  # how much of benign accuracy a strength may cost to be reported

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from saferope_core import load_concepts, sha256
 
-from . import processes
+from .. import processes
+from ..flux.models import TINYWORLD, Model
+from ..pictures import comparison_grid
+from ..prompts.prompt_sets import BENIGN, NEIGHBOURS, SEED, PromptSet, Sizes, tiny_world_sets
+from ..scores import REST, SHOWN
+from ..scores.detector import detector
+from ..scores.distance import distance
+from ..stages import Progress, write_text
 from .evaluate import Evaluation, run
 from .methods import concept_file, unprotected
-from .models import TINYWORLD, Model
 from .picture_store import read_pictures
-from .pictures import comparison_grid
-from .prompt_sets import BENIGN, NEIGHBOURS, SEED, PromptSet, Sizes, tiny_world_sets
-from .scores import REST, SHOWN
-from .scores.detector import detector
-from .scores.distance import distance
-from .stages import Progress, write_text
 from .tables import RATIO, SECONDS, Row, as_csv, number
 
 SIZES = Sizes()

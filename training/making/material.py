@@ -16,9 +16,10 @@ from torch import Tensor
 
 from saferope_core import SUBJECT
 
-from . import extract, processes, prompts
-from .models import Model, encode, encode_pictures, seeded_noise, text_tokens
-from .stages import save_tensors
+from .. import processes, prompts
+from ..flux.models import Model, encode, encode_pictures, seeded_noise, text_tokens
+from ..stages import save_tensors
+from . import extract
 from .train import Material
 
 BENIGN_LATENTS, VISITED = "benign", "visited"

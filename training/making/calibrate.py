@@ -6,7 +6,7 @@ from torch import Tensor
 
 from saferope_core import CriticalHeads, fixed_generators, random_generators
 
-from .settings import Settings
+from ..settings import Settings
 
 
 def untrained(heads: CriticalHeads, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from saferope_core import CriticalHeads
 
-from . import processes
-from .attach import attached
+from .. import processes
+from ..flux.attach import attached
+from ..flux.models import Model, Text, seeded_noise, velocity
+from ..settings import Settings
+from ..stages import save_tensors, write_text
 from .losses import flow_matching_loss, unlearning_loss, velocity_matching_loss
-from .models import Model, Text, seeded_noise, velocity
 from .rotation import TrainableRotation
-from .settings import Settings
-from .stages import save_tensors, write_text
 
 UNLEARN, PRESERVE = "unlearn", "preserve"
 FINAL_RATE = 0.1  # of the learning rate, reached linearly, so that the last phase does not undo the one before

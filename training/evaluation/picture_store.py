@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .pictures import load_picture, save_picture
-from .stages import save_tensors, write_text
+from ..pictures import load_picture, save_picture
+from ..stages import save_tensors, write_text
 
 _KEY = "made_from"
 

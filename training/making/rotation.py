@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saferope_core import BLOCK_TYPES, CriticalHeads, Geometry, gated, latent_risk_score, rotate_by_generator
 
-from .attach import Span
+from ..flux.attach import Span
 
 
 class TrainableRotation:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from saferope_core import BENIGN, COLLECTED, ROLES, UNSAFE, Gathering, Statistics, Vectors, schedule
 
-from . import processes
-from .attach import listening, positioned
-from .models import Model, Text, encode, seeded_noise, text_tokens, velocity
-from .prompts import PromptRecord, side
-from .stages import save_tensors
+from .. import processes
+from ..flux.attach import listening, positioned
+from ..flux.models import Model, Text, encode, seeded_noise, text_tokens, velocity
+from ..prompts import PromptRecord, side
+from ..stages import save_tensors
 
 _BATCH = 48
 MET = "met"

@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import processes, tables
+from .. import processes
+from ..flux.models import TINYWORLD, Model, encode, fingerprint
+from ..flux.sample import sample
+from ..pictures import comparison_grid
+from ..prompts.prompt_sets import UNSAFE, PromptSet, concepts_of
+from ..scores import Absent, Metric, Scores
+from ..stages import Progress, write_text
+from . import tables
 from .cost import measured
 from .methods import UNPROTECTED, Method
-from .models import TINYWORLD, Model, encode, fingerprint
 from .picture_store import digest, joined, read_cost, read_pictures, read_scores, write_pictures, write_scores
-from .pictures import comparison_grid
-from .prompt_sets import UNSAFE, PromptSet, concepts_of
-from .sample import sample
-from .scores import Absent, Metric, Scores
-from .stages import Progress, write_text
 from .tables import Row
 
 BATCH = 32  # prompts painted together

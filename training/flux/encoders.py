@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .stages import file_sha256
+from ..stages import file_sha256
 
 _PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 

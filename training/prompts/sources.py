@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import presets
-from .models import TINYWORLD
+from ..flux.models import TINYWORLD
+from ..settings import Settings
+from . import BENIGN, UNSAFE, PromptRecord, presets, tiny_world_prompts
 from .product import product_prompts
-from .prompts import BENIGN, UNSAFE, PromptRecord, tiny_world_prompts
 from .readers import read_file
-from .settings import Settings
 from .similarity import filtered
 
 _BENIGN_SEED = 1_000_003  # the two sides draw from seeds of their own

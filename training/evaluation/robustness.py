@@ -9,17 +9,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import processes
+from .. import processes
+from ..flux.models import Model
+from ..pictures import curves
+from ..prompts.prompt_sets import SEED
+from ..scores.detector import field_of
+from ..scores.metrics import wilson_interval
+from ..stages import Progress, write_text
 from .attack import BUDGET, CANDIDATES, Judge, Outcome, Target, Words, attack, success
 from .evaluate import paint
 from .methods import Method
-from .metrics import wilson_interval
-from .models import Model
 from .picture_store import digest
-from .pictures import curves
-from .prompt_sets import SEED
-from .scores.detector import field_of
-from .stages import Progress, write_text
 from .tables import number
 
 PROMPTS = 12

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .prompts import UNSAFE, PromptRecord, read_prompts
+from . import UNSAFE, PromptRecord, read_prompts
 
 I2P_COLUMN = "prompt"
 FORMATS = ".txt (a prompt a line), .jsonl (ours), .csv (I2P's columns), .json (COCO captions)"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saferope_core import BENIGN, BLOCK_TYPES, ROLES, UNSAFE, CriticalHeads, Geometry, HeadTable, Ranks
 
-from .settings import Settings
-from .stages import save_tensors
+from ..settings import Settings
+from ..stages import save_tensors
 
 
 def ranks_of(settings: Settings) -> Ranks:

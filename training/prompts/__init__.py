@@ -9,7 +9,7 @@ from pathlib import Path
 
 from saferope_core import BENIGN, UNSAFE
 
-from .stages import write_text
+from ..stages import write_text
 
 # The two sides draw from seeds of their own, so that more prompts of one leave the other as it was.
 _BENIGN_SEED = 1_000_003

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from . import presets
+from . import BENIGN, UNSAFE, presets
 from .product import product_prompts
-from .prompts import BENIGN, UNSAFE
 from .readers import read_file, read_texts
 
 NEIGHBOURS = "neighbours"  # a kind beside UNSAFE and BENIGN: what is nearest to the concept, and must stay

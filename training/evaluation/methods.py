@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from saferope_core import Protection, load_concepts, sha256
 
-from . import processes
-from .attach import attached
-from .models import Model
-from .prompt_sets import PromptSet
-from .stages import Progress, save_tensors
+from .. import processes
+from ..flux.attach import attached
+from ..flux.models import Model
+from ..prompts.prompt_sets import PromptSet
+from ..stages import Progress, save_tensors
 
 UNPROTECTED, PROTECTED = "unprotected", "protected"
 _FITTED = "fitted_with"  # metadata of a baseline's state: what it was fitted with
@@ -76,7 +76,7 @@ def concept_file(path: Path, strength: float = 1.0, name: str = PROTECTED, conce
 
 def baselines() -> Mapping[str, object]:
     """The project's baselines by name: modules with STRENGTHS, fit and applied. ImportError where there are none."""
-    from .baselines import BASELINES
+    from ..baselines import BASELINES
 
     return BASELINES
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from saferope_core import exact, gated, latent_risk_score, wide
 
-from .attach import sites
-from .quantise import require_kind
-from .settings import Settings
+from ..flux.attach import sites
+from ..flux.quantise import require_kind
+from ..settings import Settings
 
 # bits per weight of a linear layer; NF4 has a scale per 64 weights, quantised to 8 bits, and one per 256 of those
 BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8, "torchao-int8": 8, "torchao-float8": 8}
@@ -99,7 +99,7 @@ def plan_for(settings: Settings, device: str, training: bool) -> Plan:
 
     Every head is taken to be critical. ValueError or OSError where there is no such model.
     """
-    from . import loading
+    from ..flux import loading
 
     config = loading.config_of(settings.model, settings.encoders)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16

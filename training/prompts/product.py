@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .prompts import UNSAFE, PromptRecord
+from . import UNSAFE, PromptRecord
 
 SLOT = "{subject}"
 

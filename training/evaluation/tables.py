@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from ..prompts.prompt_sets import PromptSet
+from ..scores import Absent, Measure
+from ..scores.metrics import mcnemar, rate, wilson_interval
+from ..stages import write_text
 from .methods import UNPROTECTED, Method
-from .metrics import mcnemar, rate, wilson_interval
-from .prompt_sets import PromptSet
-from .scores import Absent, Measure
-from .stages import write_text
 
 SECONDS, RATIO, MEBIBYTES = "s", "x", "MiB"
 COSTS = (SECONDS, RATIO, MEBIBYTES)  # units of what is another number in every run

@@ -1,0 +1,1 @@
+"""Methods side by side on the same prompts and seeds: pictures, scores, tables, and an attack on each."""

@@ -1,0 +1,1 @@
+"""How a concept file is made: statistics of heads, subspaces, gates, latents, training; `recipe` runs the stages."""
