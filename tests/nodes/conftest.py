@@ -1,10 +1,13 @@
 """What the node tests share: a FLUX of random weights inside a real ComfyUI, concepts that fit it, one way to sample."""
 
 import asyncio
+import copy
 import importlib
 
 import pytest
 import torch
+
+from .layouts import CPU, Reference, latent
 
 RANK = 4
 ANGLE = 10  # random vectors have an LRS of about RANK / 128: turn them visibly
@@ -161,3 +164,39 @@ def sample(comfy):
             )
 
     return run
+
+
+@pytest.fixture
+def run(comfy):
+    """run(model, positive, negative, noise, ...) -> latents of two steps."""
+    import comfy.samplers
+
+    def sample(model, positive, negative=None, noise=None, cfg=1.0, steps=2, denoise=1.0, start=None, mask=None):
+        noise = latent() if noise is None else noise
+        start = torch.zeros_like(noise) if start is None else start
+        sampler = comfy.samplers.KSampler(
+            model, steps, CPU, "euler", "simple", denoise=denoise, model_options=model.model_options
+        )
+        arguments = {"cfg": cfg, "latent_image": start, "denoise_mask": mask, "disable_pbar": True}
+        with torch.inference_mode():
+            return sampler.sample(noise, copy.copy(positive), copy.copy(negative or positive), **arguments)
+
+    return sample
+
+
+@pytest.fixture
+def check(apply, core, run, concept):
+    """check(model, texts, positive, ...) -> the reference: protected equals it, and differs from the unprotected."""
+
+    def compare(model, texts, *args, node=lambda model: model, concept=concept, geometry=None, exact=True, **kwargs):
+        reference = Reference(core.Protection([concept], geometry or concept.geometry), texts)
+        expected = model.clone()
+        expected.set_model_attn1_patch(reference)
+        expected, protected = (run(node(each), *args, **kwargs) for each in (expected, apply(model, [concept], 1.0)))
+        torch.testing.assert_close(protected, expected, **({"rtol": 0, "atol": 0} if exact else {}))
+        plain = run(node(model), *args, **kwargs)
+        assert expected.isfinite().all()
+        assert (expected - plain).norm() > 1e-3 * plain.norm(), "nothing to tell them apart by"
+        return reference
+
+    return compare
