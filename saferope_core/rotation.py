@@ -81,7 +81,9 @@ def rotate_by_generator(x: Tensor, basis: Tensor, generator: Tensor, scale: Tens
         basis, generator, scale = basis.to(vectors), generator.to(vectors), scale.to(vectors)
         coordinates = torch.einsum("bhld,hdr->bhlr", vectors, basis)
         hit = (scale != 0).nonzero(as_tuple=True)
-        rotations = torch.matrix_exp(scale[hit][:, None, None] * generator[hit[1]])
+        # not generator[hit[1]]: its gradient adds up the tokens of a head in whatever order the threads come
+        chosen = generator.index_select(0, hit[1])
+        rotations = torch.matrix_exp(scale[hit][:, None, None] * chosen)
         moved = torch.einsum("nij,nj->ni", rotations, coordinates[hit]) - coordinates[hit]
         moved = torch.zeros_like(coordinates).index_put(hit, moved)
         turned = vectors + torch.einsum("bhlr,hdr->bhld", moved, basis)

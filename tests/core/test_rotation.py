@@ -251,3 +251,28 @@ def test_both_forms_pass_the_same_gradient_to_x():
         (gradient,) = torch.autograd.grad(form(x, basis, generator, scale).pow(3).sum(), x)
         gradients.append(gradient)
     torch.testing.assert_close(*gradients, rtol=0, atol=TIGHT)
+
+
+def repeats(function, tries=6):
+    """Whether `function` gives the same bits every time, on two threads."""
+    torch.set_num_threads(2)
+    first, *more = (function() for _ in range(tries))
+    return all(torch.equal(bits(first), bits(again)) for again in more)
+
+
+def test_the_gradient_repeats_bit_for_bit_on_two_threads():
+    """A head's gradient is a sum over thousands of tokens: in whatever order the threads come, no training repeats."""
+    heads, rank, tokens = 3, 8, 8000
+    x, basis = torch.randn(1, heads, tokens, 16), torch.linalg.qr(torch.randn(heads, 16, rank))[0]
+    generator = skew(torch.randn(heads, rank, rank)).requires_grad_()
+    weight, scale = torch.randn_like(x), torch.rand(1, heads, tokens) + 0.1
+    token_heads, weights = torch.randint(heads, (heads * tokens,)), torch.randn(heads * tokens, rank, rank)
+
+    def gradient():
+        return torch.autograd.grad((rotate_by_generator(x, basis, generator, scale) * weight).sum(), generator)[0]
+
+    def careless():
+        return torch.autograd.grad((generator[token_heads] * weights).sum(), generator)[0]
+
+    assert repeats(gradient)
+    assert not repeats(careless, 30), "negative control"
