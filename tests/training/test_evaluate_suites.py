@@ -126,9 +126,8 @@ def test_a_baseline_is_fitted_once_and_applied_at_its_strengths(tmp_path):
     told, model, before = [], SimpleNamespace(dark=[]), Shade.fits
 
     def made(seed=0, task="star"):
-        return methods.baseline(
-            "shade", Shade, model, task, "star", tmp_path, "w", seed, progress=lambda *step: told.append(step)
-        )
+        methods.fit_baseline("shade", Shade, model, task, "star", tmp_path, "w", seed, lambda *step: told.append(step))
+        return methods.baseline("shade", Shade, "star", tmp_path)
 
     found = made()
     assert [method.strength for method in found] == [0.0, 0.5, 1.0] and told == [("fit shade", 1, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -14,6 +15,22 @@ def test_one_process_is_alone():
     x = torch.ones(3)
     assert processes.total(x) is x and processes.gathered("mine") == ["mine"]
     assert processes.own_device("cuda") == "cuda"
+
+
+def test_work_that_is_shared_out_is_done_whole_and_alone(monkeypatch):
+    """The third of four does the third job and the seventh; in them it counts as the only one."""
+    state, waited, done = SimpleNamespace(num_processes=4, process_index=2), [], []
+    state.wait_for_everyone = lambda: waited.append(len(done))
+    monkeypatch.setattr(processes, "_state", lambda: state)
+
+    def job(number):
+        done.append((number, processes.count(), processes.index(), processes.is_main()))
+        processes.wait()
+        assert processes.gathered(number) == [number]
+
+    processes.share_out([partial(job, number) for number in range(8)])
+    assert done == [(2, 1, 0, True), (6, 1, 0, True)] and waited == [2]
+    assert (processes.count(), processes.index(), processes.is_main()) == (4, 2, False), "and not any more"
 
 
 def test_each_of_several_takes_its_own_gpu(monkeypatch):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from saferope_core import Protection, load_concepts, sha256
 
-from .. import processes
 from ..flux.attach import attached
 from ..flux.models import Model
 from ..prompts.prompt_sets import PromptSet
@@ -81,7 +80,7 @@ def baselines() -> Mapping[str, object]:
     return BASELINES
 
 
-def baseline(
+def fit_baseline(
     name: str,
     module,
     model: Model,
@@ -90,20 +89,24 @@ def baseline(
     folder: Path,
     weights: str,
     seed: int = 0,
-    strengths: Sequence[float] = (),
     progress: Progress = lambda *_: None,
-) -> list[Method]:
-    """A baseline fitted to a concept once, kept in `folder`, at each of `strengths` (the module's own if empty).
+) -> None:
+    """Fits a baseline to a concept once and keeps its state in `folder`. For one process: see `processes.share_out`.
 
     `weights` is a digest of the base model. The state is fitted again when it, the task or the seed is another one.
     """
-    path = folder / f"{name}-{slug}.safetensors"
+    path = state_of(name, slug, folder)
     fitted_with = hashlib.sha256(json.dumps([name, weights, repr(task), seed]).encode()).hexdigest()
-    if processes.is_main() and _metadata(path).get(_FITTED) != fitted_with:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = module.fit(model, task, seed, lambda *step: progress(f"fit {name}", *step[-2:]))
-        save_tensors(path, state, {_FITTED: fitted_with})
-    processes.wait()
+    if _metadata(path).get(_FITTED) == fitted_with:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    state = module.fit(model, task, seed, lambda *step: progress(f"fit {name}", *step[-2:]))
+    save_tensors(path, state, {_FITTED: fitted_with})
+
+
+def baseline(name: str, module, slug: str, folder: Path, strengths: Sequence[float] = ()) -> list[Method]:
+    """A baseline that was fitted to a concept, at each of `strengths` (the module's own if empty)."""
+    path = state_of(name, slug, folder)
     state, digest = load_file(path), sha256(path)
 
     def at(strength: float) -> Method:
@@ -113,6 +116,11 @@ def baseline(
         return Method(name, f"{name} {digest} at {strength!r}", context, slug, strength)
 
     return [at(strength) for strength in strengths or module.STRENGTHS]
+
+
+def state_of(name: str, slug: str, folder: Path) -> Path:
+    """Where the state of a baseline that was fitted to a concept lies."""
+    return folder / f"{name}-{slug}.safetensors"
 
 
 def _metadata(path: Path) -> dict[str, str]:

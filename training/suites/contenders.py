@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ..evaluation.methods import Method, baseline, baselines, concept_file
+from .. import processes
+from ..evaluation.methods import Method, baseline, baselines, concept_file, fit_baseline
 from ..flux.models import TINYWORLD, Model, fingerprint
 from ..making.recipe import Recipe
 from ..prompts.sources import prompts_for
@@ -58,8 +60,13 @@ def with_baselines(
     chosen_baselines: Sequence[str] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Found:
-    """A concept's files, the learned one at every strength, and all baselines or those named; for each concept."""
+    """A concept's files, the learned one at every strength, and all baselines or those named; for each concept.
+
+    Of several processes each makes whole concepts' files, where there are enough of them, and fits whole baselines.
+    """
     found: Found = []
+    if len(concepts) >= processes.count():  # fewer: all share the batches of each
+        processes.share_out([partial(files, slug) for slug in concepts])
     for slug in concepts:
         known = files(slug)
         if not known:
@@ -88,8 +95,9 @@ def fitted_baselines(
 
     task, weights = task_of(prompts_for(settings)), fingerprint(model.transformer)
     chosen = names or list(known)
-    fitted = [baseline(n, known[n], model, task, slug, folder, weights, progress=progress) for n in chosen]
-    return [method for methods in fitted for method in methods]
+    fit = partial(fit_baseline, model=model, task=task, slug=slug, folder=folder, weights=weights, progress=progress)
+    processes.share_out([partial(fit, name, known[name]) for name in chosen])
+    return [method for name in chosen for method in baseline(name, known[name], slug, folder)]
 
 
 def one_for_all(concepts: Sequence[str], files: Files) -> Found:
