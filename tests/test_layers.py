@@ -33,7 +33,7 @@ STDLIB = set(sys.stdlib_module_names)
 # The trainer's own parts, bottom first: each may use those of rows above it in this list, and its own
 TRAINER = (
     {"settings", "processes"},
-    {"stages", "pictures"},
+    {"stages", "pictures", "plots"},
     {"flux"},
     {"prompts"},
     {"making"},

@@ -10,7 +10,7 @@ import torch
 from saferope_core import Concept, planes, sha256
 from saferope_core.untrusted import printable
 
-from . import pictures
+from . import plots
 
 
 def describe(path: Path, concepts: Sequence[Concept]) -> str:
@@ -62,7 +62,7 @@ def draw(path: Path, concepts: Sequence[Concept]) -> list[Path]:
         chosen = torch.zeros_like(concept.discrimination, dtype=torch.bool)
         rows = concept.heads[:, 0] * concept.geometry.double_blocks + concept.heads[:, 1]
         chosen[rows.long(), concept.heads[:, 2].long()] = True
-        pictures.head_map(picture, concept.discrimination, concept.geometry, chosen, title)
+        plots.head_map(picture, concept.discrimination, concept.geometry, chosen, title)
         drawn.append(picture)
     return drawn
 

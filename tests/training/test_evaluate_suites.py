@@ -24,7 +24,7 @@ from training.evaluation.methods import Method, unprotected
 from training.evaluation.tables import COSTS, Row
 from training.flux.loading import load_model
 from training.flux.models import edited, encode
-from training.pictures import Point, pareto
+from training.plots import Point, pareto
 from training.prompts.prompt_sets import BENIGN, UNSAFE, Sizes, tiny_world_sets
 from training.scores import KEPT, SHOWN, Absent
 from training.scores.detector import detector

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import processes
 from ..flux.models import Model, fingerprint
-from ..pictures import Point, pareto
+from ..plots import Point, pareto
 from ..prompts.prompt_sets import NEIGHBOURS, PromptSet
 from ..scores import KEPT, SHOWN, Absent, Metric
 from ..scores.metrics import wilson_interval

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import processes
 from ..flux.models import Model
-from ..pictures import curves
+from ..plots import curves
 from ..prompts.prompt_sets import SEED
 from ..scores.detector import field_of
 from ..scores.metrics import wilson_interval

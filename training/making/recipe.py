@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saferope_core import Concept, CriticalHeads, critical_heads, read_heads, save_concepts
 
-from .. import pictures, processes, prompts
+from .. import plots, processes, prompts
 from ..flux import models
 from ..flux.models import Model, fingerprint
 from ..prompts.sources import prompts_for
@@ -103,7 +103,7 @@ class Recipe:
         table = read_heads(statistics, heads.ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
         heads.write_table(out / TABLE, table, geometry)
         title = f"{s.concept}: {int(table.critical.sum())} of {table.critical.numel()} heads are safety-critical"
-        pictures.head_map(out / MAP, table.discrimination, geometry, table.critical, title)
+        plots.head_map(out / MAP, table.discrimination, geometry, table.critical, title)
         heads.save_critical(out / CRITICAL, critical_heads(table, geometry), table.discrimination)
 
     @_alone
@@ -139,7 +139,7 @@ class Recipe:
 
         generators = train.train(self.model, critical, seen, s, note, state)
         if processes.is_main():
-            pictures.loss_curve(out / CURVE, log.entries)
+            plots.loss_curve(out / CURVE, log.entries)
             record = self._record() | {"final": final_errors(log.entries)}
             save_concepts(path, [concept_of(self.model, critical, delta, generators, s, record)])
 

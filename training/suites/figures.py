@@ -10,7 +10,7 @@ import torch
 from ..evaluation.compare import front
 from ..evaluation.methods import Method
 from ..evaluation.tables import Row
-from ..pictures import curves, matrix, pareto
+from ..plots import curves, matrix, pareto
 from ..prompts.prompt_sets import BENIGN, NEIGHBOURS, UNSAFE
 from ..scores import KEPT, SHOWN
 
