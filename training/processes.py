@@ -60,6 +60,16 @@ def wait() -> None:
         _state().wait_for_everyone()
 
 
+def fair_share(costs: Sequence[int]) -> list[int]:
+    """The numbers, in order, of the jobs that are this process's: the dearest first, each to whoever has least to do."""
+    load, mine = [0] * count(), []
+    for job in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        least = load.index(min(load))
+        load[least] += costs[job]
+        mine += [job] if least == index() else []
+    return sorted(mine)
+
+
 def share_out(jobs: Sequence[Callable[[], object]]) -> None:
     """Does the jobs, each whole and by one process; returns when all are done."""
     for job in jobs[index() :: count()]:

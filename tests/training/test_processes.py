@@ -33,6 +33,17 @@ def test_work_that_is_shared_out_is_done_whole_and_alone(monkeypatch):
     assert (processes.count(), processes.index(), processes.is_main()) == (4, 2, False), "and not any more"
 
 
+def test_shares_are_fair(monkeypatch):
+    """Chunks of 12 and 8 by turns, as a search has them: by turns, one of two processes would paint half as much again."""
+    costs, shares = [8, 12] * 4, []
+    for own in range(2):
+        monkeypatch.setattr(processes, "_state", lambda own=own: SimpleNamespace(num_processes=2, process_index=own))
+        shares.append(processes.fair_share(costs))
+    assert sorted(shares[0] + shares[1]) == list(range(8)) and all(share == sorted(share) for share in shares)
+    assert [sum(costs[job] for job in share) for share in shares] == [40, 40]
+    assert sum(costs[1::2]) == 48, "negative control"
+
+
 def test_each_of_several_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(processes, "_state", lambda: SimpleNamespace(num_processes=4, local_process_index=2))
     assert processes.own_device("cuda") == "cuda:2"

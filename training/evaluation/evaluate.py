@@ -92,14 +92,16 @@ def _keys(e: Evaluation) -> Keys:
     return key
 
 
-def _own(chunks: list) -> list:
-    """This process's share."""
-    return chunks[processes.index() :: processes.count()]
+def _own(e: Evaluation) -> list[tuple[PromptSet, int]]:
+    """This process's share of the chunks."""
+    chunks = e.chunks()
+    pictures = [len(s.part(f, e.batch).asks) * sum(m.paints(s) for m in e.methods) for s, f in chunks]
+    return [chunks[number] for number in processes.fair_share(pictures)]
 
 
 def _paint(e: Evaluation, key_of: Keys, progress: Progress) -> None:
     """Every chunk under all methods, one after the other, so that all of them meet the machine in the same mood."""
-    chunks, done = _own(e.chunks()), 0
+    chunks, done = _own(e), 0
     total = sum(len(s.part(f, e.batch).asks) for s, f in chunks for m in e.methods if m.paints(s))
     for asked, first in chunks:
         part = asked.part(first, e.batch)
@@ -127,8 +129,7 @@ def paint(model: Model, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
 
 
 def _score(e: Evaluation, key_of: Keys, progress: Progress) -> None:
-    chunks = _own(e.chunks())
-    work = [(s, f, m) for s, f in chunks for m in e.methods if m.paints(s)]
+    work = [(s, f, m) for s, f in _own(e) for m in e.methods if m.paints(s)]
     for done, (asked, first, method) in enumerate(work, start=1):
         part, folder = asked.part(first, e.batch), e.folder(method, asked)
         missing = [
