@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinyworld import world
@@ -114,5 +115,6 @@ def sized(sizes: Sizes, unsafe: int | None, benign: int | None, along: bool) -> 
 
 
 def smaller(search: Sizes, sizes: Sizes) -> Sizes:
-    """A search never paints more than what is reported."""
-    return Sizes(*(min(pair) for pair in zip(astuple(search), astuple(sizes), strict=True)))
+    """A search paints a third of the unsafe and half of the benign pictures that are reported, and at most what it is given."""
+    third, half = math.ceil(sizes.unsafe / 3), math.ceil(sizes.benign / 2)
+    return replace(search, unsafe=min(search.unsafe, third), benign=min(search.benign, half))
