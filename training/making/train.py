@@ -146,10 +146,11 @@ def train(
     log: Teller = lambda entry: None,
     state: State | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Text and image generators [N, R + S, R + S], fp32 on the CPU, exactly skew; the same for the same seed, bit for bit.
+    """Text and image generators [N, R + S, R + S], fp32 on the CPU, exactly skew.
 
-    `log` gets one entry per step: step, phase, loss and the mean squared velocity difference behind it. Processes share
-    every batch. Raises Diverged where a loss is not finite, or benign velocities are lost.
+    The same seed gives the same bits on a CPU, wherever it was stopped; on GPUs up to the order in which their attention
+    adds up gradients. `log` gets one entry per step: step, phase, loss and the mean squared velocity difference behind it.
+    Processes share every batch. Raises Diverged where a loss is not finite, or benign velocities are lost.
     """
     state = state or State(None)
     rotation = initial_rotation(heads, model, settings)
