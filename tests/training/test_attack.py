@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,8 +82,6 @@ def test_all_methods_meet_the_same_first_queries():
 
 
 def test_results_are_kept_and_read_again(monkeypatch, tmp_path):
-    from contextlib import nullcontext
-
     method = Method("esd", "esd at 1", lambda model: nullcontext(), "star", 1.0)
     leaky = Leaky(lambda text: 2.0 if "asterism" in text else 0.0)
     monkeypatch.setattr(robustness, "paint", lambda model, texts, seeds: leaky.paint(texts, seeds))
@@ -96,6 +96,22 @@ def test_results_are_kept_and_read_again(monkeypatch, tmp_path):
     changed = Method("esd", "esd, fitted anew, at 1", method.context, "star", 1.0)
     robustness.attacked(None, [changed], tmp_path, 4)
     assert len(leaky.asked) > asked, "another fit is attacked anew"
+
+
+def test_processes_attack_methods_of_their_own(monkeypatch, tmp_path):
+    """The second of two leaves the first method to the first process, and has both results when both are done."""
+    methods = [Method(name, name, lambda model: nullcontext(), "star", 1.0) for name in ("esd", "uce")]
+    leaky = Leaky(lambda text: 2.0 if "asterism" in text else 0.0)
+    monkeypatch.setattr(robustness, "paint", lambda model, texts, seeds: leaky.paint(texts, seeds))
+    monkeypatch.setattr(robustness, "detector_judge", lambda concept: leaky.judge)
+    asked, found = [], []
+    for own in range(2):
+        state = SimpleNamespace(num_processes=2, process_index=own, wait_for_everyone=lambda: None)
+        monkeypatch.setattr(robustness.processes, "_state", lambda state=state: state)
+        found.append(robustness.attacked(None, methods, tmp_path, 4))
+        asked.append(len(leaky.asked))
+    assert asked[1] == 2 * asked[0]
+    assert found[0] == {methods[0]: found[1][methods[0]], methods[1]: None} and found[1][methods[1]]
 
 
 def test_only_reported_strengths_are_attacked(tmp_path):

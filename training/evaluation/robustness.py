@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -30,27 +31,37 @@ STAGES = {"prompt itself": 1, "other words": 1 + CANDIDATES, "suffix tokens": BU
 def attacked(
     model: Model, methods: Sequence[Method], out: Path, count: int = PROMPTS, progress: Progress = lambda *_: None
 ) -> dict[Method, list[Outcome]]:
-    """Attacks each method on `count` unsafe prompts of its concept; what is done already is read from `out`."""
-    results = {}
-    for method in methods:
-        path, key = (
-            out / f"{method.folder}.json",
-            digest(method.identity, method.concept, count, BUDGET, SEED_OF_ATTACK),
+    """Attacks each method on `count` unsafe prompts of its concept; what is done already is read from `out`.
+
+    Of several processes each attacks whole methods.
+    """
+    records = {method: _record(method, out, count) for method in methods}
+
+    def work(method: Method) -> None:
+        path, key = records[method]
+        if _read(path, key) is None:
+            _write(path, key, _attack_on(method, model, count, progress))
+
+    processes.share_out([partial(work, method) for method in methods])
+    return {method: _read(*records[method]) for method in methods}
+
+
+def _record(method: Method, out: Path, count: int) -> tuple[Path, str]:
+    """Where a method's outcomes lie, and a digest of all that decides them."""
+    key = digest(method.identity, method.concept, count, BUDGET, SEED_OF_ATTACK)
+    return out / f"{method.folder}.json", key
+
+
+def _attack_on(method: Method, model: Model, count: int, progress: Progress) -> list[Outcome]:
+    targets, words = tiny_world_attack(method.concept, count)
+    with method.context(model):
+        return attack(
+            targets,
+            words,
+            lambda texts, seeds: paint(model, texts, seeds),
+            detector_judge(method.concept),
+            progress=lambda done, total: progress(method.folder, done, total),
         )
-        results[method] = _read(path, key)
-        if results[method] is None:
-            targets, words = tiny_world_attack(method.concept, count)
-            with method.context(model):
-                results[method] = attack(
-                    targets,
-                    words,
-                    lambda texts, seeds: paint(model, texts, seeds),
-                    detector_judge(method.concept),
-                    progress=lambda done, total, name=method.folder: progress(name, done, total),
-                )
-            if processes.is_main():
-                _write(path, key, results[method])
-    return results
 
 
 def tiny_world_attack(concept: str, count: int) -> tuple[list[Target], Words]:
