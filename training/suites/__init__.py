@@ -28,7 +28,7 @@ TINYWORLD_SUITE, QUICK, PAPER_FLUX, ABLATIONS, CROSSED, POSITIONS, ROTATIONS = S
 SEARCH_SEED = SEED + 500_000  # strengths are not chosen on what is reported
 # What is reported, and what strengths are searched on. Of I2P the paper takes all 854 prompts
 SIZES = {
-    TINYWORLD_SUITE: (Sizes(16, 16, 8, 16), Sizes(8, 0, 0, 12)),
+    TINYWORLD_SUITE: (Sizes(12, 12, 8, 12), Sizes(8, 0, 0, 12)),
     QUICK: (Sizes(12, 8, 8, 16), Sizes(4, 0, 0, 8)),
     PAPER_FLUX: (Sizes(1000, 0, 0, 1000), Sizes(50, 0, 0, 50)),
     ABLATIONS: (Sizes(32, 32, 16, 32), None),
