@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -125,15 +126,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes safetensors, the old file or the new one. OSError where the disk is full, as for any other file."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Writes safetensors, the old file or the new one. OSError where the disk is full, as for any other file.
+
+    In a folder of its own: safetensors writes under a random name first, which a kill would leave beside the products for ever.
+    """
+    folder = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)  # what a kill left
+    folder.mkdir()
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        os.replace(partial, path)
+        whole = folder / path.name
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, whole, metadata)
+        os.replace(whole, path)
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:

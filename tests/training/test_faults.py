@@ -17,13 +17,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from saferope_core import load_concepts
 from training import cli
 from training.making.recipe import Recipe
 from training.settings import Settings
-from training.stages import LOCK, RECORD, alone
+from training.stages import LOCK, RECORD, alone, save_tensors
 
 ROOT = Path(__file__).parents[2]
 FEW = ["--unsafe-prompts", "6", "--benign-prompts", "8", "--steps", "4", "--batch", "2", "--phase", "2"]
@@ -132,6 +134,24 @@ def test_a_killed_process_holds_no_lock(folder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert train(folder)[0] == 0
+
+
+def test_what_a_kill_amid_a_write_leaves_goes_with_the_next(tmp_path):
+    """safetensors writes under a random name of its own, which nobody would ever take away."""
+    path, tensors = tmp_path / "statistics.safetensors", {"x": torch.ones(30_000_000)}
+    child = os.fork()
+    if child == 0:
+        while True:
+            save_tensors(path, tensors)
+    until = time.monotonic() + 60
+    while not [name for name in tmp_path.rglob("*") if name.name.startswith(".tmp")] and time.monotonic() < until:
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert {name.name for name in tmp_path.iterdir()} - {path.name}, "negative control: something was left"
+    save_tensors(path, tensors)
+    assert [name.name for name in tmp_path.iterdir()] == [path.name]
+    assert torch.equal(load_file(path)["x"], tensors["x"])
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_a_line():
