@@ -34,6 +34,19 @@ def node_classes(pack):
     return {node.GET_SCHEMA().node_id: node for node in asyncio.run(load())}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_models_of_the_last_file(comfy):
+    """ComfyUI takes a model for leaked whose node's output is gone, and collects garbage at every later sampling for it.
+
+    Errors keep such models beyond their tests: without this, those of test_calibrate.py took eight times as long.
+    """
+    import comfy.model_management
+
+    yield
+    comfy.model_management.unload_all_models()
+    comfy.model_management.current_loaded_models.clear()
+
+
 @pytest.fixture(scope="session")
 def tiny(core):
     """The geometry of `flux`. ComfyUI knows FLUX by axes of 16, 56 and 56: heads of 128."""
