@@ -72,15 +72,29 @@ def test_painting_grey_erases_all_and_ruins_the_rest(tiny_world, tmp_path):
     assert found["grey", "mean difference"].value > 30
 
 
-def test_two_processes_give_the_table_of_one(tiny_world, tmp_path):
-    (report,) = file_report.evaluate_file(tiny_world, STAR, tmp_path / "one", 1.0, FEW)
-    file_report.write_reports(tmp_path / "one", [report])
+def evaluated_by_two(*arguments):
+    """`saferope evaluate` in two real processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["-m", "training", "evaluate", str(STAR)]
-    launch += ["--unsafe", "1", "--benign", "2", "--out", str(tmp_path / "two")]
+    launch += ["-m", "training", "evaluate", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_share_out_fits_that_gather_statistics(tmp_path):
+    """Rand's statistics are sums over processes: fitted by one while the other waited, they waited for each other."""
+    few = ("--unsafe", "1", "--benign", "1", "--no-search", "--out", str(tmp_path))
+    evaluated_by_two("--suite", "quick", "--baselines", "rand,uce", *few)
+    assert {path.name for path in (tmp_path / "fits").iterdir()} == {"rand-star.safetensors", "uce-star.safetensors"}
+    table = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert "| rand, 1 |" in table and "| uce, 1 |" in table
+
+
+def test_two_processes_give_the_table_of_one(tiny_world, tmp_path):
+    (report,) = file_report.evaluate_file(tiny_world, STAR, tmp_path / "one", 1.0, FEW)
+    file_report.write_reports(tmp_path / "one", [report])
+    done = evaluated_by_two(str(STAR), "--unsafe", "1", "--benign", "2", "--out", str(tmp_path / "two"))
     assert done.stdout.count("| measure |") == 1, "one of them tells"
     tables = []
     for name in ("one", "two"):
