@@ -4,11 +4,12 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help setup demo bench test style quality clean
+.PHONY: help setup demo bench test test-all style quality clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup:  ## .venv with pinned requirements, a ComfyUI in .cache; at once where done
 	@$(PYTHON) -m dev.setup
@@ -19,8 +20,11 @@ demo: setup  ## the tiny world, unprotected and protected, in a real ComfyUI
 bench: setup  ## what protection costs on this machine, in runs/bench (BENCH_ARGS="--resolution 512")
 	@$(BIN)/saferope bench $(BENCH_ARGS)
 
-test: setup  ## all tests, two at a time (PYTEST_ARGS="-k rotation" for some)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+test: setup  ## all tests but the slow ones, two at a time (PYTEST_ARGS="-k rotation" for some)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: setup  ## all tests
+	@$(PYTEST) $(PYTEST_ARGS)
 
 style: setup  ## fix and format
 	@$(BIN)/ruff check --fix .

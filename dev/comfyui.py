@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -206,11 +205,6 @@ class ComfyUI:
     def failed_imports(self) -> list[str]:
         """Log lines of packs that ComfyUI could not import: it goes on without them. Its own nodes are not among them."""
         return [line for line in self.log.read_text(errors="replace").splitlines() if "(IMPORT FAILED)" in line]
-
-    def import_seconds(self, pack: str = PACK) -> float:
-        """How long ComfyUI took to import the pack, by its own log."""
-        times = re.findall(r"([\d.]+) seconds.*?: (\S+)", self.log.read_text(errors="replace"))
-        return float(next(seconds for seconds, path in times if Path(path).name == pack))
 
     def log_tail(self, lines: int = TAIL_LINES) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

@@ -18,6 +18,14 @@ import torch
 from dev.comfyui import ROOT, find_comfyui
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A process takes whole files, whose tests share fixtures, and one process all of tests/host, which share a server."""
+    for item in items:
+        file = item.path.relative_to(ROOT / "tests")
+        item.add_marker(pytest.mark.xdist_group("host" if file.parts[0] == "host" else str(file)))
+
+
 @pytest.fixture(autouse=True)
 def _seeds():
     random.seed(0)

@@ -19,6 +19,11 @@ import pytest
 from dev.comfyui import ComfyUI, copy_pack
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that abuses the server comes after those that only use it."""
+    items.sort(key=lambda item: item.path.name == "test_hostile_workflows.py")
+
+
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory):
     """The server, with the pack in custom_nodes as `git clone` would leave it: a copy, without what git ignores."""

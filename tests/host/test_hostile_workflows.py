@@ -7,7 +7,6 @@ server draws the same picture, bit for bit, as a fresh one.
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 import time
@@ -121,11 +120,9 @@ def changed(graph: dict, number: str, name: str, value) -> dict:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """One of this file's own: it is treated badly."""
-    base = tmp_path_factory.mktemp("abused")
-    with ComfyUI(base, pack=copy_pack(base / "custom_nodes" / "SafeRoPE")) as server:
-        yield server
+def server(comfyui):
+    """The one that all host tests share. This file abuses it, and so comes last (conftest.py)."""
+    return comfyui
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +297,7 @@ def test_concepts_of_other_models_and_broken_files(server, tmp_path):
     assert "It is another file than the one this workflow was made with" in refusal(server, pinned)
 
 
-@pytest.mark.skipif("SAFEROPE_LONG" not in os.environ, reason="half a minute; SAFEROPE_LONG=1 runs it")
+@pytest.mark.slow
 def test_a_thousand_concepts(server):
     """More than the node offers inputs are refused before they are compared in pairs; as many as it offers are taken."""
     graph = good()
@@ -362,8 +359,8 @@ def test_bodies_that_are_no_workflow(server):
             urllib.request.urlopen(request, timeout=30)
 
 
+@pytest.mark.slow  # the start of a second server
 def test_the_abused_server_draws_as_a_fresh_one(server, reference, tmp_path):
-    """Last: what all of this has left behind is nothing."""
     with ComfyUI(tmp_path, pack=copy_pack(tmp_path / "custom_nodes" / "SafeRoPE")) as fresh:
         assert pixels(fresh, good()) == reference == pixels(server, good())
         assert pixels(fresh, good(seed=8)) != reference, "control"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from dev.load import DIFFERENT, measure, slope
@@ -12,7 +10,7 @@ pytestmark = pytest.mark.host
 MOST = 2000  # KB a prompt over a dozen prompts, where an allocator still settles; a leaked model would be 40,000
 
 
-@pytest.mark.skipif("SAFEROPE_LONG" not in os.environ, reason="a minute or two; SAFEROPE_LONG=1 runs it")
+@pytest.mark.slow
 def test_pictures_and_memory_after_prompts_with_changing_concepts():
     figures = measure(DIFFERENT + 8)
     assert figures["pictures that differ"] == 0

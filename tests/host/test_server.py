@@ -12,7 +12,6 @@ from dev.nodes_page import node_tables
 pytestmark = pytest.mark.host
 NAMES = ("LoadConcept", "CombineConcepts", "CalibrateConcept", "SaveConcept", "InspectConcept", "Apply")
 NODES = {f"SafeRoPE_{name}" for name in (*NAMES, "RiskProbe", "RiskMap", "TinyWorld")}  # for ever: workflows name them
-IMPORT_SECONDS = 3.0  # every user waits for it at every start; 0.1 s when written, the rest is for slow machines
 
 
 def ours(server) -> set[str]:
@@ -33,19 +32,20 @@ def test_every_node_and_input_is_explained(comfyui):
 
 def test_every_node_has_a_help_page(comfyui):
     """Where the frontend looks for them."""
+    nodes = comfyui.object_info()
     for node in NODES:
         url = f"{comfyui.address}/extensions/{PACK}/docs/{node}.md"
         with urllib.request.urlopen(url, timeout=10) as answer:
             text = answer.read().decode()
-        name = comfyui.object_info()[node]["display_name"]
+        name = nodes[node]["display_name"]
         assert text.startswith(f"# {name}\n"), node
 
 
-def test_pack_is_imported_fast_and_whole(comfyui):
+def test_pack_is_imported_whole(comfyui):
     assert comfyui.failed_imports() == []
-    assert comfyui.import_seconds() < IMPORT_SECONDS
 
 
+@pytest.mark.slow  # the start of a second server
 def test_broken_pack_is_noticed(start_comfyui, tmp_path):
     """ComfyUI starts all the same; what the tests above look at must tell."""
     pack = copy_pack(tmp_path / "SafeRoPE")
@@ -106,9 +106,9 @@ def test_missing_comfyui_says_what_to_do(monkeypatch, tmp_path, named):
 @pytest.mark.parametrize("language", ["zh", "ja"])
 def test_nodes_are_translated_whole(comfyui, language):
     """Every node, input and output that there is, and none that is not."""
-    texts = comfyui.get("/i18n")[language]["nodeDefs"]
+    texts, nodes = comfyui.get("/i18n")[language]["nodeDefs"], comfyui.object_info()
     for node in NODES:
-        info, text = comfyui.object_info()[node], texts[node]
+        info, text = nodes[node], texts[node]
         assert text["display_name"] and text["description"]
         inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
         assert set(text["inputs"]) == set(inputs), node

@@ -1,0 +1,63 @@
+"""Commands of `saferope` in processes of their own that need no seven seconds of imports: for tests that kill them.
+
+They are forked from one process that has imported everything and computed nothing, and then live, write and die as
+processes that a shell starts. Where the system cannot fork, each imports for itself.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+HEAVY = ["diffusers", "training.cli", "training.flux.loading", "training.making.recipe", "training.suites", __name__]
+_CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
+_CONTEXT = multiprocessing.get_context("forkserver" if _CAN_FORK else "spawn")
+
+
+def start(arguments: list[str], said: Path, environment: dict[str, str] | None = None) -> BaseProcess:
+    """`saferope <arguments>` on one thread, started; all it says goes to the file `said`."""
+    if _CAN_FORK:
+        _CONTEXT.set_forkserver_preload(HEAVY)  # of no effect once the server runs
+    process = _CONTEXT.Process(target=_work, args=(arguments, said, environment or {}))
+    process.start()
+    return process
+
+
+def start_several(count: int, arguments: list[str], said: Path) -> list[BaseProcess]:
+    """The same command in `count` processes that share its work, as PyTorch's launcher would start them.
+
+    What the process number n says goes to the file `said` with n as its suffix.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
+    ranks = ({"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count))
+    return [start(arguments, said.with_suffix(f".{n}"), common | rank) for n, rank in enumerate(ranks)]
+
+
+def finish(process: BaseProcess, said: Path, seconds: float = 600) -> str:
+    """Waits for its end and returns what it said. AssertionError unless it ended in time and well."""
+    process.join(seconds)
+    text = said.read_text(encoding="utf-8", errors="replace")
+    assert process.exitcode == 0, f"ended with {process.exitcode} (None: it still runs) and said {text[-3000:]}"
+    return text
+
+
+def _work(arguments: list[str], said: Path, environment: dict[str, str]) -> None:
+    import torch
+
+    from training import cli
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv = ["saferope", *arguments]
+    cli.main()
