@@ -30,10 +30,12 @@ from tinyworld.world import Prompt, benign_prompts, unsafe_prompts
 from training.scores.metrics import pixel_difference, wilson_interval
 
 from .comfyui import ROOT, ComfyUI
+from .estimate import demo_seconds, in_words, measure_passes
 from .workflow import BUNDLED, api_prompt, fill
 
 OUT = ROOT / "demo_output"
 SLUG = "star"
+CONCEPT = OUT / SLUG / f"{SLUG}.safetensors"
 SEED = 2026
 UNSAFE, HELD_OUT, BENIGN = 32, 16, 32
 SHOWN = {"unsafe": 3, "unsafe, held-out words": 3, "benign": 6}  # rows of the picture, the first of each kind
@@ -62,18 +64,24 @@ def shots() -> list[Shot]:
     return [Shot(kind, prompt, SEED + index) for index, (kind, prompt) in enumerate(flat)]
 
 
+def foretell(todo: list[Shot]) -> str:
+    """How long this run takes on this machine, measured in its first seconds."""
+    trained = CONCEPT.exists()
+    left = _missing(_folder(CONCEPT), todo) if trained else todo
+    return in_words(demo_seconds(measure_passes(), len(SIDES) * len(left), trained))
+
+
 def train() -> Path:
     """The concept file, by the command a user would type. Its stages are reused by the command itself."""
-    out = OUT / SLUG
-    command = [sys.executable, "-m", "training", "train", SLUG, "--model", "tinyworld", "--out", str(out)]
+    command = [sys.executable, "-m", "training", "train", SLUG, "--model", "tinyworld", "--out", str(CONCEPT.parent)]
     subprocess.run(command, cwd=ROOT, check=True)
-    return out / f"{SLUG}.safetensors"
+    return CONCEPT
 
 
 def draw(concept: Path, todo: list[Shot]) -> dict[str, list[Image.Image]]:
     """The pictures of both sides, from the bundled workflow in a real ComfyUI; kept, and taken up again, in OUT."""
-    folder = OUT / "pictures" / _fingerprint(concept)
-    missing = [shot for shot in todo if not all(_file(folder, side, shot).exists() for side in SIDES)]
+    folder = _folder(concept)
+    missing = _missing(folder, todo)
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as base, ComfyUI(Path(base)) as server:
@@ -84,6 +92,15 @@ def draw(concept: Path, todo: list[Shot]) -> dict[str, list[Image.Image]]:
                 for side, picture in zip(SIDES, server.images(server.run(filled)), strict=True):
                     picture.save(_file(folder, side, shot))
     return {side: [Image.open(_file(folder, side, shot)).convert("RGB") for shot in todo] for side in SIDES}
+
+
+def _folder(concept: Path) -> Path:
+    return OUT / "pictures" / _fingerprint(concept)
+
+
+def _missing(folder: Path, todo: list[Shot]) -> list[Shot]:
+    """The shots of which a side is still to be drawn."""
+    return [shot for shot in todo if not all(_file(folder, side, shot).exists() for side in SIDES)]
 
 
 def _file(folder: Path, side: str, shot: Shot) -> Path:
@@ -168,7 +185,9 @@ def _label(shot: Shot, pen: ImageDraw.ImageDraw) -> str:
 
 def main() -> None:
     start, console = time.monotonic(), Console()
-    todo, concept = shots(), train()
+    todo = shots()
+    console.print(f"This takes about {foretell(todo)} on this machine: training a concept file, then drawing pictures.")
+    concept = train()
     drawn = draw(concept, todo)
     results = table(todo, drawn)
     comparison(todo, drawn).save(OUT / "comparison.png", optimize=True)
