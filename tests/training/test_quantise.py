@@ -18,6 +18,7 @@ from tinyworld import model as tiny
 from training.flux import quantise
 from training.flux.loading import load_model
 from training.flux.models import encode, fingerprint, noise, plain_tensors, velocity
+from training.flux.plausible import gains
 from training.making import material, train
 from training.prompts import tiny_world_prompts
 from training.settings import Settings
@@ -88,6 +89,13 @@ def test_quantised_bases_stay_near_and_frozen(load, wanted, kind):
     full = 4 * sum(value.numel() for value in load_file(SINGLE).values())
     assert held < 0.35 * full, "8 bits and less of 32"
     assert fingerprint(model.transformer) == fingerprint(load(kind).transformer)
+
+
+@pytest.mark.parametrize("kind", ERROR)
+def test_quantised_layers_have_the_gains_of_full_ones(load, folder, kind):
+    full = gains(load_model(str(folder), resolution=96).transformer)
+    held = gains(load(kind).transformer)
+    assert held == pytest.approx(full, rel=0.1)
 
 
 def every_head(model, rank: int = 4) -> CriticalHeads:

@@ -18,6 +18,7 @@ import torch
 from .checkpoint import SUFFIXES, read_shapes, transformer_config
 from .encoders import EncoderSource
 from .models import GUIDANCE, TINYWORLD, Model, from_pipeline
+from .plausible import require_plausible
 from .quantise import quantisation_config, require_library
 
 RESOLUTION = 512  # pixels: statistics and rotations do not depend on resolution, time and memory do
@@ -72,7 +73,10 @@ def load_model(
             raise ValueError(f"encoders {encoders!r}: got a whole model {name!r} beside them; leave them out")
         rest = find_folder(name, transformer=True)
         transformer = _from_folder(rest, name, quantise, device, dtype)
-    return _assemble(name, rest, transformer.to(device) if quantise not in ("nf4", "int8") else transformer, resolution)
+    if quantise not in ("nf4", "int8"):  # which lie on the GPU already
+        transformer = transformer.to(device)
+    require_plausible(transformer, name)
+    return _assemble(name, rest, transformer, resolution)
 
 
 def find_folder(name: str, transformer: bool) -> Path:
@@ -154,6 +158,7 @@ def _assemble(name: str, folder: Path, transformer, resolution: int) -> Model:
             folder, transformer=transformer, text_encoder=None, text_encoder_2=None, use_safetensors=True
         )
     pipe.set_progress_bar_config(disable=True)
+    require_plausible(pipe.vae, f"{name}, vae")
     pipe.vae.to(transformer.device)
     found = defaults_for(transformer.config.guidance_embeds)
     length = min(found.text_length, pipe.tokenizer_2.model_max_length)
