@@ -181,7 +181,7 @@ def test_other_pipelines_and_layouts_are_refused(folder, single, tmp_path):
     (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"}))
     with pytest.raises(ValueError) as error:
         load_model(str(other))
-    told(error, "got a StableDiffusionXLPipeline", "expected a FluxPipeline")
+    told(error, "got a 'StableDiffusionXLPipeline'", "expected a 'FluxPipeline'")
 
     (other / "model_index.json").write_text("{")
     with pytest.raises(ValueError) as error:
@@ -199,7 +199,7 @@ def test_other_pipelines_and_layouts_are_refused(folder, single, tmp_path):
     config.write_text(config.read_text().replace("FluxTransformer2DModel", "SD3Transformer2DModel"))
     with pytest.raises(ValueError) as error:
         load_model(str(other))
-    told(error, "got a transformer SD3Transformer2DModel")
+    told(error, "got a transformer 'SD3Transformer2DModel'")
 
 
 def test_broken_and_foreign_files_are_refused(folder, single, tmp_path):

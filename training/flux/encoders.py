@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..stages import file_sha256
+from .folder import load_part
 from .plausible import require_plausible
 
 _PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -32,15 +33,10 @@ class EncoderSource:
 
     def load(self) -> tuple[nn.Module, nn.Module]:
         """CLIP and T5, frozen, on the CPU. ValueError where their weights are implausible."""
-        from transformers import CLIPTextModel, T5EncoderModel
-
-        kinds = zip((CLIPTextModel, T5EncoderModel), _PARTS[:2], strict=True)
-        encoders = []
-        for kind, part in kinds:
-            encoder = kind.from_pretrained(self.folder, subfolder=part, dtype=self.dtype, use_safetensors=True)
+        clip, t5 = (load_part(self.folder, part, dtype=self.dtype, use_safetensors=True) for part in _PARTS[:2])
+        for part, encoder in zip(_PARTS, (clip, t5), strict=False):
             require_plausible(encoder.requires_grad_(False).eval(), f"{self.folder}, {part}")
-            encoders.append(encoder)
-        return tuple(encoders)
+        return clip, t5
 
     def fingerprint(self) -> str:
         """sha256 over the dtype and the bytes of all files of encoders and tokenizers; nothing is loaded."""

@@ -17,13 +17,13 @@ import torch
 
 from .checkpoint import SUFFIXES, read_shapes, transformer_config
 from .encoders import EncoderSource
+from .folder import INDEX, TRANSFORMER, fetch, first_line, load_part, read_json, require_parts
 from .models import GUIDANCE, TINYWORLD, Model, from_pipeline
 from .plausible import require_plausible
 from .quantise import quantisation_config, require_library
 
 RESOLUTION = 512  # pixels: statistics and rotations do not depend on resolution, time and memory do
 _ENCODERS = ("text_encoder", "text_encoder_2")
-PIPELINE, TRANSFORMER = "FluxPipeline", "FluxTransformer2DModel"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PATCH = 16  # pixels per image token and side: eightfold VAE, 2 x 2 packing
 
@@ -80,27 +80,19 @@ def load_model(
 
 
 def find_folder(name: str, transformer: bool) -> Path:
-    """The local folder of a diffusers FLUX.1 pipeline: `name` itself, or the hub's, downloaded unless cached.
+    """The local folder of a diffusers FLUX.1 pipeline, found good: `name` itself, or the hub's, downloaded unless cached.
 
     `transformer`: whether its transformer is wanted too. OSError where the hub cannot be asked, ValueError else.
     """
     folder = Path(name)
     if not folder.exists() and _HUB_ID.fullmatch(name):
-        folder = _download(name, transformer)
-    index = folder / "model_index.json"
-    if not index.is_file():
+        folder = fetch(name, transformer)
+    if not (folder / INDEX).is_file():
         raise ValueError(
-            f"model {name!r}: got no folder with a model_index.json, expected `{TINYWORLD}`, a diffusers FLUX.1 folder, "
+            f"model {name!r}: got no folder with a {INDEX}, expected `{TINYWORLD}`, a diffusers FLUX.1 folder, "
             f"a single file ({', '.join(SUFFIXES)}) or a hub id such as black-forest-labs/FLUX.1-dev"
         )
-    parts = _json(index, name)
-    if parts.get("_class_name") != PIPELINE:
-        raise ValueError(
-            f"model {name!r}: got a {parts.get('_class_name')}, expected a {PIPELINE}; name a FLUX.1 model"
-        )
-    for part, (library, _) in ((key, value) for key, value in parts.items() if isinstance(value, list)):
-        if library and not (folder / part).is_dir() and (transformer or part != "transformer"):
-            raise ValueError(f"model {name!r}: got no folder {part!r} in it, expected one; fetch the whole model")
+    require_parts(folder, name, transformer)
     return folder
 
 
@@ -151,11 +143,15 @@ def _assemble(name: str, folder: Path, transformer, resolution: int) -> Model:
     """The pipeline around a loaded transformer; the text encoders wait until they are asked for."""
     from diffusers import FluxPipeline
 
-    import tinyworld.model  # noqa: F401  diffusers takes the class of a tiny world's codec from modules that are loaded
-
     with _readable(name):
-        pipe = FluxPipeline.from_pretrained(
-            folder, transformer=transformer, text_encoder=None, text_encoder_2=None, use_safetensors=True
+        pipe = FluxPipeline(
+            scheduler=load_part(folder, "scheduler"),
+            vae=load_part(folder, "vae", use_safetensors=True),
+            text_encoder=None,
+            tokenizer=load_part(folder, "tokenizer"),
+            text_encoder_2=None,
+            tokenizer_2=load_part(folder, "tokenizer_2"),
+            transformer=transformer,
         )
     pipe.set_progress_bar_config(disable=True)
     require_plausible(pipe.vae, f"{name}, vae")
@@ -185,9 +181,11 @@ def _from_folder(folder: Path, name: str, quantise: str | None, device: str, dty
 
 
 def _folder_config(folder: Path, name: str) -> dict:
-    config = _json(folder / "transformer" / "config.json", name)
+    config = read_json(folder / "transformer" / "config.json", name)
     if config.get("_class_name") != TRANSFORMER:
-        raise ValueError(f"model {name!r}: got a transformer {config.get('_class_name')}, expected {TRANSFORMER}")
+        raise ValueError(
+            f"model {name!r}: got a transformer {config.get('_class_name')!r:.80}, expected {TRANSFORMER!r}"
+        )
     return config
 
 
@@ -237,20 +235,6 @@ def _require_none(name: str, missing: list[str]) -> None:
         )
 
 
-def _download(name: str, transformer: bool) -> Path:
-    from diffusers import FluxPipeline
-
-    skipped = {} if transformer else {"transformer": None}
-    try:
-        return Path(FluxPipeline.download(name, use_safetensors=True, **skipped))
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"model {name!r}: got no such folder here, nothing in the hub's cache, and the hub did not give it "
-            f"({_first_line(error)}); go online, check the id, log in with `hf auth login` and accept its licence, or "
-            "name a folder"
-        ) from error
-
-
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
     """What diffusers finds wrong with weights, in one line."""
@@ -259,15 +243,4 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
-        raise ValueError(f"model {name!r}: cannot be loaded ({_first_line(error)}); fetch it again") from error
-
-
-def _json(path: Path, name: str) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {name!r}: {path.name} is not readable JSON ({error}); fetch it again") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model {name!r}: cannot be loaded ({first_line(error)}); fetch it again") from error

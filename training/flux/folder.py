@@ -1,0 +1,199 @@
+"""A FLUX.1 pipeline as a folder: found here or fetched, and checked before any library reads it. It may be a stranger's.
+
+A folder can name code in several places. `model_index.json` names a module for each part, which diffusers imports (up to 0.37
+even one that lies in the folder); the parts' own JSON files may name Python files, attention kernels of the hub, other
+weights or quantisers; an index of shards may name pickles. So each part has a table of classes here and is loaded by that class alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+INDEX, PIPELINE, TRANSFORMER = "model_index.json", "FluxPipeline", "FluxTransformer2DModel"
+TOKENIZERS = {  # transformers 5 writes TokenizersBackend, which 4 calls PreTrainedTokenizerFast
+    ("transformers", "PreTrainedTokenizerFast"): "PreTrainedTokenizerFast",
+    ("transformers", "TokenizersBackend"): "PreTrainedTokenizerFast",
+}
+# Part -> what model_index.json may say of it -> the class of that library which loads it
+PARTS: dict[str, dict[tuple[str, str], str]] = {
+    "scheduler": {("diffusers", "FlowMatchEulerDiscreteScheduler"): "FlowMatchEulerDiscreteScheduler"},
+    "vae": {("diffusers", "AutoencoderKL"): "AutoencoderKL", ("tinyworld.model", "AutoencoderDCT"): "AutoencoderDCT"},
+    "text_encoder": {("transformers", "CLIPTextModel"): "CLIPTextModel"},
+    "text_encoder_2": {("transformers", "T5EncoderModel"): "T5EncoderModel"},
+    "tokenizer": {
+        ("transformers", "CLIPTokenizer"): "CLIPTokenizer",
+        ("transformers", "CLIPTokenizerFast"): "CLIPTokenizerFast",
+        **TOKENIZERS,
+    },
+    "tokenizer_2": {
+        ("transformers", "T5Tokenizer"): "T5Tokenizer",
+        ("transformers", "T5TokenizerFast"): "T5TokenizerFast",
+        **TOKENIZERS,
+    },
+    "transformer": {("diffusers", TRANSFORMER): TRANSFORMER},
+}
+NOT_LOADED = ("image_encoder", "feature_extractor")  # IP-Adapters need them, text-to-image does not
+_FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a part: neither code nor pickles
+_VARIANTS = ["*.fp16*", "*.bf16*"]  # copies of the same weights, which nothing here loads
+_NO_CONFIG = ("tokenizer.json", "vocab.json")  # words and merges: large, and read by tokenizers alone
+# The one quantiser that needs no other code than its package: others fetch kernels, or import what a folder asks for
+_BITSANDBYTES = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
+
+
+def require_parts(folder: Path, name: str, transformer: bool = True) -> None:
+    """ValueError unless every part is there, of a known class, in safetensors, and names no code.
+
+    `transformer`: whether the transformer is wanted too. Reads JSON and the headers of weights; imports and loads nothing.
+    """
+    _require_index(folder, name, transformer)
+    for part in _wanted(transformer):
+        if not (folder / part).is_dir():
+            raise ValueError(f"model {name!r}: got no folder {part!r} in it, expected one; fetch the whole model")
+        _require_part(folder / part, name)
+
+
+def load_part(folder: Path, part: str, **choices):
+    """One part of a folder that `require_parts` found good, by the class that the table has for it."""
+    said = read_json(folder / INDEX, str(folder))[part]
+    kind = getattr(import_module(said[0]), PARTS[part][tuple(said)])
+    return kind.from_pretrained(folder, subfolder=part, **choices)
+
+
+def fetch(name: str, transformer: bool) -> Path:
+    """The hub's copy of a pipeline in its cache, fetched unless there. Neither code nor pickles are fetched.
+
+    OSError, one line, where it cannot be had; ValueError where the index names unknown classes: then nothing else is fetched.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        index = hf_hub_download(name, INDEX)
+        _require_index(Path(index).parent, name, transformer)
+        return Path(snapshot_download(name, **patterns(transformer)))
+    except OSError as error:
+        raise OSError(
+            f"model {name!r}: got no such folder here, nothing in the hub's cache, and the hub did not give it "
+            f"({first_line(error)}); go online, check the id, log in with `hf auth login` and accept its licence, or "
+            "name a folder"
+        ) from error
+
+
+def patterns(transformer: bool) -> dict[str, list[str]]:
+    """Which files of a repository are fetched, and which of those are not, as huggingface_hub asks for it."""
+    wanted = [INDEX, *(f"{part}/{ending}" for part in _wanted(transformer) for ending in _FETCHED)]
+    return {"allow_patterns": wanted, "ignore_patterns": _VARIANTS}
+
+
+def require_no_code(config: object, where: str) -> None:
+    """ValueError where a library's JSON names code, or something that leads to code, at any depth.
+
+    Attention kernels of the hub are programs, and weights under another name may be pickles.
+    """
+    for key, value in _entries(config):
+        if key == "auto_map" and value:
+            raise _names_code(where, key, value, "no Python files of its own")
+        if key.endswith("_implementation") and any("/" in name for name in _strings(value)):
+            raise _names_code(where, key, value, "eager or sdpa")
+        if key == "transformers_weights" and value:
+            raise _names_code(where, key, value, "weights under their usual names")
+
+
+def read_json(path: Path, name: str) -> dict:
+    """A JSON object. ValueError, one line, where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"model {name!r}: {path.name} is not readable JSON ({error}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"model {name!r}: {path.name} is not readable JSON (no object); fetch it again")
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _wanted(transformer: bool) -> list[str]:
+    return [part for part in PARTS if transformer or part != "transformer"]
+
+
+def _require_index(folder: Path, name: str, transformer: bool) -> None:
+    index = read_json(folder / INDEX, name)
+    if index.get("_class_name") != PIPELINE:
+        raise ValueError(
+            f"model {name!r}: got a {index.get('_class_name')!r:.80}, expected a {PIPELINE!r}; name a FLUX.1 model"
+        )
+    wanted = _wanted(transformer)
+    others = {part for part, value in index.items() if isinstance(value, list) and value != [None, None]}
+    for part in sorted({*wanted, *others} - {*NOT_LOADED, *(PARTS.keys() - wanted)}):
+        value, known = index.get(part), PARTS.get(part, {})
+        if not (isinstance(value, list) and all(isinstance(each, str) for each in value) and tuple(value) in known):
+            classes = " or ".join(".".join(pair) for pair in known) or "no such part"
+            raise ValueError(
+                f"model {name!r}: {INDEX} names {value!r:.80} as its {part!r:.40}, expected {classes}: a class of another "
+                "name could be the folder's own code; name a FLUX.1 model as diffusers saves it"
+            )
+
+
+def _require_part(part: Path, name: str) -> None:
+    where = f"model {name!r}: {part.name}"
+    if (part / "adapter_config.json").exists():
+        raise ValueError(f"{where}: got an adapter, which may name any other model, expected whole weights; merge it")
+    for path in sorted(part.glob("*.json")):
+        if path.name.endswith(".index.json"):
+            _require_shards(read_json(path, name), f"{where}/{path.name}")
+        elif path.name not in _NO_CONFIG:
+            _require_config(read_json(path, name), f"{where}/{path.name}")
+
+
+def _require_config(config: dict, where: str) -> None:
+    require_no_code(config, where)
+    method = config.get("quantization_config")
+    if method and _quantiser(method) not in _BITSANDBYTES:
+        raise _names_code(where, "quantization_config", method, "full weights, or bitsandbytes'")
+
+
+def _require_shards(index: dict, where: str) -> None:
+    shards = index.get("weight_map")
+    for shard in shards.values() if isinstance(shards, dict) else [shards]:
+        if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
+            raise ValueError(
+                f"{where}: got a part of the weights in {shard!r:.80}, expected a .safetensors file beside it; other files "
+                "may be pickles, which can run code: fetch the model in safetensors"
+            )
+
+
+def _names_code(where: str, key: str, value: object, wanted: str) -> ValueError:
+    return ValueError(
+        f"{where}: got {key} = {value!r:.80}, which can lead to code of others, expected {wanted}; take it out, or name "
+        "another model"
+    )
+
+
+def _entries(config: object) -> Iterator[tuple[str, object]]:
+    """Every key and value of nested objects and lists, without recursion: depth is the stranger's choice."""
+    waiting = [config]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, dict):
+            yield from here.items()
+            waiting += here.values()
+        elif isinstance(here, list):
+            waiting += here
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for each in value.values() for text in _strings(each)]
+    return [value] if isinstance(value, str) else []
+
+
+def _quantiser(config: object) -> object:
+    if not isinstance(config, dict):
+        return config
+    if config.get("load_in_8bit") or config.get("load_in_4bit"):  # before the method was written down
+        return config.get("quant_method", "bitsandbytes")
+    return config.get("quant_method")
