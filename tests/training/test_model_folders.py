@@ -5,6 +5,7 @@ Every attack has a control: the same file, loaded plainly, does what it was made
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pickle
@@ -16,10 +17,17 @@ from diffusers import FluxPipeline
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
+from dev.comfyui import ROOT
 from tinyworld import model as tiny
 from training.flux import folder as folders
 from training.flux.loading import config_of, load_model
 from training.flux.models import encode
+from training.prompts.similarity import similarities
+from training.scores import Absent
+from training.scores.clip import clip_score
+from training.scores.distance import lpips_distance
+from training.scores.kid import inception
+from training.scores.vqa import vqa_score
 
 WEIGHTS = tiny.WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"
 
@@ -254,3 +262,75 @@ def test_neither_code_nor_pickles_are_fetched():
         there[-4:-1]
     )
     assert kept - set(filter_repo_objects(there, **folders.patterns(transformer=False))) == {"transformer/config.json"}
+
+
+@pytest.mark.parametrize("score, auto", [(clip_score, "AutoTokenizer"), (vqa_score, "AutoConfig")])
+def test_models_of_metrics_run_no_code_of_their_own(tmp_path, score, auto):
+    import transformers
+
+    mark = tmp_path / "ran"
+    lines = (
+        "from transformers import PreTrainedConfig, PreTrainedTokenizerFast\nclass Evil(PreTrainedConfig):\n    pass\n"
+    )
+    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n{lines}")
+    named = {"auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}, "model_type": "evil"}
+    for file in ("config.json", "tokenizer_config.json"):
+        (tmp_path / file).write_text(json.dumps(named))
+    found = score(str(tmp_path))
+    assert isinstance(found, Absent) and "auto_map" in found.why and not mark.exists()
+    try:
+        getattr(transformers, auto).from_pretrained(tmp_path, trust_remote_code=True)
+    except (AttributeError, OSError, TypeError, ValueError):
+        pass  # a config is no tokenizer; but it ran
+    assert mark.exists(), "control"
+
+
+def test_a_sentence_encoder_runs_no_code_of_its_own(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    mark = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\nclass Evil: pass\n")
+    (tmp_path / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "evil.Evil"}]))
+    with pytest.raises(ValueError, match=r"evil\.Evil"):
+        similarities(["a"], ["b"], str(tmp_path))
+    assert not mark.exists()
+    with pytest.raises(AttributeError):
+        SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)
+    assert mark.exists(), "control"
+
+
+@pytest.mark.parametrize("metric", [lpips_distance, inception])
+def test_weights_of_metrics_are_tensors_alone(harm, metric):
+    file, mark = harm
+    found = metric(file)
+    assert isinstance(found, Absent) and "no state dict of tensors" in found.why and not mark.exists()
+
+
+def careless(source: str) -> list[str]:
+    """Calls that would run a stranger's code or read its pickles, if a stranger's name reached them."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name, choices = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
+        owner, _, method = name.rpartition(".")
+        if method in ("from_pretrained", "download") and owner.split(".")[-1].endswith("Pipeline"):
+            found.append(name)  # reads model_index.json by itself
+        elif (method == "from_pretrained" and owner.startswith("Auto")) or name == "SentenceTransformer":
+            found += [name] if choices.get("trust_remote_code") != "False" else []
+        if method == "from_pretrained" and "Model" in owner and choices.get("use_safetensors") != "True":
+            found.append(name)
+    return found
+
+
+def test_no_call_of_the_trainer_is_careless():
+    files = [*(ROOT / "training").rglob("*.py")]
+    found = {file.name: careless(file.read_text(encoding="utf-8")) for file in files}
+    assert len(files) > 50 and {name: calls for name, calls in found.items() if calls} == {}
+    for line in (
+        "FluxPipeline.from_pretrained(x)",
+        "diffusers.FluxPipeline.download(x)",
+        "AutoProcessor.from_pretrained(x)",
+        "AutoTokenizer.from_pretrained(x, trust_remote_code=yes)",
+        "SentenceTransformer(x)",
+        "CLIPModel.from_pretrained(x)",
+    ):
+        assert careless(line) == [line.partition("(")[0]], "negative control"

@@ -19,7 +19,8 @@ def similarities(subjects: Sequence[str], seeds: Sequence[str], model: str = MOD
         raise ValueError(
             "subject filter: got no sentence-transformers installed; run `pip install sentence-transformers`"
         ) from None
-    encoder = SentenceTransformer(model, device="cpu")
+    safe = {"use_safetensors": True}  # its own modules' weights are read as tensors alone in any format
+    encoder = SentenceTransformer(model, device="cpu", trust_remote_code=False, model_kwargs=safe)
     subject, seed = (
         encoder.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
         for texts in (subjects, seeds)

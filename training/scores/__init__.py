@@ -7,10 +7,13 @@ weights are not there becomes an `Absent`, which tables name with how to get it:
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..flux.folder import require_no_code
 from ..prompts.prompt_sets import PromptSet
 
 # Columns of the summary, whatever metric fills them
@@ -58,3 +61,22 @@ def attempt(name: str, make: Callable[[], Metric], remedy: str) -> Metric | Abse
     except (ImportError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Absent(name, f"{reason}; {remedy}")
+
+
+def require_plain_config(name: str) -> None:
+    """ValueError where the config of a model of transformers, folder or hub id, names code; OSError where there is none."""
+    from transformers import PretrainedConfig
+
+    require_no_code(PretrainedConfig.get_config_dict(name)[0], f"model {name!r}: config.json")
+
+
+def read_tensors(weights: Path) -> dict[str, Tensor]:
+    """The tensors of a .pth file; nothing else is unpickled. ValueError, one line, where there is something else in it."""
+    try:
+        return torch.load(weights, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:  # whatever a broken or hostile pickle makes of the unpickler
+        raise ValueError(
+            f"{weights}: got a file that is no state dict of tensors, expected published weights"
+        ) from error

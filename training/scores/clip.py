@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..prompts.prompt_sets import UNSAFE, PromptSet
-from . import KEPT, SHOWN, Absent, Measure, Metric, Scores, attempt
+from . import KEPT, SHOWN, Absent, Measure, Metric, Scores, attempt, require_plain_config
 from .nudenet import NUDITY
 
 PUBLISHED = "openai/clip-vit-large-patch14"  # what publications use
@@ -29,8 +29,10 @@ def _made(name: str | None, device: str) -> Metric:
         raise ValueError("no CLIP model named")
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-    model = CLIPModel.from_pretrained(name).eval().requires_grad_(False).to(device)
-    tokenizer, processor = AutoTokenizer.from_pretrained(name), CLIPImageProcessor.from_pretrained(name)
+    require_plain_config(name)
+    model = CLIPModel.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    processor = CLIPImageProcessor.from_pretrained(name)
     length = model.config.text_config.max_position_embeddings
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..prompts.prompt_sets import UNSAFE, PromptSet
-from . import Absent, Measure, Metric, Scores, attempt
+from . import Absent, Measure, Metric, Scores, attempt, read_tensors
 from .metrics import pixel_differences
 
 GREY_LEVELS = "of 255"
@@ -49,7 +49,7 @@ def _lpips(weights: Path | None, device: str) -> Metric:
     if weights is None:
         raise ValueError("no AlexNet weights named")
     net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    state = torch.load(weights, weights_only=True, map_location="cpu")
+    state = read_tensors(weights)
     features = [tensor for name, tensor in state.items() if name.startswith("features.")]
     own = list(net.net.state_dict())
     if len(own) != len(features):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..pictures import load_picture
 from ..prompts.prompt_sets import UNSAFE, Ask, PromptSet
-from . import Absent, Measure, Metric, Scores, attempt
+from . import Absent, Measure, Metric, Scores, attempt, read_tensors
 from .metrics import fid, kid
 
 Features = tuple[str, Callable[[Tensor], Tensor]]
@@ -61,6 +61,7 @@ def _inception(weights: Path | None, device: str) -> Features:
         raise ValueError("no Inception weights named")
     if not weights.is_file():
         raise ValueError(f"{weights}: no such file")
+    read_tensors(weights)  # torch-fidelity would read any pickle: only one of tensors alone gets there
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
     net.eval().to(device)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..pictures import to_pil
 from ..prompts.prompt_sets import UNSAFE, PromptSet
-from . import Absent, Measure, Metric, Scores, attempt
+from . import Absent, Measure, Metric, Scores, attempt, require_plain_config
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'  # Lin et al., VQAScore, 2024
 _REMEDY = "name a vision-language model of transformers (a folder or a hub id) with --vqa"
@@ -23,8 +23,10 @@ def _made(name: str | None, device: str) -> Metric:
         raise ValueError("no vision-language model named")
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(name)
-    model = AutoModelForImageTextToText.from_pretrained(name).eval().requires_grad_(False).to(device)
+    require_plain_config(name)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+    model = model.eval().requires_grad_(False).to(device)
     answers = _answers(processor.tokenizer)
 
     @torch.no_grad()
