@@ -13,9 +13,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import FluxPipeline
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dev.comfyui import ROOT
 from tinyworld import model as tiny
@@ -226,6 +227,17 @@ def test_an_index_of_shards_names_safetensors_beside_it(folder, harm, part, shar
 def test_an_adapter_is_not_followed(folder):
     (folder / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
     assert "got an adapter" in refused(folder)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+def test_scaled_weights_in_a_folder_are_refused(folder, part):
+    """diffusers and transformers warn of names they do not know, and go on with weights of another size."""
+    (weights,) = (folder / part).glob("*.safetensors")
+    values = load_file(weights)
+    first = next(key for key, value in values.items() if value.ndim == 2)
+    weights.unlink()
+    save_file({**values, first.replace(".weight", ".weight_scale"): torch.ones(1)}, weights, {"format": "pt"})
+    assert "got scaled weights" in refused(folder, part)
 
 
 @pytest.fixture

@@ -1,17 +1,26 @@
-"""What a single-file FLUX transformer is, read from the names and shapes of its tensors, without loading one of them."""
+"""What a single-file FLUX transformer is, read from the names and shapes of its tensors; and its weights under plain names."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from .folder import first_line
 from .quantise import require_library
+from .scaled import is_scale, require_fp8, unscaled
 
 Shapes = dict[str, tuple[int, ...]]
 
 SUFFIXES = (".safetensors", ".gguf")
 ORIGINAL_WIDTH = 3072  # the only one that diffusers' converter from the original key layout knows: FLUX.1's
+MOST_BLOCKS = 152  # four times FLUX.1's 38 single ones: names cost nothing, a network made of them does
 _AXES = {128: (16, 56, 56)}  # RoPE's axes by head dimension, FLUX.1's; the file does not tell them
-_PREFIX = "model.diffusion_model."  # ComfyUI's all-in-one files put it before every name
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # ComfyUI puts one before the transformer's names, or none
+# As ComfyUI saves the norms since 0.30, whose RMSNorm is torch's, and as FLUX.1 does
+_NORMS = {"query_norm.weight": "query_norm.scale", "key_norm.weight": "key_norm.scale"}
 
 # the same tensors in diffusers' layout and in the original one
 _DIFFUSERS = {
@@ -37,9 +46,10 @@ _ORIGINAL = {
 
 
 def read_shapes(path: Path) -> Shapes:
-    """Name -> shape of every tensor of a .safetensors or .gguf file, ComfyUI's prefix taken off.
+    """Name -> shape of every weight of the transformer in a .safetensors or .gguf file, under its plain name.
 
-    ValueError where the file is neither, or broken.
+    Plain names have no prefix of ComfyUI's; what lies beside the transformer (encoders, VAE) and scales are left out.
+    ValueError where the file is neither, broken, or in a format of ComfyUI's that is not read.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(
@@ -49,7 +59,55 @@ def read_shapes(path: Path) -> Shapes:
         shapes = _gguf_shapes(path) if path.suffix == ".gguf" else _safetensors_shapes(path)
     except ValueError as error:
         raise ValueError(f"model {str(path)!r}: not a readable {path.suffix} file ({error}); fetch it again") from error
-    return {name.removeprefix(_PREFIX): shape for name, shape in shapes.items()}
+    names = _plain_names(shapes, str(path))
+    if path.suffix == ".gguf":
+        _require_read_by_diffusers(names, str(path))
+    return {plain: shapes[name] for plain, name in names.items() if not is_scale(plain)}
+
+
+def read_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The transformer's weights in a .safetensors file, under plain names: scaled fp8 multiplied out, in `dtype`; others as kept.
+
+    ValueError where its scales do not fit, or its weights are in another format of ComfyUI's.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = _plain_names(file.keys(), str(path))
+        weights = {plain: file.get_tensor(name) for plain, name in names.items()}
+        require_fp8(weights, file.metadata(), str(path))
+    return unscaled(weights, dtype, str(path))
+
+
+def require_names(config: dict, shapes: Shapes, name: str) -> None:
+    """ValueError where weights of FluxTransformer2DModel(**config) are missing, or some are there that nothing would read."""
+    from diffusers import FluxTransformer2DModel
+    from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+
+    with torch.device("meta"):
+        wanted = FluxTransformer2DModel.from_config(config).state_dict().keys()
+        there = {key: torch.empty(shape) for key, shape in shapes.items()}
+    try:
+        found = there if _DIFFUSERS["norm"] in shapes else convert_flux_transformer_checkpoint_to_diffusers(there)
+    except (LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"model {name!r}: got tensors without {first_line(error)!r:.120}, expected all of a FLUX.1 transformer; fetch it again"
+        ) from error
+    require_none(name, sorted(wanted - found.keys()))
+    unread = sorted(there.keys() - wanted)  # the converter takes out what it reads
+    if unread:
+        raise ValueError(
+            f"model {name!r}: got tensors {', '.join(unread[:3])!r:.200} ..., which are no weights of a FLUX.1 transformer and "
+            "would be dropped, expected none; name a FLUX.1 checkpoint without them"
+        )
+
+
+def require_none(name: str, missing: list[str]) -> None:
+    """ValueError where weights are missing: diffusers would go on with random or no values."""
+    if missing:
+        raise ValueError(
+            f"model {name!r}: got no weights for {', '.join(missing[:3])} ..., expected all; fetch it again"
+        )
 
 
 def transformer_config(shapes: Shapes, name: str) -> dict:
@@ -82,6 +140,11 @@ def transformer_config(shapes: Shapes, name: str) -> dict:
 
 
 def _check(name: str, layout: dict, shapes: Shapes, width: int, channels: int, head_dim: int) -> None:
+    for kind in ("double", "single"):
+        if _blocks(shapes, layout[kind]) > MOST_BLOCKS:
+            raise ValueError(
+                f"model {name!r}: got more than {MOST_BLOCKS} {kind} blocks, expected 19 and 38 as in FLUX.1; name a FLUX.1"
+            )
     if head_dim not in _AXES:
         raise ValueError(f"model {name!r}: got heads of {head_dim}, expected 128 as in FLUX.1; load it as a folder")
     if shapes[layout["velocity"]][0] != channels:
@@ -98,6 +161,34 @@ def _check(name: str, layout: dict, shapes: Shapes, width: int, channels: int, h
 
 def _blocks(shapes: Shapes, prefix: str) -> int:
     return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})
+
+
+def _plain_names(names: Iterable[str], where: str) -> dict[str, str]:
+    """Plain name -> name in the file, of the transformer's tensors. ValueError where two names are the same one."""
+    names = list(names)
+    prefix = next((each for each in _PREFIXES if any(name.startswith(each) for name in names)), "")
+    found: dict[str, str] = {}
+    for name in names:
+        if name.startswith(prefix):
+            plain = name.removeprefix(prefix)
+            for theirs, ours in _NORMS.items():
+                plain = plain.removesuffix(theirs) + ours if plain.endswith(theirs) else plain
+            if plain in found:
+                raise ValueError(
+                    f"model {where!r}: got {found[plain]!r} and {name!r}, which are the same tensor; keep one"
+                )
+            found[plain] = name
+    return found
+
+
+def _require_read_by_diffusers(names: dict[str, str], where: str) -> None:
+    """diffusers itself opens a .gguf file; of other names than its own and FLUX.1's it takes off one prefix, of FLUX.1's."""
+    for plain, name in names.items():
+        if name != plain and (name != _PREFIXES[0] + plain or _ORIGINAL["norm"] not in names):
+            raise ValueError(
+                f"model {where!r}: got a tensor {name!r:.120}, expected {plain!r:.120} in a .gguf file; name a .safetensors file, "
+                "where both are read, or another .gguf"
+            )
 
 
 def _safetensors_shapes(path: Path) -> Shapes:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+from .scaled import is_scale
+
 INDEX, PIPELINE, TRANSFORMER = "model_index.json", "FluxPipeline", "FluxTransformer2DModel"
 TOKENIZERS = {  # transformers 5 writes TokenizersBackend, which 4 calls PreTrainedTokenizerFast
     ("transformers", "PreTrainedTokenizerFast"): "PreTrainedTokenizerFast",
@@ -147,6 +149,13 @@ def _require_part(part: Path, name: str) -> None:
             _require_shards(read_json(path, name), f"{where}/{path.name}")
         elif path.name not in _NO_CONFIG:
             _require_config(read_json(path, name), f"{where}/{path.name}")
+    for path in sorted(part.glob("*.safetensors")):
+        scales = [key for key in _names(path) if is_scale(key)]
+        if scales:
+            raise ValueError(
+                f"{where}/{path.name}: got scaled weights ({scales[0]!r:.80} ...), whose scales diffusers and transformers "
+                "drop in a folder, expected weights without; name the scaled file itself as the model, or a folder without"
+            )
 
 
 def _require_config(config: dict, where: str) -> None:
@@ -164,6 +173,17 @@ def _require_shards(index: dict, where: str) -> None:
                 f"{where}: got a part of the weights in {shard!r:.80}, expected a .safetensors file beside it; other files "
                 "may be pickles, which can run code: fetch the model in safetensors"
             )
+
+
+def _names(path: Path) -> list[str]:
+    """Of all tensors; none where the file is broken, which its loader then tells."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError):
+        return []
 
 
 def _names_code(where: str, key: str, value: object, wanted: str) -> ValueError:

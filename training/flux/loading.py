@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import SUFFIXES, read_shapes, transformer_config
+from .checkpoint import SUFFIXES, read_shapes, read_weights, require_names, require_none, transformer_config
 from .encoders import EncoderSource
 from .folder import INDEX, TRANSFORMER, fetch, first_line, load_part, read_json, require_parts
 from .models import GUIDANCE, TINYWORLD, Model, from_pipeline
@@ -177,7 +177,8 @@ def _from_folder(folder: Path, name: str, quantise: str | None, device: str, dty
             use_safetensors=True,
             output_loading_info=True,
         )
-    return _whole(transformer, name, report["missing_keys"])
+    require_none(name, report["missing_keys"])
+    return transformer
 
 
 def _folder_config(folder: Path, name: str) -> dict:
@@ -193,46 +194,24 @@ def _from_file(path: Path, quantise: str | None, device: str, dtype: torch.dtype
     """The transformer of a .safetensors or .gguf file; its configuration comes from the file, never from the hub."""
     from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
 
-    config = None
+    config, weights = None, None
     if path.suffix == ".gguf":
         require_library("gguf", f"model {str(path)!r}")
         if quantise:
             raise ValueError(f"quantisation {quantise!r}: got a .gguf file, which is quantised already; leave it out")
-        config = GGUFQuantizationConfig(compute_dtype=dtype)
+        config, weights = GGUFQuantizationConfig(compute_dtype=dtype), str(path)
     elif quantise:
         config = quantisation_config(quantise, device, dtype)
     shapes = read_shapes(path)
     geometry = transformer_config(shapes, str(path))
-    _require_names(geometry, shapes, str(path))
+    require_names(geometry, shapes, str(path))
     with tempfile.TemporaryDirectory() as folder, _readable(str(path)):
         Path(folder, "config.json").write_text(json.dumps({"_class_name": TRANSFORMER, **geometry}))
         transformer = FluxTransformer2DModel.from_single_file(
-            str(path), config=folder, torch_dtype=dtype, quantization_config=config
+            weights or read_weights(path, dtype), config=folder, torch_dtype=dtype, quantization_config=config
         )
-    return _whole(transformer, str(path), [key for key, value in transformer.named_parameters() if value.is_meta])
-
-
-def _require_names(config: dict, shapes: dict, name: str) -> None:
-    """ValueError where a file in diffusers' layout lacks tensors; diffusers' own words for it help nobody."""
-    from diffusers import FluxTransformer2DModel
-
-    with torch.device("meta"):
-        wanted = FluxTransformer2DModel.from_config(config).state_dict()
-    if "x_embedder.weight" in shapes:
-        _require_none(name, sorted(wanted.keys() - shapes.keys()))
-
-
-def _whole(transformer, name: str, missing: list[str]):
-    """The transformer, unless weights were missing: diffusers would go on with random or no values."""
-    _require_none(name, missing)
+    require_none(str(path), [key for key, value in transformer.named_parameters() if value.is_meta])
     return transformer
-
-
-def _require_none(name: str, missing: list[str]) -> None:
-    if missing:
-        raise ValueError(
-            f"model {name!r}: got no weights for {', '.join(missing[:3])} ..., expected all; fetch it again"
-        )
 
 
 @contextmanager
