@@ -143,6 +143,8 @@ REFUSED = {
         lambda f: ({**newer(f)[0], f"{LAYER}.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, {}),
         "not readable JSON",
     ),
+    "numbers": (lambda f: ({**newer(f)[0], f"{LAYER}.comfy_quant": torch.ones(3)}, {}), "not readable JSON"),
+    "a number": (lambda f: ({**newer(f)[0], f"{LAYER}.comfy_quant": torch.tensor(9.5)}, {}), "not readable JSON"),
     "a list": (lambda f: (newer(f)[0], {"_quantization_metadata": "[]"}), "not readable JSON"),
     "a scale of scales": (lambda f: ({**newer(f)[0], f"{LAYER}.weight_scale_2": torch.ones(1)}, {}), "weight_scale_2"),
     "smoothing": (lambda f: ({**newer(f)[0], f"{LAYER}.pre_quant_scale": torch.ones(256)}, {}), "pre_quant_scale"),

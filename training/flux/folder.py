@@ -206,9 +206,7 @@ def _entries(config: object) -> Iterator[tuple[str, object]]:
 
 
 def _strings(value: object) -> list[str]:
-    if isinstance(value, dict):
-        return [text for each in value.values() for text in _strings(each)]
-    return [value] if isinstance(value, str) else []
+    return [each for each in (value, *(inner for _, inner in _entries(value))) if isinstance(each, str)]
 
 
 def _quantiser(config: object) -> object:

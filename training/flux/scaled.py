@@ -17,6 +17,7 @@ SCALES = (".scale_weight", ".weight_scale")
 HEADER = "_quantization_metadata"
 _MARKS = ("scaled_fp8", ".comfy_quant", ".scale_input", ".input_scale")
 _FORMAT = ".comfy_quant"
+_LONGEST = 4096  # bytes of a layer's format, which has some dozens: one cut here is no JSON any more
 _OTHER = (".weight_scale_2", ".pre_quant_scale")  # of nvfp4
 _FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _NEWER = "name an fp8, bf16 or .gguf file of the same model"
@@ -32,11 +33,12 @@ def require_fp8(weights: dict[str, Tensor], header: Mapping[str, str] | None, na
 
     `weights` hold the `comfy_quant` of layers, `header` is the file's metadata.
     """
-    texts = [bytes(value.flatten().tolist()) for key, value in weights.items() if key.endswith(_FORMAT)]
+    said = [value for key, value in weights.items() if key.endswith(_FORMAT)]
     try:
+        texts = [bytes(value[:_LONGEST].flatten().tolist()) for value in said]
         layers = json.loads((header or {}).get(HEADER, "{}")).get("layers", {})
         found = {str(layer.get("format")) for layer in [*map(json.loads, texts), *layers.values()]}
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"model {name!r}: got formats of weights that are not readable JSON; {_NEWER}") from error
     found = sorted(found - _FP8.keys()) or sorted(key for key in weights if key.endswith(_OTHER))
     if found:
