@@ -18,7 +18,7 @@ from training import cli
 from training.audit.file import MAX_TEXT, Documents, Unreadable, read
 from training.audit.report import plain
 
-from .workflows import PIN, STAR, editor, node, protected
+from .workflows import PIN, editor, node, protected
 
 
 def png(path, texts, **options):
@@ -155,31 +155,6 @@ def test_the_worst_of_several_files_counts(tmp_path):
     assert json.loads(told)[1]["samplers"][0]["failures"] == [
         {"reason": "a path without an Apply that acts", "path": ["1", "4"]}
     ]
-
-
-def test_the_folder_of_concepts(tmp_path):
-    from hashlib import sha256
-
-    (tmp_path / "concepts").mkdir()
-    (tmp_path / "concepts" / STAR).write_bytes(b"a concept")
-    (tmp_path / "outside.safetensors").write_bytes(b"a concept")
-    pin = sha256(b"a concept").hexdigest()
-
-    def code(name, pin):
-        prompt = protected() | {"2": node("SafeRoPE_LoadConcept", concept=name, sha256=pin)}
-        (tmp_path / "a.json").write_text(json.dumps(prompt), encoding="utf-8")
-        return audit(tmp_path / "a.json", "--concepts", tmp_path / "concepts", "--require-sha256", pin)[0]
-
-    assert code(STAR, pin) == 0
-    assert code(STAR, PIN) == 1
-    assert (
-        code("../outside.safetensors", pin)
-        == code(str(tmp_path / "outside.safetensors"), pin)
-        == code("a\0b", pin)
-        == 1
-    )
-    assert audit(tmp_path / "a.json", "--concepts", tmp_path / "gone")[0] == 2
-    assert audit(tmp_path / "a.json", "--require-sha256", "1234")[0] == 2
 
 
 def test_a_strangers_names_do_not_play_with_the_terminal(tmp_path):

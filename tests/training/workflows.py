@@ -9,6 +9,7 @@ STAR = "star.safetensors"
 PIN, OTHER_PIN = "ab" * 32, "cd" * 32
 OUTPUTS = {
     "UNETLoader": ["MODEL"],
+    "UnetLoaderGGUF": ["MODEL"],
     "CheckpointLoaderSimple": ["MODEL", "CLIP", "VAE"],
     "PixArtCheckpointLoader": ["MODEL"],
     "StrangeLoader": ["MODEL"],
@@ -37,6 +38,7 @@ OUTPUTS = {
     "PrimitiveFloat": ["FLOAT"],
     "PrimitiveString": ["STRING"],
     "StrangeFloat": ["FLOAT"],
+    "EmptySD3LatentImage": ["LATENT"],
     "VAEDecode": ["IMAGE"],
     "SaveImage": [],
 }
@@ -61,6 +63,16 @@ WIDGETS = {
         "streams": "both",
         "conditionings": "all",
     },
+    "KSampler": {
+        "seed": 1,
+        "control_after_generate": "fixed",
+        "steps": 20,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+    },
+    "BasicScheduler": {"scheduler": "simple", "steps": 20, "denoise": 1.0},
     "PrimitiveFloat": {"value": 0.0},
     "PrimitiveString": {"value": ""},
 }
@@ -81,7 +93,7 @@ def protected(**apply: Any) -> dict:
         "1": node("UNETLoader", unet_name="flux1-dev.safetensors"),
         "2": node("SafeRoPE_LoadConcept", concept=STAR),
         "3": node("SafeRoPE_Apply", **{key: value for key, value in inputs.items() if value is not None}),
-        "4": node("KSampler", model=("3", 0), seed=1),
+        "4": node("KSampler", model=("3", 0), seed=1, denoise=1.0),
         "5": node("VAEDecode", samples=("4", 0)),
         "6": node("SaveImage", images=("5", 0)),
     }

@@ -11,22 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .file import Unreadable
-from .graph import (
-    ANY,
-    APPLY,
-    COMBINE,
-    LOAD,
-    MAX_NODES,
-    MODELS,
-    Graph,
-    Input,
-    Link,
-    Node,
-    Unknown,
-    Value,
-    declared,
-    is_slot,
-)
+from .graph import MAX_NODES, Graph, Input, Link, Node, Unknown, Value
+from .known import APPLY, COMBINE, LOAD
 
 MUTED, BYPASSED = 2, 4
 MODES = (0, 1, MUTED, 3, BYPASSED)
@@ -43,8 +29,17 @@ WIDGETS = {
     APPLY: (
         "strength", "gate", "threshold", "start_percent", "end_percent", "blocks", "streams", "conditionings", "record",
     ),
+    "BasicScheduler": ("scheduler", "steps", "denoise"),
+    "KSampler": ("seed", "control_after_generate", "steps", "cfg", "sampler_name", "scheduler", "denoise"),
 }  # fmt: skip
-PRIMITIVES = ("PrimitiveInt", "PrimitiveFloat", "PrimitiveString", "PrimitiveStringMultiline", "PrimitiveBoolean")
+# Types of the values that they pass on as they are; ComfyUI would turn any other into one.
+PRIMITIVES = {
+    "PrimitiveInt": (int,),
+    "PrimitiveFloat": (int, float),
+    "PrimitiveString": (str,),
+    "PrimitiveStringMultiline": (str,),
+    "PrimitiveBoolean": (bool,),
+}
 UNFIXED = {"randomize", "increment", "decrement", "increment-wrap"}  # what a primitive does to its value after each run
 
 
@@ -63,10 +58,10 @@ class Scope:
 
     def __post_init__(self):
         self.size = len(self.links) + sum(len(_get(node, "inputs", list)) for node in self.nodes.values())
-        self.outgoing: dict[int, set[tuple[str, int]]] = {}  # by output of the subgraph: what is linked to it inside
-        for source, slot, target, index in self.links.values():
+        self.outgoing: dict[int, list[Any]] = {}  # by output of the subgraph: the links that lead to it inside
+        for key, (_, _, target, index) in self.links.items():
             if target == self.ends[1]:
-                self.outgoing.setdefault(index, set()).add((source, slot))
+                self.outgoing.setdefault(index, []).append(key)
 
 
 def from_editor(workflow: Any) -> Graph:
@@ -74,7 +69,6 @@ def from_editor(workflow: Any) -> Graph:
     if not isinstance(workflow, dict) or not workflow.get("nodes"):
         raise Unreadable("has no nodes, expected what ComfyUI's editor saves")
     graph, definitions = Graph(), _definitions(workflow)
-    groups = _get(_get(workflow, "extra", dict), "groupNodes", dict)
     scopes = [_scope(workflow)]
     nodes, links = len(scopes[0].nodes), scopes[0].size
     for scope in scopes:  # it grows: all scopes come first, since links lead from one to another
@@ -90,7 +84,7 @@ def from_editor(workflow: Any) -> Graph:
             scopes.append(inner)
     for scope in scopes:
         for key, node in scope.nodes.items():
-            _add(graph, scope, key, node, definitions, groups)
+            _add(graph, scope, key, node, definitions)
     return graph
 
 
@@ -151,12 +145,16 @@ def _links(holder: dict) -> Iterator[tuple[Any, tuple[str, int, str, int]]]:
             isinstance(link, list)
             and len(link) >= 5
             and type(link[0]) in (int, str)
-            and is_slot(link[2])
-            and is_slot(link[4])
+            and _is_slot(link[2])
+            and _is_slot(link[4])
         ):
             yield link[0], (str(link[1]), int(link[2]), str(link[3]), int(link[4]))
         elif link is not None:
             raise Unreadable("has a link that is none, expected [id, source, slot, target, slot, type]")
+
+
+def _is_slot(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < MAX_NODES and value == int(value)
 
 
 def _inside(scope: Scope, key: str, node: dict, definition: dict) -> Scope:
@@ -172,7 +170,7 @@ def _inside(scope: Scope, key: str, node: dict, definition: dict) -> Scope:
     return _scope(definition, prefix=prefix, parent=scope, host=node, definition=definition, ends=ends)
 
 
-def _add(graph: Graph, scope: Scope, key: str, node: dict, definitions: dict, groups: dict) -> None:
+def _add(graph: Graph, scope: Scope, key: str, node: dict, definitions: dict) -> None:
     """The node, unless it is muted or only the editor's own; a note of what a reader may miss."""
     kind, mode, place = node["type"], node["mode"], scope.prefix + key
     if mode == MUTED or kind in ASIDE or (kind in ("Reroute", "PrimitiveNode") and mode != BYPASSED):
@@ -181,33 +179,27 @@ def _add(graph: Graph, scope: Scope, key: str, node: dict, definitions: dict, gr
         return
     if kind in definitions and mode != BYPASSED:
         return
-    if mode != BYPASSED and kind.startswith(GROUP) and _hides_models(groups.get(kind[len(GROUP[0]) :])):
+    if mode != BYPASSED and kind.startswith(GROUP):
         graph.opaque.append((place, "a group node, which is not looked into; convert it to a subgraph"))
     if mode != BYPASSED and _looks_like_an_id(kind):
         graph.opaque.append((place, "a subgraph whose definition is not in the file"))
-    made = Node(place, kind, bypassed=mode == BYPASSED)
-    made.output_types = [declared(slot.get("type")) for slot in _get(node, "outputs", list)]
-    made.inputs = dict(_widgets(scope, node))
+    made = Node(place, kind, dict(_widgets(scope, node)), bypassed=mode == BYPASSED)
+    names: set[str] = set()
     for index, slot in enumerate(_get(node, "inputs", list)):
         name = slot["name"] if isinstance(slot.get("name"), str) else f"input {index}"
-        twice = name in made.input_types
-        made.input_types[name] = declared(slot.get("type")) if not twice else ANY
-        if (found := _origin(scope, node, index)) is not None or twice:
-            made.inputs[name] = Unknown(f"two inputs of the name {name!r:.60}") if twice else found
+        found = _origin(scope, node, index)
+        if name in names:
+            made.inputs[name] = Unknown(f"two inputs of the name {name!r:.60}")
+        elif isinstance(found, Value) and found != made.inputs.get(name, None if kind in WIDGETS else found):
+            made.inputs[name] = Unknown("a primitive node that holds another value than the widget itself", link=False)
+        elif found is not None:
+            made.inputs[name] = found
+        names.add(name)
     graph.add(made)
 
 
 def _looks_like_an_id(kind: str) -> bool:
     return len(kind) == 36 and [len(part) for part in kind.split("-")] == [8, 4, 4, 4, 12]
-
-
-def _hides_models(group: Any) -> bool:
-    """Whether a group node's content has a slot for a model; where it cannot be seen, it may have."""
-    if not isinstance(group, dict):
-        return True
-    nodes = _objects(group, "nodes")
-    slots = [slot for node in nodes for name in ("inputs", "outputs") for slot in _objects(node, name)]
-    return not nodes or any(declared(slot.get("type")) in MODELS or declared(slot.get("type")) == ANY for slot in slots)
 
 
 def _origin(scope: Scope, node: dict, index: int) -> Input | None:
@@ -240,10 +232,13 @@ def _origin(scope: Scope, node: dict, index: int) -> Input | None:
             if key not in scope.inner:
                 return None if kind in ASIDE else Link(scope.prefix + key, index)
             scope = scope.inner[key]
-            inside = scope.outgoing.get(index, set())
-            if len(inside) != 1:
-                return Unknown("a subgraph's output with several links") if inside else None
-            ((source, index),) = inside
+            slots, inside = _get(scope.definition, "outputs", list), scope.outgoing.get(index, [])
+            listed = slots[index].get("linkIds") if index < len(slots) else []
+            if len(inside) != 1 or listed != inside:  # the editor goes by the list
+                return (
+                    Unknown("a subgraph's output that lists other links than lead to it") if inside or listed else None
+                )
+            source, index = scope.links[inside[0]][:2]
         while source == scope.ends[0] and scope.parent is not None:  # up and out of the subgraph, at the host's input
             slots = _get(scope.definition, "inputs", list)
             name = slots[index].get("name") if index < len(slots) else None
@@ -258,13 +253,13 @@ def _origin(scope: Scope, node: dict, index: int) -> Input | None:
             node, inward = scope.nodes[source], False
 
 
-def _primitive(node: dict) -> Input:
+def _primitive(node: dict) -> Value | Unknown:
     """The value of the editor's primitive, unless it changes by itself from run to run."""
     values = node.get("widgets_values")
     if not isinstance(values, list) or not values:
-        return Unknown("a primitive node without a value")
+        return Unknown("a primitive node without a value", link=False)
     if any(isinstance(value, str) and value in UNFIXED for value in values[1:]):
-        return Unknown("a primitive node whose value changes after each run")
+        return Unknown("a primitive node whose value changes after each run", link=False)
     return Value(values[0])
 
 
@@ -272,36 +267,44 @@ def _widgets(scope: Scope, node: dict) -> Iterator[tuple[str, Input]]:
     """The values of a node's widgets by name, for the nodes whose values count."""
     kind, values = node["type"], node.get("widgets_values")
     if kind in PRIMITIVES:
-        yield "value", _primitive(node)
+        yield "value", _shown(scope, node, "value", _primitive(node))
     names = WIDGETS.get(kind, ())
     if isinstance(values, list) and len(values) > len(names):
-        reason = Unknown("another version's widgets, whose order is not known")
+        reason = Unknown("another version's widgets, whose order is not known", link=False)
         yield from ((name, reason) for name in names)
         return
     if isinstance(values, list):
         values = dict(zip(names, values, strict=False))
     for name in names if isinstance(values, dict) else ():
         if name in values:
-            yield name, _shown(scope, node, name, values[name])
+            yield name, _shown(scope, node, name, Value(values[name]))
 
 
-def _shown(scope: Scope, node: dict, name: str, value: Any) -> Input:
-    """A widget's value. Inside a subgraph its instance may show the widget and hold another value, by the file's version."""
-    promoted = scope.host is not None and (
-        _promoted_by_link(scope, node, name) or _promoted_by_name(scope.host, node, name)
-    )
-    if promoted and _get(scope.host, "widgets_values", list):
+def _shown(scope: Scope, node: dict, name: str, value: Value | Unknown) -> Value | Unknown:
+    """A widget's value. Inside of subgraphs every instance that shows the widget must hold the same one.
+
+    Which of them runs depends on the version of the editor.
+    """
+    while isinstance(value, Value) and scope.host is not None and scope.parent is not None:
+        outer = _linked_outside(scope, node, name)
+        if outer is None and not _promoted_by_name(scope.host, node, name):
+            break
         held = _get(scope.host, "widgets_values", list)
-        if not any(type(each) is type(value) and each == value for each in held) or len(held) > 1:
-            return Unknown("a widget that the subgraph's instance shows and may have changed")
-    return Value(value)
+        if len(held) > 1 or any(type(each) is not type(value.value) or each != value.value for each in held):
+            return Unknown("a widget that the subgraph's instance shows and may have changed", link=False)
+        node, scope, name = scope.host, scope.parent, outer or name
+    return value
 
 
-def _promoted_by_link(scope: Scope, node: dict, name: str) -> bool:
+def _linked_outside(scope: Scope, node: dict, name: str) -> str | None:
+    """The subgraph's own input that a widget is linked to, by name; None where there is none."""
     for slot in _get(node, "inputs", list):
         if slot.get("name") == name and type(slot.get("link")) in (int, str):
-            return scope.links.get(slot["link"], ("",))[0] == scope.ends[0]
-    return False
+            source, index, *_ = scope.links.get(slot["link"], ("", 0))
+            slots = _get(scope.definition, "inputs", list)
+            if source == scope.ends[0] and index < len(slots):
+                return str(slots[index].get("name"))
+    return None
 
 
 def _promoted_by_name(host: dict, node: dict, name: str) -> bool:

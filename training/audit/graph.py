@@ -1,45 +1,20 @@
-"""One small graph for both forms of a ComfyUI workflow, and where models flow in it.
+"""One small graph for both forms of a ComfyUI workflow, and where models may flow in it.
 
 An input holds a Link to another node's output, a Value, or is Unknown with the reason; an input that nothing is linked to is
 missing. The API form becomes a graph here, the editor's form in `editor`.
 
-Types of slots come from ComfyUI's own nodes (comfyui_nodes.json, written by dev/node_table.py), else from what the editor
-saved beside a slot, else from what is at the other end. Where nothing tells, a link that may carry a model counts as one.
+Types come from the table of known classes alone: what a file says of a slot's type, its author may have made up.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from .file import Unreadable
+from .known import ANY, EVERYWHERE, MODELS, OTHER, node_table
 
 MAX_NODES = 20_000  # of a workflow with its subgraphs unfolded
-MODELS = {"MODEL", "GUIDER"}  # a guider is a model with its conditionings
-DRAWN = {"LATENT", "IMAGE"}
-ANY, OTHER = "*", ""
-APPLY, LOAD, COMBINE, CALIBRATE, PROBE = (
-    f"SafeRoPE_{name}" for name in ("Apply", "LoadConcept", "CombineConcepts", "CalibrateConcept", "RiskProbe")
-)
-_OURS = {
-    APPLY: [{"model": "MODEL"}, ["MODEL", OTHER]],
-    LOAD: [{}, [OTHER, OTHER]],
-    COMBINE: [{"concepts": ANY}, [OTHER, OTHER, "IMAGE"]],
-    CALIBRATE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, "IMAGE"]],
-    PROBE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, OTHER, "IMAGE", "IMAGE"]],
-    "SafeRoPE_RiskMap": [{"latent": "LATENT", "image": "IMAGE"}, [OTHER, OTHER, "IMAGE", "IMAGE", "IMAGE", "IMAGE"]],
-    "SafeRoPE_SaveConcept": [{}, [OTHER]],
-    "SafeRoPE_InspectConcept": [{}, ["IMAGE", "IMAGE", OTHER]],
-    "SafeRoPE_TinyWorld": [{}, ["MODEL", OTHER, OTHER]],
-}
-_ASKS_ONLY = {"AddNoise", CALIBRATE, PROBE}  # take a model and may give a latent or picture, but draw nothing
-# what unknown nodes call a model, in the API form, which has no types
-_MODEL_NAME = re.compile(r"(\w*_)?(model|unet|guider|pipe|basic_pipe)_?\d*", re.IGNORECASE)
-_DRAWN_NAME = re.compile(r"samples|latents?|latent_image|images?|pixels", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -59,9 +34,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Unknown:
-    """Something that comes from where it cannot be followed to."""
+    """Something that comes from where it cannot be followed to. `link`: it may be a link, and so bring a model."""
 
     reason: str
+    link: bool = True
 
 
 Input = Link | Value | Unknown
@@ -69,14 +45,16 @@ Input = Link | Value | Unknown
 
 @dataclass
 class Node:
-    """A node that runs, or a bypassed one, which stays as something that passes on what has its type."""
+    """A node that runs, or a bypassed one, which stays as something that passes on what it is given."""
 
     id: str
     kind: str
     inputs: dict[str, Input] = field(default_factory=dict)
-    input_types: dict[str, str] = field(default_factory=dict)
-    output_types: list[str] = field(default_factory=list)
     bypassed: bool = False
+
+    @property
+    def known(self) -> bool:
+        return self.kind in node_table()
 
 
 @dataclass
@@ -104,43 +82,26 @@ def from_api(prompt: Any) -> Graph:
         kind, inputs = (entry.get("class_type"), entry.get("inputs", {})) if isinstance(entry, dict) else (None, None)
         if not isinstance(kind, str) or not isinstance(inputs, dict):
             raise Unreadable(f'has an entry {key!r:.60} that is no node, expected {{"class_type": ..., "inputs": ...}}')
+        if EVERYWHERE.fullmatch(kind):
+            inputs = {}  # what it sends on is linked plainly in this form
         graph.add(Node(key, kind, {name: _api_input(value, prompt) for name, value in inputs.items()}))
     return graph
 
 
 def _api_input(value: Any, prompt: dict) -> Input:
-    if isinstance(value, list) and len(value) == 2 and is_slot(value[1]) and type(value[0]) in (str, int):
-        source = str(value[0])
-        if source in prompt:
-            return Link(source, int(value[1]))
-        return Unknown(f"a link from node {source:.60}, which is not there")
-    if isinstance(value, dict) and "__value__" in value:  # how a list is told from a link
-        return Value(value["__value__"])
-    return Value(value)
-
-
-def is_slot(value: Any) -> bool:
-    """Whether it is a number of an output: a whole one, not negative; ComfyUI takes 0.0 for 0."""
-    return type(value) in (int, float) and 0 <= value < MAX_NODES and value == int(value)
-
-
-@cache
-def node_table() -> dict[str, list]:
-    """{node: [{input: type}, [types of outputs]]} of ComfyUI's own nodes and ours. No state: the file's content."""
-    text = (Path(__file__).parent / "comfyui_nodes.json").read_text(encoding="utf-8")
-    return json.loads(text) | _OURS
-
-
-def declared(kind: Any) -> str:
-    """The type that the editor saved, as the table has it: one of four, ANY where it may be one, else OTHER."""
-    if not isinstance(kind, str) or kind in ("", "*") or kind.startswith("COMFY_"):
-        return ANY
-    parts = {part.strip().upper() for part in kind.split(",")}
-    return kind.upper() if kind.upper() in MODELS | DRAWN else ANY if parts & (MODELS | DRAWN | {ANY}) else OTHER
+    """ComfyUI follows more than plain links (["1", false], ["1", -3], {"__value__": ["1", 0]}); its editor writes no others."""
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int:
+        if value[1] >= 0:
+            return (
+                Link(*value) if value[0] in prompt else Unknown(f"a link from node {value[0]:.60}, which is not there")
+            )
+    if isinstance(value, dict) and "__value__" in value:
+        return Unknown("a value in a wrapper (__value__), which may be a link")
+    return Unknown("a list that is no plain link") if isinstance(value, list) else Value(value)
 
 
 class Flow:
-    """Where models flow in a graph."""
+    """Where models may flow in a graph."""
 
     def __init__(self, graph: Graph):
         self.graph, self.table = graph, node_table()
@@ -149,91 +110,47 @@ class Flow:
             for name, value in node.inputs.items():
                 if isinstance(value, Link):
                     self.consumers[value.source].append((node, name, value))
-        self.touched = self._touched()
-
-    def known(self, node: Node) -> bool:
-        return node.kind in self.table and not node.bypassed
+        self.holders = self._holders()
 
     def taken(self, node: Node, name: str) -> str:
-        """The type that an input takes."""
-        if self.known(node):
-            slots = self.table[node.kind][0]
-            return slots.get(name, ANY if "." in name else OTHER)  # dotted: one of a growing row of inputs
-        return node.input_types.get(name, ANY)
+        """The type that an input takes. A dotted name is one of a growing row of inputs."""
+        if not node.known:
+            return ANY
+        slots = self.table[node.kind][0]
+        return slots.get(name, slots.get(name.split(".")[0], OTHER))
 
-    def given(self, node: Node, slot: int) -> str:
-        """The type that an output has by itself, ANY where it does not tell."""
-        types = self.table[node.kind][1] if self.known(node) else node.output_types
-        return types[slot] if slot < len(types) else ANY
+    def given(self, link: Link) -> str:
+        """The type that a link brings; ANY where its source does not tell."""
+        node = self.graph.nodes[link.source]
+        types = self.table[node.kind][1] if node.known else []
+        return types[link.slot] if link.slot < len(types) else ANY
 
-    def _plainly(self, node: Node, name: str, link: Link) -> bool | None:
-        """Whether a link carries a model by its ends; None where neither end tells."""
-        taken, given = self.taken(node, name), self.given(self.graph.nodes[link.source], link.slot)
-        if self.known(node) and taken != ANY:
-            return taken in MODELS
-        if {taken, given} & MODELS:
-            return True
-        if taken == given == ANY:
-            return True if _MODEL_NAME.fullmatch(name) else None
-        return False
-
-    def _touched(self) -> set[str]:
-        """Nodes of unknown types that a model goes into: what comes out of them, to others of the kind, may be one."""
-        found = {
-            node.id
-            for links in self.consumers.values()
-            for node, name, link in links
-            if self._plainly(node, name, link)
-        }
-        todo = list(found)
+    def _holders(self) -> set[str]:
+        """Nodes whose outputs of no type may be a model: those that are not known, and others that take from them."""
+        found = {node.id for node in self.graph.nodes.values() if not node.known and not node.bypassed}
+        todo = list(self.graph.nodes)
         while todo:
             for node, name, link in self.consumers[todo.pop()]:
-                if self._plainly(node, name, link) is None and node.id not in found:
+                model = self.given(link) in MODELS or (self.given(link) == ANY and link.source in found)
+                if model and self.taken(node, name) == ANY and node.id not in found:
                     found.add(node.id)
                     todo.append(node.id)
         return found
 
     def carries(self, node: Node, name: str, link: Link) -> bool:
         """Whether a link may carry a model to this input."""
-        plainly = self._plainly(node, name, link)
-        return link.source in self.touched if plainly is None else plainly
+        taken, given = self.taken(node, name), self.given(link)
+        return taken in MODELS | {ANY} and (given in MODELS or (given == ANY and link.source in self.holders))
 
     def models(self, node: Node) -> list[tuple[str, Link | Unknown]]:
-        """The inputs of a node that a model may come in by."""
+        """The inputs of a node that a model may come in by; Unknown where what comes in there is not surely one."""
         found: list[tuple[str, Link | Unknown]] = []
         for name, value in node.inputs.items():
+            taken = self.taken(node, name)
             if isinstance(value, Link) and self.carries(node, name, value):
                 found.append((name, value))
-            elif isinstance(value, Unknown) and (self.taken(node, name) in MODELS or self._may_be(node, name)):
+            elif taken in MODELS and not isinstance(value, Unknown):
+                found.append((name, Unknown("what is no model")))
+            elif taken in MODELS or (taken == ANY and isinstance(value, Unknown) and value.link):
                 found.append((name, value))
         return found
-
-    def _may_be(self, node: Node, name: str) -> bool:
-        return self.taken(node, name) == ANY and bool(_MODEL_NAME.fullmatch(name))
-
-    def results(self, node: Node) -> set[str]:
-        """Types of what a node gives: its own word, and for the slots it is silent on what the takers expect."""
-        types = self.table[node.kind][1] if self.known(node) else node.output_types
-        found = set(types) - {ANY}
-        for taker, name, link in self.consumers[node.id]:
-            if self.given(node, link.slot) != ANY:
-                continue
-            taken = self.taken(taker, name)
-            if taken == ANY:
-                taken = "MODEL" if _MODEL_NAME.fullmatch(name) else "LATENT" if _DRAWN_NAME.fullmatch(name) else OTHER
-            found.add(taken)
-        return found
-
-    def samples(self, node: Node) -> bool:
-        """Whether a node draws with a model: it takes one, and gives none on, or gives a latent or picture beside it.
-
-        ComfyUI's own nodes are known: those that give neither (schedulers, savers) draw nothing, and those that give a
-        latent beside a model prepare both.
-        """
-        if node.bypassed:
-            return False
-        results = self.results(node)
-        if self.known(node):
-            takes = bool(set(self.table[node.kind][0].values()) & MODELS)
-            return takes and bool(results & DRAWN) and not results & MODELS and node.kind not in _ASKS_ONLY
-        return bool(self.models(node)) and (not results & MODELS or bool(results & DRAWN))

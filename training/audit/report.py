@@ -7,6 +7,7 @@ from typing import Any
 from .protections import FIXED, Part, Protection
 from .verdict import Sampler, Verdict
 
+PROMISE = "this is what the file asks for; what ran, a file cannot show"
 SHOWN = 20  # samplers that are told in full
 LONGEST = 12  # nodes of a path that are shown
 WIDEST, LONG = 120, 500  # letters of a name from a file, of a sentence
@@ -58,6 +59,7 @@ def _protection_json(each: Protection, idle: bool) -> dict[str, Any]:
             "strength": p.strength,
             "sha256": p.sha256,
             "made_of_prompts": p.made_of_prompts,
+            "turns_in_heads": p.turns,
         }
         for p in each.parts
     ]
@@ -66,12 +68,13 @@ def _protection_json(each: Protection, idle: bool) -> dict[str, Any]:
 
 
 def _word(sampler: Sampler) -> str:
-    return "not FLUX" if sampler.other_family else "protected" if sampler.protected else "not protected"
+    return "protected" if sampler.protected else "not protected"
 
 
 def as_text(file: str, verdict: Verdict) -> str:
     """A short report for people."""
-    lines = [f"{plain(file)}: {'PROTECTED' if verdict.protected else 'NOT PROTECTED'} ({verdict.form})"]
+    word = "PROTECTED, says the workflow" if verdict.protected else "NOT PROTECTED"
+    lines = [f"{plain(file)}: {word} ({verdict.form})"]
     if not verdict.samplers:
         lines.append("  no sampler was found: nothing that draws with a model can be seen in it")
     for sampler in verdict.samplers[:SHOWN]:
@@ -84,7 +87,8 @@ def as_text(file: str, verdict: Verdict) -> str:
     ]
     for each in list(verdict.protections.values())[:SHOWN]:
         lines += _protection_lines(verdict, each)
-    return "\n".join(lines + [f"  note: {plain(note, LONG)}" for note in verdict.notes[:SHOWN]])
+    lines += [f"  note: {plain(note, LONG)}" for note in verdict.notes[:SHOWN]]
+    return "\n".join([*lines, f"  note: {PROMISE}"] if verdict.protected else lines)
 
 
 def _sampler_lines(verdict: Verdict, sampler: Sampler) -> list[str]:
@@ -95,9 +99,6 @@ def _sampler_lines(verdict: Verdict, sampler: Sampler) -> list[str]:
     lines += [f"    path: {_arrows(verdict, path)}" for path in sampler.paths if path not in shown]
     if sampler.more_paths:
         lines.append("    and more paths")
-    if sampler.unknown:
-        names = ", ".join(plain(verdict.names[node]) for node in sampler.unknown[:SHOWN])
-        lines.append(f"    not known, followed by links alone: {names}")
     return lines
 
 
@@ -140,4 +141,5 @@ def _concept(part: Part) -> str:
     if part.made_of_prompts:
         return f"{plain(part.name)}, strength {part.strength:g}, without a file to pin"
     pin = f"pinned to sha256 {part.sha256}" if part.sha256 else "not pinned"
-    return f"{plain(part.name)}, strength {part.strength:g}, {pin}"
+    turns = f", turns in {part.turns[0]} of {part.turns[1]} heads" if part.turns else ""
+    return f"{plain(part.name)}, strength {part.strength:g}, {pin}{turns}"

@@ -1,24 +1,27 @@
-"""Does every path from a model to a sampler pass a SafeRoPE Apply that acts? A graph in, a verdict out.
+"""Does, by a workflow, every path from a model to a sampler pass a SafeRoPE Apply that acts? A graph in, a verdict out.
 
 Models are followed forward from where they are loaded, through all that passes them on, up to an Apply that holds what is
-required; whatever is reached is exposed. Every model counts as FLUX unless its loader can load nothing of the kind.
+required; whatever is reached is exposed. Whatever is not surely understood counts as not protected: a node on the way that
+is not known, anything but a plain link where a model belongs, a setting whose effect depends on what is not in the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from .editor import from_editor
+from .effect import Files, turned
 from .file import Documents, Unreadable
-from .graph import Flow, Graph, Node, Unknown, from_api
-from .protections import Digest, Protection, protections
+from .graph import Flow, Graph, Link, Node, Unknown, Value, from_api
+from .known import advice, draws, node_table
+from .protections import Protection, constant, protections
 
-# loaders of single other architectures (the pack ComfyUI_ExtraModels); ComfyUI's own load whatever the file holds
-OTHER_FAMILIES = {"PixArtCheckpointLoader", "SanaCheckpointLoader", "DitCheckpointLoader"}
+# Their rows are the positive prompt (0) and the negative one (1); other guiders number theirs otherwise.
+PLAIN_GUIDERS = {"KSampler", "KSamplerAdvanced", "SamplerCustom", "CFGGuider", "BasicGuider"}
 MOST_PATHS = 4  # shown of a sampler
-MOST_STEPS = 1_000_000  # for what is shown of all samplers; the verdict itself needs no such limit
+MOST_STEPS = 1_000_000  # for what depends on the way to a sampler, and again for the paths that are shown
 ACTING = "an Apply that acts"
 
 
@@ -32,12 +35,11 @@ class Sampler:
     paths: list[list[str]] = field(default_factory=list)
     more_paths: bool = False
     protections: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)  # nodes on its paths that are known by their links alone
-    other_family: bool = False
+    unknown: list[str] = field(default_factory=list)  # nodes on its paths that are not known
 
     @property
     def protected(self) -> bool:
-        return not self.failures and not self.other_family
+        return not self.failures
 
 
 @dataclass
@@ -54,9 +56,8 @@ class Verdict:
 
     @property
     def protected(self) -> bool:
-        """Every sampler of a model that may be FLUX, at least one, and nothing out of sight."""
-        judged = [sampler for sampler in self.samplers if not sampler.other_family]
-        return bool(judged) and all(sampler.protected for sampler in judged) and not self.opaque
+        """Every sampler, at least one, and nothing out of sight."""
+        return bool(self.samplers) and all(sampler.protected for sampler in self.samplers) and not self.opaque
 
 
 @dataclass(frozen=True)
@@ -76,29 +77,29 @@ class Required:
         return [(what, holds), *pinned]
 
 
-def audit_file(documents: Documents, required: Required, digest: Digest | None = None) -> Verdict:
+def audit_file(documents: Documents, required: Required, files: Files | None = None) -> Verdict:
     """The verdict on a file. Where it holds what ran and what the editor showed, the former counts.
 
     Raises Unreadable where what counts cannot be read.
     """
     if documents.prompt is None:
-        verdict = audit(from_editor(documents.workflow), required, digest)
+        verdict = audit(from_editor(documents.workflow), required, files)
         verdict.form = "editor's form"
         if documents.picture:
             verdict.notes.append("the file holds only the editor's workflow, not what ran")
         return verdict
-    verdict = audit(from_api(documents.prompt), required, digest)
+    verdict = audit(from_api(documents.prompt), required, files)
     verdict.form = "API form"
     if documents.picture:
-        verdict.notes += _disagreement(verdict, documents.workflow, required, digest)
+        verdict.notes += _disagreement(verdict, documents.workflow, required, files)
     return verdict
 
 
-def _disagreement(verdict: Verdict, workflow: Any, required: Required, digest: Digest | None) -> list[str]:
+def _disagreement(verdict: Verdict, workflow: Any, required: Required, files: Files | None) -> list[str]:
     if workflow is None:
         return []
     try:
-        shown = audit(from_editor(workflow), required, digest)
+        shown = audit(from_editor(workflow), required, files)
     except Unreadable as error:
         return [f"DISAGREEMENT: the editor's workflow in the same file {error}; what ran (prompt) counts"]
     if _gist(shown) == _gist(verdict):
@@ -116,42 +117,146 @@ def _gist(verdict: Verdict) -> tuple:
     return verdict.protected, {sampler.node: sampler.protected for sampler in verdict.samplers}, acting
 
 
-def audit(graph: Graph, required: Required, digest: Digest | None = None) -> Verdict:
+def audit(graph: Graph, required: Required, files: Files | None = None) -> Verdict:
     """The verdict on a graph."""
     flow = Flow(graph)
-    found = protections(flow, digest)
+    found = protections(flow, files)
     names = {node.id: f"{node.kind} {node.id}{' (bypassed)' * node.bypassed}" for node in graph.nodes.values()}
     walk = Walk(flow)
-    samplers = [Sampler(node.id, node.kind) for node in graph.nodes.values() if flow.samples(node)]
+    for protection in found.values():
+        _stop_by_samplers(protection, walk)
+    drawing = [node for node in graph.nodes.values() if node.known and not node.bypassed and draws(node.kind)]
+    samplers = [Sampler(node.id, node.kind) for node in drawing]
     for what, holds in required.tests():
-        stops = {key for key, protection in found.items() if holds(protection)}
-        parents = walk.exposed(stops)
+        parents = walk.exposed({key for key, protection in found.items() if holds(protection)})
         for sampler in samplers:
             if sampler.node in parents:
                 sampler.failures.append((f"a path without {what}", walk.path(sampler.node, parents)))
     anything = walk.exposed(set())
     for sampler in samplers:
-        _finish(sampler, walk, found, anything)
-    names |= {key: f"node {key}" for key, _ in graph.opaque if key not in names}
-    used = {key for sampler in samplers for key in sampler.protections}
-    idle = set(found) - used if walk.left > 0 else set()
-    return Verdict(samplers, found, graph.opaque, graph.notes, names, idle)
+        _finish(sampler, walk, found, required, sampler.node in anything)
+    walk.left = MOST_STEPS
+    for sampler in samplers:
+        sampler.paths, sampler.more_paths = walk.some_paths(graph.nodes[sampler.node])
+    opaque, notes = graph.opaque + _takers(flow), graph.notes + _others(flow)
+    names |= {key: f"node {key}" for key, _ in opaque if key not in names}
+    idle = set(found) - {key for sampler in samplers for key in sampler.protections}
+    if any(each.acts and not all(part.file for part in each.parts) for each in found.values()):
+        notes = [
+            *notes,
+            "what the concepts turn was not looked at, only what the workflow asks for (--concepts FOLDER)",
+        ]
+    return Verdict(samplers, found, opaque, notes, names, idle)
 
 
-def _finish(sampler: Sampler, walk: Walk, found: dict[str, Protection], anything: dict[str, str | None]) -> None:
-    """What else there is to say of a sampler: circles, missing models, its paths."""
-    node = walk.flow.graph.nodes[sampler.node]
+def _finish(sampler: Sampler, walk: Walk, found: dict[str, Protection], required: Required, reached: bool) -> None:
+    """What else keeps a sampler from being protected: circles, missing models, strange nodes, concepts that undo others."""
     if sampler.node in walk.circular:
         sampler.failures.append(("models that run in a circle", []))
-    elif sampler.node not in anything:
-        sampler.other_family = sampler.node in walk.foreign
-        if not sampler.other_family:
-            sampler.failures.append(("no model reaches it", []))
-    sampler.paths, sampler.more_paths = walk.some_paths(node)
+    elif not reached:
+        sampler.failures.append(("no model reaches it", []))
     upstream = walk.upstream(sampler.node)
     sampler.protections = [key for key in upstream if key in found]
-    nodes = (walk.flow.graph.nodes[key] for key in upstream[1:])
-    sampler.unknown = [each.id for each in nodes if not walk.flow.known(each) and not each.bypassed]
+    nodes = [walk.flow.graph.nodes[key] for key in upstream]
+    sampler.unknown = [node.id for node in nodes if not node.known and not node.bypassed]
+    sampler.failures += [
+        (f"{node.kind} {node.id} takes a model over {walk.broken[node.id]}", [])
+        for node in nodes
+        if node.id in walk.broken
+    ]
+    sampler.failures += [
+        (f"its model comes by {node.kind} {node.id}, which is not known; {advice(node.kind)}", [])
+        for node in nodes
+        if node.id in sampler.unknown
+    ]
+    for key in sampler.protections:
+        chain = [found[each] for each in walk.upstream(key)[::-1] if each in found and found[each].acts]
+        sampler.failures += [(doubt, []) for doubt in _doubts(chain, required) if (doubt, []) not in sampler.failures]
+    if walk.left <= 0:
+        sampler.failures.append(("too many ways lead to it to look at all of them", []))
+
+
+def _doubts(chain: list[Protection], required: Required) -> list[str]:
+    """What Applies in a row may undo or overdo together, though each of them acts."""
+    parts = [part for each in chain for part in each.parts if part.counts]
+    doubts = [
+        f"concept {part.name!r} is not among the required ones, and may turn back what they turn: require its sha256 too, or "
+        "give --concepts FOLDER"
+        for part in parts
+        if required.digests and part.sha256 not in required.digests and part.file is None
+    ]
+    if required.full:
+        keys = [key for part in parts for key in {part.name, part.file and part.file.sha256, part.sha256} if key]
+        doubts += [
+            f"concept {key!r} acts twice, and turns twice as far" for key in _distinct(keys) if keys.count(key) > 1
+        ]
+    if len(chain) > 1 and all(part.file for part in parts):
+        does = [each.does for each in chain]
+        doubts += [
+            f"concept {part.name!r} turns nothing together with the others, by their files"
+            for part in parts
+            if turned(part.file.concepts, does)[0] == 0
+        ]
+    return doubts
+
+
+def _stop_by_samplers(found: Protection, walk: Walk) -> None:
+    """Settings whose effect depends on the samplers behind."""
+    if not found.acts:
+        return
+    nodes = [walk.flow.graph.nodes[key] for key in walk.behind(found.node)]
+    if found.settings["conditionings"] != "all":
+        for node in nodes:
+            if _guides(node) and node.kind not in PLAIN_GUIDERS:
+                found.stops.append(f"positive only under {node.kind} {node.id}, which numbers its prompts otherwise")
+    if found.settings["end_percent"] < 1:
+        for node in nodes:
+            if node.known and draws(node.kind) and not _from_the_start(walk.flow.graph, node):
+                found.stops.append(
+                    f"it ends at {found.settings['end_percent']:g} of the steps, and {node.kind} {node.id} may begin after "
+                    "that: only a denoise of 1, as a constant, is sure to begin before"
+                )
+
+
+def _guides(node: Node) -> bool:
+    """Whether a node decides which prompts the model is asked with: samplers that take one, and guiders."""
+    if not node.known or node.bypassed:
+        return False
+    inputs, outputs = node_table()[node.kind]
+    return "MODEL" in inputs.values() and ("GUIDER" in outputs or draws(node.kind))
+
+
+def _from_the_start(graph: Graph, node: Node) -> bool:
+    """Whether a sampler's first step is surely that of the whole schedule."""
+    sigmas = node.inputs.get("sigmas")
+    if node.kind in ("SamplerCustom", "SamplerCustomAdvanced") and isinstance(sigmas, Link):
+        node = graph.nodes[sigmas.source]
+    if node.kind not in ("KSampler", "BasicScheduler") or node.bypassed:
+        return False
+    denoise = node.inputs.get("denoise")
+    denoise = constant(graph, denoise) if isinstance(denoise, Link) else denoise
+    return isinstance(denoise, Value) and type(denoise.value) in (int, float) and denoise.value == 1
+
+
+def _takers(flow: Flow) -> list[tuple[str, str]]:
+    """Nodes that are not known and take what may be a model: each may be a sampler."""
+    nodes = [node for node in flow.graph.nodes.values() if not node.known and not node.bypassed]
+    return [
+        (node.id, f"is not known, takes what may be a model, and may draw with it; {advice(node.kind)}")
+        for node in nodes
+        if flow.models(node)
+    ]
+
+
+def _others(flow: Flow) -> list[str]:
+    """A note of the nodes that are not known and take nothing that may be a model."""
+    nodes = [node for node in flow.graph.nodes.values() if not node.known and not node.bypassed]
+    kinds = _distinct(node.kind for node in nodes if not flow.models(node))
+    if not kinds:
+        return []
+    return [
+        f"not known, and not seen to take a model; if one loads and draws by itself, nobody sees it: {', '.join(kinds)}"
+    ]
 
 
 class Walk:
@@ -168,11 +273,10 @@ class Walk:
         for key, sources in self.before.items():
             for source in sources:
                 self.after[source].append(key)
-        self.broken = [key for key, found in entries.items() if any(isinstance(value, Unknown) for _, value in found)]
-        roots = [key for key in nodes if not entries[key] and self.after[key] and not nodes[key].bypassed]
-        self.foreign_roots = [key for key in roots if nodes[key].kind in OTHER_FAMILIES]
-        self.roots = [key for key in roots if nodes[key].kind not in OTHER_FAMILIES]
-        self.foreign = set(self._spread(self.foreign_roots, set()))
+        self.broken = {
+            key: value.reason for key, found in entries.items() for _, value in found if isinstance(value, Unknown)
+        }
+        self.roots = [key for key in nodes if not entries[key] and self.after[key] and not nodes[key].bypassed]
         self.circular = self._circular()
         self.left = MOST_STEPS
 
@@ -188,9 +292,13 @@ class Walk:
                     todo.append(reached)
         return parents
 
+    def behind(self, key: str) -> list[str]:
+        """The nodes that a node's model reaches, and itself."""
+        return list(self._spread([key], set()))
+
     def exposed(self, stops: set[str]) -> dict[str, str | None]:
-        """What a model of a family that may be FLUX, or an input that cannot be followed, reaches past all stops."""
-        return self._spread(self.roots + self.broken, stops)
+        """What a model, or an input that cannot be followed, reaches past all stops."""
+        return self._spread([*self.roots, *self.broken], stops)
 
     def path(self, key: str, parents: dict[str, str | None]) -> list[str]:
         """From where the model comes to this node; empty when the steps are used up."""
@@ -251,5 +359,5 @@ class Walk:
                     yield list(path)[::-1]
 
 
-def _distinct(keys: Iterator[str]) -> list[str]:
+def _distinct(keys: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(keys))

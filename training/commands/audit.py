@@ -1,4 +1,7 @@
-"""`saferope audit`: was a workflow, or a picture that ComfyUI saved, protected? Loads no model and no torch."""
+"""`saferope audit`: what a workflow, or a picture that ComfyUI saved, says of its protection. Loads no model.
+
+It loads torch only to look into concept files (`--concepts`).
+"""
 
 from __future__ import annotations
 
@@ -24,32 +27,37 @@ def audit(
     require_full: Annotated[
         bool,
         typer.Option(
-            help="Only whole protection counts: all steps, blocks, streams, conditionings, strength 1 or more."
+            help="Only whole protection counts: all steps, blocks, streams and conditionings, each concept once at strength 1."
         ),
     ] = False,
     concepts: Annotated[
         Path | None,
-        typer.Option(help="Folder of concept files: those that a workflow names must be there, and fit its pins."),
+        typer.Option(
+            help="Folder of concept files: those that a workflow names must be there, fit its pins, and turn something."
+        ),
     ] = None,
 ) -> None:
-    """Tell whether every path from a model to a sampler passes a SafeRoPE Apply that acts.
+    """Tell whether, by the workflow, every path from a model to a sampler passes a SafeRoPE Apply that acts.
 
-    Exit code: 0 protected, 1 not protected, 2 cannot be read; of several files, the highest. Whatever cannot be followed
-    counts as not protected.
+    Exit code: 0 protected, 1 not protected, 2 cannot be read; of several files, the highest. Whatever is not surely
+    understood counts as not protected, such as a node that is not ComfyUI's own and takes a model.
 
     It reads what a file says, and a file can lie: nothing here proves how a picture was made, a pinned sha256 neither. A node
     that loads and samples by itself, without a model going in, looks like any other node and is not seen.
     """
+    from ..audit.effect import in_folder
     from ..audit.file import Unreadable, read
     from ..audit.report import LONG, as_json, as_text, plain, unreadable
     from ..audit.verdict import Required, audit_file
 
     required = Required(tuple(_digest(each) for each in require_sha256 or ()), require_full)
-    digest = _digests(concepts) if concepts else None
+    if concepts and not concepts.is_dir():
+        raise ValueError(f"--concepts: {str(concepts)!r} is no folder, expected the one that holds the concept files")
+    files_at_hand = in_folder(concepts) if concepts else None
     reports, texts = [], []
     for file in files:
         try:
-            verdict = audit_file(read(file), required, digest)
+            verdict = audit_file(read(file), required, files_at_hand)
             reports.append(as_json(str(file), verdict))
             texts.append(as_text(str(file), verdict))
         except (Unreadable, OSError) as error:
@@ -73,32 +81,6 @@ def _digest(text: str) -> str:
     if not SHA256.fullmatch(found := text.strip().lower()):
         raise ValueError(f"--require-sha256: got {text!r:.80}, expected the 64 hexadecimal digits of a file's SHA-256")
     return found
-
-
-def _digests(folder: Path):
-    """The sha256 of a file in the folder by its name, None where there is none; files outside are never looked at."""
-    import hashlib
-    from functools import cache
-
-    if not folder.is_dir():
-        raise ValueError(f"--concepts: {str(folder)!r} is no folder, expected the one that holds the concept files")
-    root = folder.resolve()
-
-    @cache
-    def digest(name: str) -> str | None:
-        try:
-            path = (root / name).resolve()
-            if not path.is_relative_to(root) or not path.is_file():
-                return None
-            found = hashlib.sha256()
-            with open(path, "rb") as file:
-                while chunk := file.read(2**20):
-                    found.update(chunk)
-        except (OSError, ValueError):  # a name that no file can have
-            return None
-        return found.hexdigest()
-
-    return digest
 
 
 def _print(text: str) -> None:

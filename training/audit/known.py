@@ -1,0 +1,73 @@
+"""Which classes of nodes an audit knows, what they take and give, and what to advise about the others.
+
+A class that is not here is not understood: what it does with a model is not known, and what it gives may hold one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+MODELS = {"MODEL", "GUIDER"}  # a guider is a model with its conditionings
+DRAWN = {"LATENT", "IMAGE"}
+ANY, OTHER = "*", ""
+APPLY, LOAD, COMBINE, CALIBRATE, PROBE = (
+    f"SafeRoPE_{name}" for name in ("Apply", "LoadConcept", "CombineConcepts", "CalibrateConcept", "RiskProbe")
+)
+_OURS = {
+    APPLY: [{"model": "MODEL"}, ["MODEL", OTHER]],
+    LOAD: [{}, [OTHER, OTHER]],
+    COMBINE: [{}, [OTHER, OTHER, "IMAGE"]],
+    CALIBRATE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, "IMAGE"]],
+    PROBE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, OTHER, "IMAGE", "IMAGE"]],
+    "SafeRoPE_RiskMap": [{"latent": "LATENT", "image": "IMAGE"}, [OTHER, OTHER, "IMAGE", "IMAGE", "IMAGE", "IMAGE"]],
+    "SafeRoPE_SaveConcept": [{}, [OTHER]],
+    "SafeRoPE_InspectConcept": [{}, ["IMAGE", "IMAGE", OTHER]],
+    "SafeRoPE_TinyWorld": [{}, ["MODEL", OTHER, OTHER]],
+}
+# Classes of other packs. Their helper models caption, cut out, estimate depth or fill in: they are of types of their own,
+# so that ComfyUI lets no diffusion model in or out there.
+_HELPERS = (
+    *("DownloadAndLoadFlorence2Model", "DownloadAndLoadFlorence2Lora", "Florence2ModelLoader", "Florence2Run"),
+    *("DownloadAndLoadDepthAnythingV2Model", "DepthAnything_V2"),  # kijai/ComfyUI-DepthAnythingV2; above -Florence2
+    *("INPAINT_LoadInpaintModel", "INPAINT_InpaintWithModel"),  # Acly/comfyui-inpaint-nodes: LaMa, MAT
+)
+_LOADERS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced")  # city96/ComfyUI-GGUF: ComfyUI's own model, in other weights
+_ASKS_ONLY = {"AddNoise", CALIBRATE, PROBE}  # take a model and may give a latent or picture, but draw nothing
+EVERYWHERE = re.compile(r"(Anything|Prompts|Seed) Everywhere.*")  # cg-use-everywhere: draw nothing themselves
+_VIRTUAL = re.compile(r"(easy )?[sg]etNode|" + EVERYWHERE.pattern, re.IGNORECASE)  # KJNodes, Easy-Use
+_CONTEXT = re.compile(r"Context.*\(rgthree\)")
+
+
+@cache
+def node_table() -> dict[str, list]:
+    """{node: [{input: type}, [types of outputs]]} of ComfyUI's own nodes, ours and some of others. No state: a file's content.
+
+    Types are those of MODELS and DRAWN, ANY where a slot may take or give one of them, else OTHER.
+    """
+    text = (Path(__file__).parent / "comfyui_nodes.json").read_text(encoding="utf-8")
+    others = {kind: [{}, []] for kind in _HELPERS} | {kind: [{}, ["MODEL"]] for kind in _LOADERS}
+    return json.loads(text) | _OURS | others
+
+
+def draws(kind: str) -> bool:
+    """Whether a known node draws with a model: takes one, gives a latent or picture, and no model on.
+
+    Those that give neither (schedulers, savers) draw nothing, those that give a latent beside a model prepare both.
+    """
+    inputs, outputs = node_table()[kind]
+    takes = bool(set(inputs.values()) & MODELS)
+    return takes and bool(set(outputs) & DRAWN) and not set(outputs) & MODELS and kind not in _ASKS_ONLY
+
+
+def advice(kind: str) -> str:
+    """What to do about a node that is not known."""
+    if _VIRTUAL.fullmatch(kind):
+        return "its links are not in the editor's file: audit the picture, or export the workflow in API form, which has them"
+    if _CONTEXT.fullmatch(kind):
+        return "put plain links in its place: what it carries has no name in the file"
+    return (
+        "put a node of ComfyUI's own and plain links in its place, or mute it: nobody has told what it does to a model"
+    )
