@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .protections import FIXED, Part, Protection
+from .concepts import Part
+from .protections import FIXED, Protection
 from .verdict import Sampler, Verdict
 
 PROMISE = "this is what the file asks for; what ran, a file cannot show"

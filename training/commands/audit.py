@@ -76,7 +76,7 @@ def _dumps(reports: list[dict]) -> str:
 
 
 def _digest(text: str) -> str:
-    from ..audit.protections import SHA256
+    from ..audit.concepts import SHA256
 
     if not SHA256.fullmatch(found := text.strip().lower()):
         raise ValueError(f"--require-sha256: got {text!r:.80}, expected the 64 hexadecimal digits of a file's SHA-256")
