@@ -102,10 +102,35 @@ def primitive(values):
 
 @pytest.mark.parametrize(
     ("values", "answer"),
-    [([1.0, "fixed"], True), ([1.0], True), ([0.0, "fixed"], False), ([1.0, "randomize"], False), ([], False)],
+    [
+        ([1.0, "fixed"], True),
+        ([1.0], True),
+        ([0.0, "fixed"], False),
+        ([1.0, "randomize"], False),
+        ([1.0, "another"], False),
+        ([], False),
+    ],
 )
 def test_the_editors_primitive(values, answer):
     assert safe(primitive(values)) is answer
+
+
+def test_a_primitive_and_the_widget_it_is_linked_to_hold_one_value():
+    """Which of them runs depends on lists of links that the editor keeps; it shows and saves one value in both."""
+    for widget, value, answer in ((1.0, 1.0, True), (0.0, 1.0, False), (1.0, 0.0, False)):
+        workflow = primitive([value, "fixed"])
+        entry(workflow, 3)["widgets_values"][0] = widget
+        assert safe(workflow) is answer
+    entry(workflow := primitive([1.0, "fixed"]), 3)["widgets_values"] = []
+    assert not safe(workflow)
+
+
+def test_a_value_from_a_muted_node_is_not_sure():
+    workflow = editor(protected(strength=("7", 0)) | {"7": node("PrimitiveFloat", value=1.0)})
+    entry(workflow, 3)["widgets_values"][0] = 1.0
+    assert safe(workflow)
+    entry(workflow, 7)["mode"] = 2
+    assert not safe(workflow) and "strength comes from a muted node" in as_text("f", verdict(workflow))
 
 
 def test_widgets_are_read_by_position_or_name():

@@ -40,7 +40,6 @@ PRIMITIVES = {
     "PrimitiveStringMultiline": (str,),
     "PrimitiveBoolean": (bool,),
 }
-UNFIXED = {"randomize", "increment", "decrement", "increment-wrap"}  # what a primitive does to its value after each run
 
 
 @dataclass
@@ -221,7 +220,7 @@ def _origin(scope: Scope, node: dict, index: int) -> Input | None:
         else:
             kind, mode, key = node["type"], node["mode"], str(node["id"])
             if mode == MUTED:
-                return None
+                return Unknown("a muted node", link=False)
             if mode == BYPASSED:
                 return Link(scope.prefix + key, index)
             if kind == "Reroute":
@@ -258,7 +257,7 @@ def _primitive(node: dict) -> Value | Unknown:
     values = node.get("widgets_values")
     if not isinstance(values, list) or not values:
         return Unknown("a primitive node without a value", link=False)
-    if any(isinstance(value, str) and value in UNFIXED for value in values[1:]):
+    if values[1:2] not in ([], ["fixed"]):
         return Unknown("a primitive node whose value changes after each run", link=False)
     return Value(values[0])
 

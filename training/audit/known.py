@@ -19,7 +19,7 @@ APPLY, LOAD, COMBINE, CALIBRATE, PROBE = (
 _OURS = {
     APPLY: [{"model": "MODEL"}, ["MODEL", OTHER]],
     LOAD: [{}, [OTHER, OTHER]],
-    COMBINE: [{}, [OTHER, OTHER, "IMAGE"]],
+    COMBINE: [{"concepts": ANY}, [OTHER, OTHER, "IMAGE"]],
     CALIBRATE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, "IMAGE"]],
     PROBE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, OTHER, "IMAGE", "IMAGE"]],
     "SafeRoPE_RiskMap": [{"latent": "LATENT", "image": "IMAGE"}, [OTHER, OTHER, "IMAGE", "IMAGE", "IMAGE", "IMAGE"]],
