@@ -333,7 +333,9 @@ def test_what_is_not_required_may_turn_back_what_is():
     stranger = combined() | {"2": node("SafeRoPE_LoadConcept", concept=STAR, sha256=PIN)}
     assert verdicts(stranger) == everywhere(True)
     assert verdicts(stranger, Required((PIN,))) == everywhere(False)
-    assert "'moon.safetensors' is not among the required" in as_text("f", verdict(stranger, Required((PIN,))))
+    assert "'moon.safetensors' is not pinned to one of the required files" in as_text(
+        "f", verdict(stranger, Required((PIN,)))
+    )
     row = with_nodes(
         {
             "2": node("SafeRoPE_LoadConcept", concept=STAR, sha256=PIN),

@@ -71,6 +71,7 @@ MADE = {
     "strength-0": lambda concept: replace(concept, strength=0.0),
     "inverse": lambda concept: replace(zeroed(concept, -1.0), slug="inverse"),
     "decoy": lambda concept: replace(decoy(concept), slug="decoy"),
+    "nearly-inverse": lambda concept: replace(zeroed(concept, -0.9), slug="inverse"),
     "inside": inside,
     "inside-inverse": lambda concept: inside(concept, -1.0),
     "half": half,
@@ -173,7 +174,17 @@ def test_a_concept_and_its_inverse_turn_nothing(tmp_path, folder, arrange, inver
     assert audit(tmp_path, other, "--concepts", folder)[0] == 0
     required = ("--require-full", "--require-sha256", sha256(folder / name))
     code, told = audit(tmp_path, prompt, *required)
-    assert code == 1 and "is not among the required" in told
+    assert code == 1 and "is not pinned to one of the required files" in told
+
+
+def test_what_is_left_beside_another_concept_is_for_the_one_who_requires_it(tmp_path, folder):
+    """Nearly the inverse leaves something that turns; under a required pin no other concept passes unless required too."""
+    prompt, pin = combined(folder, "nearly-inverse.safetensors", STAR), sha256(BUNDLED)
+    prompt["7"] = load(folder, "nearly-inverse.safetensors")
+    assert audit(tmp_path, prompt, "--concepts", folder)[0] == 0
+    assert audit(tmp_path, prompt, "--concepts", folder, "--require-sha256", pin)[0] == 1
+    both = ("--require-sha256", pin, "--require-sha256", sha256(folder / "nearly-inverse.safetensors"))
+    assert audit(tmp_path, prompt, "--concepts", folder, *both)[0] == 0
 
 
 def test_what_a_decoy_takes_away_is_seen(tmp_path, folder):

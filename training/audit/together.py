@@ -19,10 +19,10 @@ def doubts(chain: Sequence[Protection], digests: Sequence[str], full: bool) -> l
     """What acting Applies in a row may undo or overdo together, though each of them acts by itself."""
     parts = [part for each in chain for part in each.parts if part.counts]
     found = [
-        f"concept {part.name!r} is not among the required ones, and may turn back what they turn: require its sha256 too, or "
-        "give --concepts FOLDER"
+        f"concept {part.name!r} is not pinned to one of the required files, and may turn back what they turn: pin it, and "
+        "require its sha256 too"
         for part in parts
-        if digests and part.sha256 not in digests and part.file is None
+        if digests and part.sha256 not in digests
     ]
     if full:
         keys = [key for part in parts for key in {part.name, part.file and part.file.sha256, part.sha256} if key]
