@@ -347,6 +347,34 @@ def test_what_is_not_required_may_turn_back_what_is():
     assert verdicts(row) == everywhere(True) and verdicts(row, Required((PIN,))) == everywhere(False)
 
 
+@pytest.mark.parametrize(
+    ("apply", "answer"),
+    [
+        ({"strength": 1.0, "start_percent": 0.01}, False),
+        ({"strength": 1.0, "blocks": "s0"}, False),
+        ({"strength": ("7", 0)}, False),
+        ({"strength": 0.0}, True),
+        ({"strength": 1.0, "end_percent": 0.0}, True),
+        ({"strength": 1.0, "gate": "fixed", "threshold": 1.0}, True),
+    ],
+    ids=str,
+)
+def test_an_apply_that_may_act_or_not_may_turn_back_what_another_turns(apply, answer):
+    """Not counted as protection, it still runs; one that surely changes nothing does not matter."""
+    second = node("SafeRoPE_Apply", model=("3", 0), concept=("9", 0), **apply)
+    row = {"8": second, "9": node("SafeRoPE_LoadConcept", concept="moon.safetensors"), "7": node("StrangeFloat")}
+    prompt = with_nodes(row | {"4": node("KSampler", model=("8", 0), denoise=1.0)})
+    prompt["2"] = node("SafeRoPE_LoadConcept", concept=STAR, sha256=PIN)
+    assert verdicts(prompt) == verdicts(prompt, Required((PIN,), full=True)) == everywhere(answer)
+
+
+def test_a_small_strength_says_little_of_a_file_that_is_not_at_hand():
+    """Its own may be 100."""
+    prompt = combined({"strength": 0.01}) | {"2": node("SafeRoPE_LoadConcept", concept=STAR, sha256=PIN)}
+    assert verdicts(prompt, Required((PIN,))) == everywhere(False)
+    assert verdicts(combined({"strength": 0.0}) | {"2": prompt["2"]}, Required((PIN,))) == everywhere(True)
+
+
 def test_a_pin_counts_only_where_it_is_on_every_path():
     two = SAFE["merged, both protected"] | {"2": node("SafeRoPE_LoadConcept", concept=STAR, sha256=PIN)}
     assert verdicts(two, Required((PIN,))) == everywhere(True)

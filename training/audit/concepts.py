@@ -38,9 +38,7 @@ class Part:
     made_of_prompts: bool = False
     turns: tuple[int, int] | None = None
     file: File | None = field(default=None, repr=False, compare=False)
-    concepts: tuple[Any, ...] = field(
-        default=(), repr=False, compare=False
-    )  # of the file, with the strength of its Load node
+    concepts: tuple[Any, ...] = field(default=(), repr=False, compare=False)  # of the file, times its Load's strength
 
     @property
     def counts(self) -> bool:

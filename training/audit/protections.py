@@ -1,7 +1,8 @@
 """What the SafeRoPE nodes of a workflow do: whether each Apply acts, on which concepts, how far, and what weakens it.
 
-An Apply counts as acting only where everything that decides it can be read. What would make ComfyUI stop (a value out of range, a pin that no file can have) does not count either, nor
-what is decided by a concept's file as long as that is not at hand. Where it is, what it turns counts.
+An Apply counts as acting only where everything that decides it can be read. What would make ComfyUI stop (a value out of
+range, a pin that no file can have) does not count either, nor what is decided by a concept's file as long as that is not at
+hand. Where it is, what it turns counts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from .graph import Flow, Node
 from .known import APPLY
 
 MOST_APPLIES = 200  # of a workflow; each is looked at together with those before and behind it
-
 CALIBRATED, FIXED = "as calibrated", "fixed"
 PAPER_THRESHOLD = 0.7  # a higher fixed gate lets through what the paper's own would not
 _BLOCKS = re.compile(r"\s*[ds][0-9]{1,4}(-[0-9]{1,4})?\s*(,\s*[ds][0-9]{1,4}(-[0-9]{1,4})?\s*)*", re.IGNORECASE)
@@ -25,13 +25,17 @@ _BLOCKS = re.compile(r"\s*[ds][0-9]{1,4}(-[0-9]{1,4})?\s*(,\s*[ds][0-9]{1,4}(-[0
 
 @dataclass
 class Protection:
-    """One Apply. `stops`: why it does not act; `weak`: what makes it less than whole; `does`: by its concepts' files."""
+    """One Apply. `stops`: why it does not act, or not surely; `weak`: what makes it less than whole.
+
+    `inert`: it surely changes nothing; `does`: what it does by its concepts' files.
+    """
 
     node: str
     settings: dict[str, Any] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
     weak: list[str] = field(default_factory=list)
+    inert: bool = False
     does: Any = field(default=None, repr=False)
 
     @property
@@ -74,6 +78,10 @@ def _protection(flow: Flow, node: Node, reader: Concepts) -> Protection:
         "end_percent": end, "blocks": blocks, "streams": streams, "conditionings": rows,
     }  # fmt: skip
     found.parts = [replace(p, strength=p.strength * (strength or 0.0)) for p in reader.parts(node, found.stops)]
+    off = bool(found.parts) and not found.stops and all(part.strength == 0 for part in found.parts)
+    found.inert = (
+        off or strength == 0 or (gate == FIXED and threshold == 1) or (None not in (start, end) and start == end)
+    )
     if not found.stops:  # else the numbers are not all there
         _stop(found, threshold)
     if not found.stops and any(part.file for part in found.parts):

@@ -16,8 +16,8 @@ PLAIN_GUIDERS = {"KSampler", "KSamplerAdvanced", "SamplerCustom", "CFGGuider", "
 
 
 def doubts(chain: Sequence[Protection], digests: Sequence[str], full: bool) -> list[str]:
-    """What acting Applies in a row may undo or overdo together, though each of them acts by itself."""
-    parts = [part for each in chain for part in each.parts if part.counts]
+    """What Applies in a row, without the inert ones, may undo or overdo together, though one of them acts by itself."""
+    parts = [part for each in chain for part in each.parts if part.strength > 0]
     found = [
         f"concept {part.name!r} is not pinned to one of the required files, and may turn back what they turn: pin it, and "
         "require its sha256 too"
@@ -29,7 +29,11 @@ def doubts(chain: Sequence[Protection], digests: Sequence[str], full: bool) -> l
         found += [
             f"concept {key!r} acts twice, and turns twice as far" for key in distinct(keys) if keys.count(key) > 1
         ]
-    return found + (_undone(chain, parts, full) if len(chain) > 1 else [])
+    if len(chain) > 1:
+        unsure = [each.node for each in chain if not each.acts]
+        found += [f"SafeRoPE Apply {node} may act or not, and may turn back what another one turns" for node in unsure]
+        found += _undone(chain, [part for part in parts if part.counts], full)
+    return found
 
 
 def _undone(chain: Sequence[Protection], parts: list[Part], full: bool) -> list[str]:

@@ -150,7 +150,7 @@ def _doubted(walk: Walk, found: dict[str, Protection], required: Required) -> di
     """For each Apply, what is to be said against it together with those in front of it."""
     told = {}
     for key in found:
-        chain = [found[each] for each in walk.upstream(key)[::-1] if each in found and found[each].acts]
+        chain = [found[each] for each in walk.upstream(key)[::-1] if each in found and not found[each].inert]
         told[key] = doubts(chain, required.digests, required.full)
     return told
 
