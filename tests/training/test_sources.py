@@ -87,8 +87,8 @@ def test_i2p_columns(tmp_path):
     )
     (record,) = read_file(path, UNSAFE, ["star"])
     assert record.text == 'a star, with "quotes"\nand a line'
-    path.write_text("text,seed\na star,1\n")
-    with pytest.raises(ValueError, match=r"got columns \['text', 'seed'\], expected one named 'prompt'"):
+    path.write_text("words,seed\na star,1\n")
+    with pytest.raises(ValueError, match=r"got 'words', 'seed', expected one named 'prompt', 'text', 'caption'"):
         read_file(path, UNSAFE, ["star"])
 
 

@@ -6,7 +6,6 @@ processes (`accelerate launch`) each takes its share of the chunks.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from .. import processes
 from ..flux.models import TINYWORLD, Model, encode, fingerprint
 from ..flux.sample import sample
 from ..pictures import comparison_grid
+from ..prompts.lines import json_line
 from ..prompts.prompt_sets import UNSAFE, PromptSet, concepts_of
 from ..scores import Absent, Metric, Scores
 from ..stages import Progress, write_text
@@ -198,7 +198,7 @@ def write_raw(e: Evaluation) -> None:
                 picture = f"{method.folder}/{asked.folder}/{index:04d}.png"
                 entry = {"picture": picture, "prompt": ask.text, "seed": ask.seed, "concept": asked.concept}
                 entry |= {name: values[index] for name, values in flat.items()}
-                lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+                lines.append(json_line(entry))
     write_text(e.out / RAW, "".join(lines))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from . import BENIGN, UNSAFE, presets
+from .formats import csv_rows, row_text
+from .lines import read_text
 from .product import product_prompts
 from .readers import read_file, read_texts
 
@@ -101,30 +102,37 @@ def everyday_set(count: int, seed: int = SEED) -> PromptSet:
 
 def i2p_set(path: Path, concept: str, words: str, count: int | None = None, seed: int = SEED) -> PromptSet:
     """I2P's prompts that show nudity (nudity_percentage above 0, where the file has that column) with the file's own seeds."""
-    texts = read_texts(path)  # checks the file, and says what is wrong with it
-    if path.suffix != ".csv":
-        asks = [Ask(text, seed + i) for i, text in enumerate(texts)]
+    if path.suffix.lower() != ".csv":
+        asks = [Ask(text, seed + i) for i, text in enumerate(read_texts(path))]
     else:
-        rows = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True))
-        chosen = [row for row in rows if (row["prompt"] or "").strip() and _shows_nudity(path, row)]
-        asks = [Ask(row["prompt"].strip(), _seed_of(row, seed + i)) for i, row in enumerate(chosen)]
+        rows = [(f"{path}, line {number}", row) for number, row in csv_rows(path, read_text(path))]
+        chosen = [(where, row) for where, row in rows if row_text(row) and _shows_nudity(where, row)]
+        asks = [Ask(row_text(row), _seed_of(where, row, seed + i)) for i, (where, row) in enumerate(chosen)]
     if not asks:
         raise ValueError(f"{path}: got no prompt, expected I2P's, with {_NUDITY_COLUMN} above 0")
     return PromptSet("I2P", UNSAFE, tuple(asks[:count]), concept, words)
 
 
-def _shows_nudity(path: Path, row: dict[str, str]) -> bool:
+def _shows_nudity(where: str, row: dict[str, str]) -> bool:
     try:
         return float(row.get(_NUDITY_COLUMN) or 1) > 0
     except ValueError:
         raise ValueError(
-            f"{path}: got {_NUDITY_COLUMN} {row[_NUDITY_COLUMN]!r}, expected a number; is it I2P's file?"
+            f"{where}: got {_NUDITY_COLUMN} {row[_NUDITY_COLUMN]!r}, expected a number; is it I2P's file?"
         ) from None
 
 
-def _seed_of(row: dict[str, str], otherwise: int) -> int:
-    text = next((row[name] for name in _SEED_COLUMNS if row.get(name)), "")
-    return int(text) if text.isdigit() else otherwise
+def _seed_of(where: str, row: dict[str, str], otherwise: int) -> int:
+    """The file's own seed, which tables may have written as 7.0; another where it has none."""
+    name = next((name for name in _SEED_COLUMNS if row.get(name)), None)
+    if name is None:
+        return otherwise
+    whole = re.fullmatch(r"\s*([0-9]{1,18})(\.0*)?\s*", row[name])
+    if not whole:
+        raise ValueError(
+            f"{where}: got {name} {row[name]!r:.40}, expected a whole number; correct it, or empty the field"
+        )
+    return int(whole[1])
 
 
 def captions_set(path: Path, images: Path | None, count: int | None, seed: int = SEED) -> PromptSet:

@@ -1,17 +1,13 @@
-"""Prompts from files that people have: plain text, JSON lines, I2P's CSV, COCO captions with or without pictures."""
+"""Prompts from files that people have, as records: with the concept's word found and the pictures' places checked."""
 
 from __future__ import annotations
 
-import csv
-import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from . import UNSAFE, PromptRecord, read_prompts
-
-I2P_COLUMN = "prompt"
-FORMATS = ".txt (a prompt a line), .jsonl (ours), .csv (I2P's columns), .json (COCO captions)"
+from . import UNSAFE, PromptRecord
+from .formats import FORMATS, Entry, entries
+from .subjects import find_subject
 
 
 def read_file(
@@ -19,84 +15,59 @@ def read_file(
 ) -> list[PromptRecord]:
     """The first `count` prompts of a file, all of them if None; on the unsafe side with the span of the first subject found.
 
-    `images`: the folder of a COCO file's pictures. ValueError names the file, the line and what was expected; also where
-    a file has no prompt or no subject stands in one.
+    `images`: the folder of the captions' pictures. ValueError names the file, the line and what was expected; also where
+    a file has too few prompts, no subject stands in one, or a picture is not there.
     """
-    if path.suffix == ".jsonl":
-        records = [record for record in read_prompts(path) if record.side == side]
-    else:
-        records = [_marked(path, side, text, subjects, image) for text, image in _texts(path, images)]
-    if not records:
+    found = [entry for entry in entries(path) if entry.record is None or entry.record.side == side]
+    if not found:
         raise ValueError(f"{path}: got no {side} prompt, expected at least one; formats: {FORMATS}")
-    if count is not None and len(records) < count:
-        raise ValueError(f"{path}: got {len(records)} {side} prompts, expected {count}; ask for fewer or add some")
-    return records[:count]
+    if count is not None and len(found) < count:
+        raise ValueError(f"{path}: got {len(found)} {side} prompts, expected {count}; ask for fewer or add some")
+    return [entry.record or _record(path, side, entry, subjects, images) for entry in found[:count]]
 
 
 def read_texts(path: Path) -> list[str]:
     """All prompts of a file, of whatever side."""
-    if path.suffix == ".jsonl":
-        return [record.text for record in read_prompts(path)]
-    return [text for text, _ in _texts(path, None)]
+    return [entry.text for entry in entries(path)]
 
 
-def _texts(path: Path, images: Path | None) -> Iterable[tuple[str, str | None]]:
-    readers = {".txt": _plain, ".csv": _i2p, ".json": _coco}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: got a {path.suffix or 'nameless'} file, expected {FORMATS}")
+def _record(path: Path, side: str, entry: Entry, subjects: Sequence[str], images: Path | None) -> PromptRecord:
+    span = _marked(path, entry, subjects) if side == UNSAFE else None
+    image = str(_inside(images, entry)) if images and entry.image else None
     try:
-        data = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
-    return readers[path.suffix](path, data, images)
+        return PromptRecord(side, entry.text, span, image=image)
+    except ValueError as error:
+        raise ValueError(f"{entry.where}: {error}") from None
 
 
-def _plain(path: Path, data: str, images: Path | None) -> list[tuple[str, None]]:
-    return [(line.strip(), None) for line in data.splitlines() if line.strip()]
-
-
-def _i2p(path: Path, data: str, images: Path | None) -> list[tuple[str, None]]:
-    rows = csv.DictReader(data.splitlines(keepends=True))
-    if I2P_COLUMN not in (rows.fieldnames or ()):
-        raise ValueError(f"{path}: got columns {rows.fieldnames}, expected one named {I2P_COLUMN!r}, as I2P has")
-    return [(row[I2P_COLUMN].strip(), None) for row in rows if (row[I2P_COLUMN] or "").strip()]
-
-
-def _coco(path: Path, data: str, images: Path | None) -> list[tuple[str, str | None]]:
-    """One caption a picture, the first one listed, in the file's order."""
-    try:
-        content = json.loads(data)
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        captions = {}
-        for entry in content["annotations"]:
-            captions.setdefault(entry["image_id"], entry["caption"].strip())
-        pairs = [(text, names[key]) for key, text in captions.items() if text]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: not COCO captions ({error!r}); expected `images` with id and file_name, `annotations` with "
-            "image_id and caption"
-        ) from None
-    return [(text, str(_inside(images, name)) if images else None) for text, name in pairs]
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a picture; a caption file from a stranger may not name files outside the folder."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"picture {name!r}: leads out of {folder}, expected a file in it")
-    return path
-
-
-def _marked(path: Path, side: str, text: str, subjects: Sequence[str], image: str | None) -> PromptRecord:
-    return PromptRecord(side, text, find_subject(text, subjects, path) if side == UNSAFE else None, image=image)
-
-
-def find_subject(text: str, subjects: Sequence[str], path: Path) -> tuple[int, int]:
-    """Characters [start, end) of the first of the subjects that stands in the text as whole words, in any case."""
+def _marked(path: Path, entry: Entry, subjects: Sequence[str]) -> tuple[int, int]:
+    """Where the concept's word stands."""
     if not subjects:
         raise ValueError(f"{path}: got no subjects, expected the words that name the concept; give --subjects A,B")
-    for subject in subjects:
-        found = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", text, re.IGNORECASE)
-        if found:
-            return found.span()
-    raise ValueError(f"{path}: none of {', '.join(subjects)} stands in the prompt {text!r}; add its word to --subjects")
+    span = find_subject(entry.text, subjects)
+    if span is None:
+        raise ValueError(
+            f"{entry.where}: none of {', '.join(subjects)} stands in the prompt {entry.text!r}, expected one; add its word to "
+            "--subjects, or take the prompt out"
+        )
+    return span
+
+
+def _inside(folder: Path, entry: Entry) -> Path:
+    """The path of a picture; a caption file from a stranger may not name files outside the folder."""
+    try:
+        path = (folder / entry.image).resolve()
+    except ValueError as error:  # a NUL
+        raise ValueError(
+            f"{entry.where}: picture {entry.image!r} has no name of a file ({error}); correct it"
+        ) from None
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{entry.where}: picture {entry.image!r} leads out of {folder}, expected a file in it; correct the name"
+        )
+    if not path.is_file():
+        raise ValueError(
+            f"{entry.where}: got no picture {entry.image!r} in {folder}, expected it there; name its folder with --images, or "
+            "take the caption out"
+        )
+    return path

@@ -1,0 +1,157 @@
+"""What people's prompt files hold: plain text, JSON lines (ours or a dataset's), CSV as I2P's, COCO captions.
+
+Every reader gives entries in the file's order, each with the place where it stands, and raises ValueError with file, line,
+what was got, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import PromptRecord, object_of, record_of
+from .lines import numbered, read_text
+
+# Columns, or fields of JSON lines, that hold a prompt: I2P's, then those of captioned pictures on the Hugging Face hub
+TEXT_NAMES = ("prompt", "text", "caption")
+IMAGE_NAME = "file_name"  # of a caption's picture, in such data sets and in COCO's files
+FORMATS = (
+    ".txt (a prompt a line), .jsonl (ours, or a data set's with a prompt, text or caption), .csv (with such a column, as "
+    "I2P has), .json (COCO captions)"
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A prompt as a file has it: where it stands, and its picture's file name; `record` where the line is one of ours."""
+
+    where: str
+    text: str
+    image: str | None = None
+    record: PromptRecord | None = None
+
+
+def entries(path: Path) -> list[Entry]:
+    """The prompts of a file, those without any text left out. The suffix, in any case, says the format."""
+    readers = {".txt": _plain, ".jsonl": _json_lines, ".csv": _csv, ".json": _coco}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: got a {path.suffix or 'nameless'} file, expected {FORMATS}; rename or convert it")
+    found = readers[path.suffix.lower()](path, read_text(path))
+    return [entry for entry in found if entry.record or entry.text]
+
+
+def _plain(path: Path, data: str) -> Iterator[Entry]:
+    return (Entry(_place(path, number), line.strip()) for number, line in numbered(data))
+
+
+def _json_lines(path: Path, data: str) -> Iterator[Entry]:
+    for number, line in numbered(data):
+        found = object_of(path, number, line)
+        if "side" in found:
+            record = record_of(path, number, found)
+            yield Entry(_place(path, number), record.text, record.image, record)
+        else:
+            yield _caption(_place(path, number), found)
+
+
+def _csv(path: Path, data: str) -> Iterator[Entry]:
+    return (_caption(_place(path, number), row) for number, row in csv_rows(path, data))
+
+
+def _caption(where: str, fields: dict) -> Entry:
+    """The entry of a data set's line."""
+    name = _text_name(where, list(fields))
+    text, image = fields[name], fields.get(IMAGE_NAME)
+    for key, value in ((name, text), (IMAGE_NAME, image)):
+        if not isinstance(value, str | None):
+            raise ValueError(f"{where}: {key} is {value!r:.80}, expected a string; correct the line")
+    return Entry(where, (text or "").strip(), image)
+
+
+def row_text(row: dict[str, str]) -> str:
+    """The prompt of a row that `csv_rows` gave."""
+    return next(row[name] for name in TEXT_NAMES if name in row).strip()
+
+
+def _text_name(where: str, names: Sequence[str]) -> str:
+    """The first of TEXT_NAMES among the names of columns or fields."""
+    found = [name for name in TEXT_NAMES if name in names]
+    if not found:
+        raise ValueError(
+            f"{where}: got {', '.join(map(repr, names)) or 'nothing':.200}, expected one named "
+            f"{', '.join(map(repr, TEXT_NAMES))}; rename the one that holds the prompts"
+        )
+    return found[0]
+
+
+def csv_rows(path: Path, data: str) -> list[tuple[int, dict[str, str]]]:
+    """Rows by the names in the first, each with the line it begins on; "" where a row ends early. Blank lines are no rows.
+
+    ValueError where a row has too many fields, where quotes do not pair, and where a quoted text holds whole rows.
+    """
+    parsed = _records(path, data)
+    number, names = next(parsed, (1, []))
+    _text_name(f"{_place(path, number)}, the names of the columns", names)
+    rows = []
+    for number, row in parsed:
+        if len(row) > len(names):
+            raise ValueError(
+                f"{_place(path, number)}: got {len(row)} fields, expected {len(names)}, as in the first line; put a text with "
+                'commas in quotes, "like, this"'
+            )
+        rows.append((number, dict.fromkeys(names, "") | dict(zip(names, row, strict=False))))
+    return rows
+
+
+def _records(path: Path, data: str) -> Iterator[tuple[int, list[str]]]:
+    """Records of a CSV file that are not blank, each with the line it begins on."""
+    lines, first = data.split("\n"), 1
+    reader = csv.reader(io.StringIO(data, newline="\n"), strict=True)
+    commas = None
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:  # of the quotes, or of a text without end, which is a quote's too
+            raise _open_quote(path, first, str(error)) from None
+        if fields is None:
+            return
+        if fields:
+            commas = len(fields) - 1 if commas is None else commas
+            held = lines[first - 1 : reader.line_num]
+            if commas and len(held) > 2 and all(line.count(",") == commas for line in held):
+                raise _open_quote(path, first, f"a text that goes on to line {reader.line_num} and holds whole rows")
+            yield first, fields
+        first = reader.line_num + 1
+
+
+def _open_quote(path: Path, first: int, got: str) -> ValueError:
+    return ValueError(
+        f'{_place(path, first)}: got {got}, expected quotes in pairs; close the quote that opens there, and write "" for one '
+        "inside of a text"
+    )
+
+
+def _coco(path: Path, data: str) -> list[Entry]:
+    """One caption a picture, the first one listed, in the file's order."""
+    try:
+        content = json.loads(data)
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        if not all(isinstance(name, str) for name in names.values()):
+            raise TypeError("a file_name is no string")
+        captions = {}
+        for entry in content["annotations"]:
+            captions.setdefault(entry["image_id"], entry["caption"].strip())
+        return [Entry(f"{path}, picture {key!r:.40}", text, names[key]) for key, text in captions.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not COCO captions ({error!r:.200}); expected `images` with id and file_name, `annotations` with "
+            "image_id and caption; prompts one a line belong in a .jsonl file"
+        ) from None
+
+
+def _place(path: Path, number: int) -> str:
+    return f"{path}, line {number}"
