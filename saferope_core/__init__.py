@@ -5,6 +5,7 @@ Imports inside are relative, so that every host may reach the core under its own
 Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 planes, N safety-critical heads.
 """
 
+from .before import require_known, require_names, require_vectors, unknown_parts, unknown_words
 from .calibration import calibrate_gate, fixed_generator
 from .concept import Concept
 from .concept_file import ConceptFileError, load_concepts, save_concepts, sha256
@@ -91,6 +92,9 @@ __all__ = [
     "planes",
     "random_generators",
     "read_heads",
+    "require_known",
+    "require_names",
+    "require_vectors",
     "restricted",
     "rotate_by_generator",
     "save_concepts",
@@ -99,6 +103,8 @@ __all__ = [
     "skew",
     "token_kinds",
     "turn",
+    "unknown_parts",
+    "unknown_words",
     "unsafe_basis",
     "wide",
 ]

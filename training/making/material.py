@@ -53,6 +53,15 @@ def make_latents(
         save_tensors(path, {name: torch.cat(parts) for name, parts in tensors.items()})
 
 
+def require_pictures(records: Sequence[prompts.PromptRecord], side: int) -> None:
+    """Raises ValueError, naming it, where a benign prompt's picture cannot be had as [3, side, side]."""
+    for record in prompts.side(records, prompts.BENIGN):
+        if record.scene is not None:
+            _scene(record.scene)
+        elif record.image is not None:
+            _read(Path(record.image), side)
+
+
 def load_material(
     model: Model, records: Sequence[prompts.PromptRecord], times: Sequence[float], path: Path
 ) -> Material:
@@ -103,9 +112,24 @@ def _painted(model: Model, text, start: Tensor) -> Tensor:
 
 def _rendered(scene: dict, seed: int) -> Tensor:
     from tinyworld.render import render
-    from tinyworld.world import Scene
 
-    return render(Scene(**scene), random.Random(seed))
+    return render(_scene(scene), random.Random(seed))
+
+
+def _scene(fields: dict):
+    """The tiny world's Scene. ValueError for one that it has not."""
+    from tinyworld import world
+
+    known = {"shape": world.SHAPES, "color": world.COLORS, "background": world.BACKGROUNDS, "place": world.PLACES}
+    known |= {"attribute": (*world.ATTRIBUTES, None), "style": (*world.STYLES, None)}
+    try:
+        scene = world.Scene(**fields)
+    except TypeError:
+        raise ValueError(f"scene: got {fields!r:.200}, expected the fields {', '.join(known)}; correct it") from None
+    for name, words in known.items():
+        if getattr(scene, name) not in words:
+            raise ValueError(f"scene: {name} is {getattr(scene, name)!r:.40}, expected one of {words}; correct it")
+    return scene
 
 
 def _read(path: Path, side: int) -> Tensor:
@@ -115,7 +139,7 @@ def _read(path: Path, side: int) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"picture {path}: cannot be read ({error}); mend it or take it out of the captions") from error
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(side, side, 3)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1

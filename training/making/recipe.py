@@ -21,7 +21,7 @@ from ..prompts.sources import prompts_for
 from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from ..settings import LATENTS as LATENTS_STAGE
 from ..stages import Progress, Workplace, alone, file_sha256, write_text
-from . import calibrate, extract, heads, material, train
+from . import calibrate, checks, extract, heads, material, train
 
 PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
 CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"
@@ -79,6 +79,7 @@ class Recipe:
     def extract(self) -> list[prompts.PromptRecord]:
         """Statistics of every head; returns the prompts."""
         s, records = self.settings, self.prompts()
+        checks.require(self.model, records, s)
 
         def make(report) -> None:
             statistics = extract.extract(self.model, records, s.timesteps, s.reservoir, s.seed, report)
@@ -109,7 +110,9 @@ class Recipe:
     @_alone
     def train(self, tell: train.Teller = lambda entry: None) -> Path:
         """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry."""
-        s, out, records = self.settings, self.out, self.heads()
+        s, out = self.settings, self.out
+        material.require_pictures(self.prompts(), 8 * self.model.latent_side)
+        records = self.heads()
 
         def make_latents(report) -> None:
             material.make_latents(self.model, records, s.unlearn_at, s.seed, out / LATENTS, report)
