@@ -28,17 +28,21 @@ from ..saferope_core import (
     fixed_generators,
     histogram,
     read_heads,
+    require_names,
     schedule,
 )
 from .apply import flux_geometry
 from .choices import Choices, choices_from, settings
 from .concepts import ConceptType
-from .gather import Prompt, gather, looks_of, read_prompts
+from .gather import gather, looks_of
 from .inspect import head_map
+from .prompts import Prompt, read_prompts, require_enough
 
 # The trainer's defaults (training/settings.py), where the node does not ask.
 PADDING_RANK, WORDS_RANK, IMAGE_RANK, REACH = 5, 5, 8, 8
 BASIS, THRESHOLD = "svd", 0.7
+DESCRIPTION = "calibrated in ComfyUI from prompts"
+SHOWN = 10  # words of a list in the report
 SIDE, TINY_SIDE = 64, 12  # latent rows and columns: 512 pixels, and the tiny world's 96
 TINY_BATCH = 24  # prompts at once of a model that small
 LOOKS_AT_ONCE = 64  # more latents than that in one batch are not meant
@@ -94,12 +98,16 @@ class CalibrateConcept(io.ComfyNode):
         cls, model: Any, clip: Any, name: str, unsafe: str, safe: str, latent: dict | None = None, **chosen: Any
     ) -> io.NodeOutput:
         choices, geometry = choices_from(chosen), flux_geometry(model)
+        require_names(_slug(name), name.strip(), DESCRIPTION)
         prompts = read_prompts(unsafe, UNSAFE) + read_prompts(safe, BENIGN)
+        looks = choices.rounds * len(choices.timesteps)
+        strange = require_enough(clip, prompts, looks, _ranks(choices), geometry.head_dim)
         *size, batch = _size(latent, geometry)
         statistics = _statistics(model, clip, geometry, prompts, tuple(size), batch, choices)
         table = _table(statistics, choices)
         concept = _concept(name, geometry, table, choices, _record(prompts, tuple(size), choices))
-        return io.NodeOutput([concept], _report(concept, table, prompts, tuple(size), choices), head_map(concept))
+        report = _report(concept, table, prompts, tuple(size), choices) + _strange(strange)
+        return io.NodeOutput([concept], report, head_map(concept))
 
 
 def _statistics(model, clip, geometry, prompts, size, batch, choices: Choices) -> Statistics:
@@ -110,9 +118,16 @@ def _statistics(model, clip, geometry, prompts, size, batch, choices: Choices) -
     return gather(model, geometry, looks, size, batch, choices.timesteps, choices.guidance, bar.update)
 
 
+def _ranks(choices: Choices) -> Ranks:
+    return Ranks(choices.rank, PADDING_RANK, WORDS_RANK, REACH, IMAGE_RANK)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "concept"
+
+
 def _table(statistics: Statistics, choices: Choices) -> HeadTable:
-    ranks = Ranks(choices.rank, PADDING_RANK, WORDS_RANK, REACH, IMAGE_RANK)
-    return read_heads(statistics, ranks, BASIS, THRESHOLD, choices.cut, "calibrated", choices.quantile)
+    return read_heads(statistics, _ranks(choices), BASIS, THRESHOLD, choices.cut, "calibrated", choices.quantile)
 
 
 def _concept(name: str, geometry: Geometry, table: HeadTable, choices: Choices, record: dict) -> Concept:
@@ -120,9 +135,9 @@ def _concept(name: str, geometry: Geometry, table: HeadTable, choices: Choices, 
     critical = critical_heads(table, geometry)
     text, image = fixed_generators(critical, choices.angle)
     return Concept(
-        slug=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "concept",
+        slug=_slug(name),
         name=name.strip(),
-        description="calibrated in ComfyUI from prompts",
+        description=DESCRIPTION,
         geometry=geometry,
         generator_text=text,
         generator_image=image,
@@ -163,6 +178,14 @@ def _report(concept: Concept, table: HeadTable, prompts: list[Prompt], size: tup
             f"for {concept.geometry.describe()}",
         ]
     )
+
+
+def _strange(words: list[str]) -> str:
+    """A line more of the report, where there are words that say less than they seem to."""
+    if not words:
+        return ""
+    shown = ", ".join(f"{word!r:.60}" for word in words[:SHOWN]) + (", ..." if len(words) > SHOWN else "")
+    return f"\nthe text encoder does not know {len(words)} of the prompts' words, and takes them all for the same one: {shown}"
 
 
 def _size(latent: dict | None, geometry: Geometry) -> tuple[int, int, int]:

@@ -5,7 +5,6 @@ Prompts are sampled by ComfyUI's own sampler, by Euler's method, on a clone of t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,23 +18,13 @@ from torch import Tensor
 
 from ..saferope_core import BENIGN, UNSAFE, Gathering, Geometry, Statistics, schedule, token_kinds
 from .patch import ListeningPatch, patched
-from .words import END, PADDING, located, pieces
+from .prompts import Prompt, masks_of
 
-MARK = re.compile(r"\[([^\[\]]+)\]")
 SAME_TIME = 1e-3  # sigmas closer than this are one: they come back in the sampler's precision
 GRAMS = 16  # Gram matrices of every head: seven kinds of tokens and what they meet, of queries and of keys
 SAMPLE_BYTES = 3 << 30  # of memory for vectors that are kept whole
 SAMPLED_SETS = 8  # four kinds of tokens, of queries and of keys
 RESERVOIR = 4096  # vectors kept of each kind; the trainer's
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt of a side; `word` spans the characters of the concept's word in an unsafe one."""
-
-    side: str
-    text: str
-    word: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,29 +37,6 @@ class Look:
     used: Tensor
     subject: Tensor
     seed: int
-
-
-def read_prompts(text: str, side: str) -> list[Prompt]:
-    """One prompt a line; in unsafe ones the concept's word stands in brackets: `a red [star] on the beach`.
-
-    Raises ValueError, naming the line, for an unsafe prompt without exactly one marked word and a safe one with any.
-    """
-    prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        line, marks = line.strip(), MARK.findall(line)
-        if not line:
-            continue
-        if len(marks) != (side == UNSAFE):
-            expected = "one, such as `a red [star] on the beach`" if side == UNSAFE else "none: they show no concept"
-            raise ValueError(
-                f"{side} prompts, line {number}: {line!r:.200} has {len(marks)} words in brackets. Expected {expected}."
-            )
-        first = line.index("[") if marks else 0
-        word = (first, first + len(marks[0])) if marks else None
-        prompts.append(Prompt(side, MARK.sub(r"\1", line) if marks else line, word))
-    if not prompts:
-        raise ValueError(f"There are no {side} prompts. Expected at least one, better a dozen or more, one a line.")
-    return prompts
 
 
 def gather(
@@ -132,19 +98,11 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 
 def _encoded(clip: Any, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States, pooled vector, and which tokens are the prompt's own and the concept's word's."""
-    stream = pieces(clip, prompt.text)
-    used = torch.tensor([[piece != PADDING for piece in stream]])
-    subject = torch.zeros_like(used)
-    if prompt.word:
-        subject[0, slice(*located(clip, prompt.text, prompt.word))] = True
-        if END not in stream:
-            raise ValueError(
-                f"Prompt {prompt.text!r:.200} is longer than the {len(stream)} tokens that the CLIP takes."
-            )
+    used, subject = masks_of(clip, prompt)
     states, extra = clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text))[0]
-    if states.shape[1] != len(stream):
+    if states.shape[1] != used.shape[1]:
         raise ValueError(
-            f"The CLIP gives {states.shape[1]} vectors for {len(stream)} tokens of T5. Expected FLUX's text encoders, whose text "
+            f"The CLIP gives {states.shape[1]} vectors for {used.shape[1]} tokens of T5. Expected FLUX's text encoders, whose text "
             "stream is T5's alone."
         )
     return states, extra["pooled_output"], used, subject

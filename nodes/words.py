@@ -6,11 +6,15 @@ those of q and k in every block. All of it is text: nothing is encoded, no weigh
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Any
 
+from ..saferope_core import unknown_parts
+
 SPACE = "\u2581"  # SentencePiece's mark of a word's beginning
 END, PADDING = "</s>", ""
+IDENTIFIER = "embedding:"  # before an embedding's name in a prompt; ComfyUI's SDTokenizer
 EMBEDDING = "<embedding>"  # a textual inversion's vector, which is no token
 T5 = "t5"  # in the names of T5's token streams: t5xxl, t5base, pile_t5xl, umt5xxl
 
@@ -44,6 +48,21 @@ def words(pieces: list[str]) -> list[tuple[str, int, int]]:
     return [("".join(pieces[first:last]).replace(SPACE, ""), first, last) for first, last in found if first < last]
 
 
+def unknown(clip: Any, text: str) -> list[tuple[int, int]]:
+    """Characters [start, end) of `text` that T5's vocabulary has no token for, as far as they are in the stream.
+
+    None of a tokenizer that does not tell tokens' places: `located` refuses it.
+    """
+    key = _stream(clip, rows := clip.tokenize(text))
+    inner = _tokenizer(clip, key).tokenizer
+    strange = getattr(inner, "unk_token_id", None)
+    stream = [token for row in rows[key] for token, *_ in row]
+    if not getattr(inner, "is_fast", False) or not any(isinstance(token, int) and token == strange for token in stream):
+        return []
+    own = inner(text, return_offsets_mapping=True)
+    return unknown_parts(own["input_ids"], own["offset_mapping"], strange)
+
+
 def located(clip: Any, text: str, span: tuple[int, int]) -> tuple[int, int]:
     """Tokens (first, one after the last) of the text stream that touch the characters `span` of `text`.
 
@@ -59,7 +78,14 @@ def located(clip: Any, text: str, span: tuple[int, int]) -> tuple[int, int]:
         )
     own = inner(text, return_offsets_mapping=True)
     hit = [i for i, (first, last) in enumerate(own["offset_mapping"]) if first < span[1] and span[0] < last]
-    if hit and stream[: hit[-1] + 1] == own["input_ids"][: hit[-1] + 1]:
+    until = stream[: hit[-1] + 1] if hit else []
+    if any(not isinstance(token, int) for token in until):
+        named = re.search(rf"{IDENTIFIER}\S+", text)
+        raise ValueError(
+            f"Prompt {text!r:.200}: the embedding {named[0] if named else 'of a name unknown'!r:.60} stands in or before "
+            f"{text[slice(*span)]!r:.60}, and the word's tokens cannot be told behind it. Put it after the word, or leave it out."
+        )
+    if hit and until == own["input_ids"][: hit[-1] + 1]:
         return hit[0], hit[-1] + 1
     raise ValueError(
         f"Prompt {text!r:.200}: the tokens of {text[slice(*span)]!r:.60} were not found in the text stream. Expected plain text, "

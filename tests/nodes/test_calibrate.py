@@ -98,9 +98,10 @@ def theirs():
 
 
 @pytest.fixture(scope="module")
-def ours(gather, core, tiny, prompts, theirs, made):
+def ours(pack, gather, core, tiny, prompts, theirs, made):
     """The node's statistics of the same prompts and noises."""
-    both = gather.read_prompts(prompts[0], core.UNSAFE) + gather.read_prompts(prompts[1], core.BENIGN)
+    read = importlib.import_module(f"{pack.__name__}.nodes.prompts").read_prompts
+    both = read(prompts[0], core.UNSAFE) + read(prompts[1], core.BENIGN)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(gather, "start_noise", theirs[1])
         looks = gather.looks_of(tiny[1], both, rounds=1, seed=0)

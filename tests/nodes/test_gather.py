@@ -1,4 +1,4 @@
-"""Reading prompts, and listening that fails closed: on the tiny world inside a real ComfyUI."""
+"""Looking at prompts, and listening that fails closed: on the tiny world inside a real ComfyUI."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ TEXTS = ("a red [star] in the center", "a blue [star] , left , navy wall"), ("a 
 @pytest.fixture(scope="module")
 def gather(pack):
     return importlib.import_module(f"{pack.__name__}.nodes.gather")
+
+
+@pytest.fixture(scope="module")
+def prompts(pack):
+    return importlib.import_module(f"{pack.__name__}.nodes.prompts")
 
 
 @pytest.fixture(scope="module")
@@ -33,35 +38,10 @@ def node(node_classes, tiny):
     return run
 
 
-def test_marked_words_are_read(gather):
-    first, second = gather.read_prompts("\n  a red [night star] here \n\nstar: [x]\n", "unsafe")
-    assert first.text == "a red night star here" and first.text[slice(*first.word)] == "night star"
-    assert second.text == "star: x" and second.text[slice(*second.word)] == "x"
-    assert gather.read_prompts("a (red:1.2) ring", "benign") == [gather.Prompt("benign", "a (red:1.2) ring")]
-
-
-@pytest.mark.parametrize(
-    ("text", "side", "message"),
-    [
-        (
-            "a [star]\na star",
-            "unsafe",
-            r"unsafe prompts, line 2: 'a star' has 0 words in brackets. Expected one, such as",
-        ),
-        ("a [red] [star]", "unsafe", "line 1: .* has 2 words"),
-        ("a ring\n\na [ring]", "benign", "benign prompts, line 3: .* has 1 words in brackets. Expected none"),
-        (" \n", "unsafe", "no unsafe prompts. Expected at least one"),
-    ],
-)
-def test_prompts_that_say_too_little_are_refused(gather, text, side, message):
-    with pytest.raises(ValueError, match=message):
-        gather.read_prompts(text, side)
-
-
-def test_both_sides_start_from_the_same_noises(gather, tiny):
-    prompts = [gather.Prompt("unsafe", "a star", (2, 6)), *[gather.Prompt("benign", text) for text in TEXTS[1]]]
+def test_both_sides_start_from_the_same_noises(gather, prompts, tiny):
+    chosen = [prompts.Prompt("unsafe", "a star", (2, 6)), *[prompts.Prompt("benign", text) for text in TEXTS[1]]]
     with torch.inference_mode():
-        looks = gather.looks_of(tiny[1], prompts, rounds=3, seed=10)
+        looks = gather.looks_of(tiny[1], chosen, rounds=3, seed=10)
     assert [look.seed for look in looks if look.side == "unsafe"] == [10, 11, 12]
     assert [look.seed for look in looks if look.side == "benign"] == [10, 12, 14, 11, 13, 15], "prompt by prompt"
     assert [len(some) for some in gather.batches(looks, 4)] == [3, 4, 2], "sides are never mixed"
@@ -89,7 +69,7 @@ def test_progress_counts_to_its_end(node, comfy):
     assert seen[-1] == (total, total) and [value for value, _ in seen] == sorted(value for value, _ in seen)
 
 
-def test_it_can_be_cancelled(gather, tiny, pack, monkeypatch):
+def test_it_can_be_cancelled(gather, prompts, tiny, pack, monkeypatch):
     import comfy.model_management as management
 
     calls = []
@@ -100,7 +80,7 @@ def test_it_can_be_cancelled(gather, tiny, pack, monkeypatch):
 
     apply = importlib.import_module(f"{pack.__name__}.nodes.apply")
     with torch.inference_mode(), pytest.raises(management.InterruptProcessingException):
-        looks = gather.looks_of(tiny[1], gather.read_prompts(TEXTS[0][0], "unsafe"), 1, 0)
+        looks = gather.looks_of(tiny[1], prompts.read_prompts(TEXTS[0][0], "unsafe"), 1, 0)
         gather.gather(tiny[0], apply.flux_geometry(tiny[0]), looks, (12, 12), 1, (1.0, 0.5), 3.5, tell)
     assert calls == [1]
     assert not management.processing_interrupted(), "the exception takes the flag down"
