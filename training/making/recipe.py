@@ -76,10 +76,12 @@ class Recipe:
         return prompts.read_prompts(self.out / PROMPT_FILE)
 
     @_alone
-    def extract(self) -> list[prompts.PromptRecord]:
-        """Statistics of every head; returns the prompts."""
+    def extract(self, training: bool = False) -> list[prompts.PromptRecord]:
+        """Statistics of every head; returns the prompts. `training`: that comes after, so its pictures are checked too."""
         s, records = self.settings, self.prompts()
         checks.require(self.model, records, s)
+        if training and not (self.out / LATENTS).is_file():  # later they are not read again
+            material.require_pictures(records, 8 * self.model.latent_side)
 
         def make(report) -> None:
             statistics = extract.extract(self.model, records, s.timesteps, s.reservoir, s.seed, report)
@@ -90,9 +92,9 @@ class Recipe:
         return records
 
     @_alone
-    def heads(self) -> list[prompts.PromptRecord]:
+    def heads(self, training: bool = False) -> list[prompts.PromptRecord]:
         """The safety-critical heads, their bases and gates, as tensors, table and map; returns the prompts."""
-        records = self.extract()
+        records = self.extract(training)
         self.place.stage(HEADS, (STATISTICS,), (CRITICAL, TABLE, MAP), lambda report: self._read_heads(), self.weights)
         return records
 
@@ -110,9 +112,7 @@ class Recipe:
     @_alone
     def train(self, tell: train.Teller = lambda entry: None) -> Path:
         """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry."""
-        s, out = self.settings, self.out
-        material.require_pictures(self.prompts(), 8 * self.model.latent_side)
-        records = self.heads()
+        s, out, records = self.settings, self.out, self.heads(training=True)
 
         def make_latents(report) -> None:
             material.make_latents(self.model, records, s.unlearn_at, s.seed, out / LATENTS, report)
