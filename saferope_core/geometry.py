@@ -10,7 +10,9 @@ BLOCK_TYPES = ("double", "single")  # the hosts' names, in the order of the code
 
 SLUG = re.compile(r"[a-z0-9-]+")
 _LONGEST = 60  # characters of a family
-_LARGEST = 1024  # far above every known model; keeps numbers from a file from asking for absurd tables
+# Twice the largest of the diffusion transformers known in November 2026, so that a file cannot ask for absurd maps and
+# tables: Qwen-Image has 60 blocks, FLUX.2-dev and Krea 2 have 48 heads, Ideogram 4 has 256 dimensions in a head.
+MOST_BLOCKS, MOST_HEADS, LARGEST_HEAD_DIM = 128, 96, 512
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,21 @@ class Geometry:
     family: str = "flux"
 
     def __post_init__(self):
-        lowest = {"double_blocks": 0, "single_blocks": 0, "heads": 1, "head_dim": 2}
-        for name, low in lowest.items():
+        ranges = {
+            "double_blocks": (0, MOST_BLOCKS),
+            "single_blocks": (0, MOST_BLOCKS),
+            "heads": (1, MOST_HEADS),
+            "head_dim": (2, LARGEST_HEAD_DIM),
+        }
+        for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if type(value) is not int or not low <= value <= _LARGEST:
-                raise ValueError(f"geometry: {name} is {value!r}, expected an integer from {low} to {_LARGEST}")
-        if self.blocks == 0:
-            raise ValueError("geometry: 0 double and 0 single blocks, expected at least one block")
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"geometry: {name} is {value!r:.80}, expected an integer from {low} to {high}")
+        if not 1 <= self.blocks <= MOST_BLOCKS:
+            raise ValueError(
+                f"geometry: {self.double_blocks} double and {self.single_blocks} single blocks, expected 1 to {MOST_BLOCKS} "
+                "blocks in all"
+            )
         if not isinstance(self.family, str) or not SLUG.fullmatch(self.family) or len(self.family) > _LONGEST:
             raise ValueError(
                 f"geometry: family is {self.family!r:.80}, expected letters, digits and hyphens, [a-z0-9-]+, at most {_LONGEST}"

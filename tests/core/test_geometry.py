@@ -48,12 +48,16 @@ def test_require_names_both_geometries():
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"heads": 0}, "heads is 0, expected an integer from 1 to 1024"),
+        ({"heads": 0}, "heads is 0, expected an integer from 1 to 96"),
         ({"heads": 2.0}, "heads is 2.0, expected an integer"),
         ({"heads": True}, "heads is True, expected an integer"),
         ({"head_dim": 10**9}, "head_dim is 1000000000"),
         ({"double_blocks": -1}, "double_blocks is -1"),
-        ({"double_blocks": 0, "single_blocks": 0}, "expected at least one block"),
+        ({"double_blocks": 0, "single_blocks": 0}, "0 double and 0 single blocks, expected 1 to 128 blocks in all"),
+        ({"double_blocks": 65, "single_blocks": 64}, "65 double and 64 single blocks, expected 1 to 128 blocks in all"),
+        ({"double_blocks": 129}, "double_blocks is 129, expected an integer from 0 to 128"),
+        ({"heads": 97}, "heads is 97, expected an integer from 1 to 96"),
+        ({"head_dim": 513}, "head_dim is 513, expected an integer from 2 to 512"),
         ({"family": "Flux 1"}, "family is 'Flux 1'"),
         ({"family": "flux\n"}, "family is"),
         ({"family": 7}, "family is 7"),
@@ -62,3 +66,11 @@ def test_require_names_both_geometries():
 def test_impossible_geometries_are_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
         Geometry(**{"double_blocks": 2, "single_blocks": 4, "heads": 2, "head_dim": 128, **numbers})
+
+
+@pytest.mark.parametrize(
+    "numbers", [(60, 0, 24, 128), (8, 48, 48, 128), (0, 28, 48, 128), (0, 34, 18, 256), (64, 64, 96, 512)]
+)
+def test_the_largest_known_models_are_taken(numbers):
+    """Qwen-Image, FLUX.2-dev, Krea 2, Ideogram 4; and the limits themselves."""
+    assert Geometry(*numbers).blocks == numbers[0] + numbers[1]
