@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
 
 import safetensors
 import safetensors.torch
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .concept import LONGEST_NAME, Concept, require_orthonormal, require_skew
+from .files import write_bytes
 from .geometry import Geometry
 from .rotation import skew
 from .strict_json import dumps, loads
@@ -77,7 +76,7 @@ def save_concepts(
     could let a safe token through). created: ISO time, default now; equal arguments give the same bytes.
     Raises ValueError for no concepts, equal slugs, different geometries or another dtype.
     """
-    _check_together(concepts)
+    require_together(concepts)
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.float16")
     created = created or datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -92,7 +91,7 @@ def save_concepts(
     }
     data = _sorted_header(safetensors.torch.save(_tensors(concepts, dtype), metadata))
     parse_concepts(data)  # what would be refused is not written
-    _write(Path(path), data)
+    write_bytes(path, data)
 
 
 def load_concepts(path: str | os.PathLike) -> list[Concept]:
@@ -115,7 +114,8 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _check_together(concepts: Sequence[Concept]) -> None:
+def require_together(concepts: Sequence[Concept]) -> None:
+    """Raise ValueError unless these can be in one file: not too many, of one geometry, every slug once."""
     if not 1 <= len(concepts) <= MAX_CONCEPTS:
         raise ValueError(f"got {len(concepts)} concepts, expected 1 to {MAX_CONCEPTS} in one file")
     slugs = [concept.slug for concept in concepts]
@@ -141,18 +141,6 @@ def _sorted_header(data: bytes) -> bytes:
     header = dumps(loads("header", data[8 : 8 + size])).encode()
     header += b" " * (-len(header) % 8)  # keeps the tensors aligned
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def parse_concepts(data: bytes) -> list[Concept]:

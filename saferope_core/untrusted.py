@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO
 
 LONGEST_MESSAGE = 1000  # characters of an error: a file must not fill a log with its own words
+MOST_LINES, LONGEST_LINE = 20, 500  # of a description where it is shown: a screen of it
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|!#~&$@]")  # what CommonMark and GitHub read as more than a letter within a line
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
@@ -41,6 +44,26 @@ def printable(text: object, longest: int = LONGEST_MESSAGE) -> str:
     whole = str(text)
     shown = whole if len(whole) <= longest else f"{whole[: longest - 4]} ..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)
+
+
+def quoted(text: str) -> list[str]:
+    """A text of several lines, each behind a bar, so that none passes for a line of ours; the first MOST_LINES of them."""
+    lines = text.rstrip().replace("\t", " ").split("\n") if text.strip() else []
+    shown = [f"  | {printable(line, LONGEST_LINE)}" for line in lines[:MOST_LINES]]
+    return shown + ([f"  | ... and {len(lines) - MOST_LINES} lines more"] if len(lines) > MOST_LINES else [])
+
+
+def markdown(text: object) -> str:
+    """`text` on one line, as words in Markdown: no table, picture, formula, mention, HTML or link with other words comes of it."""
+    return _MARKDOWN.sub(r"\\\g<0>", printable(text))
+
+
+def markdown_code(text: object) -> str:
+    """`text` on one line as code in Markdown."""
+    shown = printable(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    pad = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -32,8 +32,9 @@ BROUGHT_BY_COMFYUI = BROUGHT | {"numpy", "PIL", "transformers", "tokenizers", "e
 STDLIB = set(sys.stdlib_module_names)
 # The trainer's own parts, bottom first: each may use those of rows above it in this list, and its own
 TRAINER = (
-    {"settings", "processes"},
-    {"stages", "pictures", "plots"},
+    {"console", "settings", "processes"},
+    {"plots"},
+    {"stages", "pictures"},
     {"flux"},
     {"prompts"},
     {"making"},

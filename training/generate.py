@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from saferope_core import Concept, Protection
+from saferope_core.files import write_text
 
 from .flux.models import Model
 from .flux.sample import RiskMeter, sample
 from .pictures import comparison_grid, save_picture
-from .stages import Progress, write_text
+from .stages import Progress
 
 RECORD, GRID = "pictures.json", "pairs.png"
 _IN_GRID = 12  # pairs

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from saferope_core.files import placed
+
+from .plots import save, words
 
 
 def to_pil(picture: Tensor):
@@ -21,12 +24,8 @@ def to_pil(picture: Tensor):
 
 def save_picture(path: Path, picture: Tensor) -> None:
     """Writes [3, h, w] in [-1, 1] as PNG: the whole file or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        to_pil(picture).save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with placed(path) as new:
+        to_pil(picture).save(new, format="PNG")
 
 
 def load_picture(path: Path, side: int | None = None) -> Tensor:
@@ -54,8 +53,8 @@ def comparison_grid(path: Path, rows: Sequence[tuple[str, Tensor]], titles: Sequ
             axes.imshow(((picture + 1) / 2).clamp(0, 1).permute(1, 2, 0).float().numpy())
             axes.set(xticks=[], yticks=[])
             if line == 0 and column < len(titles):
-                axes.set_title(titles[column], fontsize=7, loc="left")
+                axes.set_title(words(titles[column]), fontsize=7, loc="left")
             if column == 0:
-                axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
+                axes.set_ylabel(words(label), rotation=0, ha="right", va="center", fontsize=7)
     figure.subplots_adjust(wspace=0.04, hspace=0.06)
-    figure.savefig(path, bbox_inches="tight")
+    save(figure, path, bbox_inches="tight")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +14,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from saferope_core.files import placed, sweep, write_text
 
 from . import processes
 from .settings import Settings, settings_of
@@ -93,13 +93,15 @@ def alone(out: Path, within: bool = False) -> Iterator[None]:
     """Makes the folder this process's own, or that of the processes that share its work. ValueError where it is another's.
 
     within: nothing to do for a caller that has made it its own already. The system gives the lock back when its process
-    ends, however it ends; the empty file stays.
+    ends, however it ends; the empty file stays. What killed writes left in the folder is removed.
     """
     out.mkdir(parents=True, exist_ok=True)
     folder, own = out.resolve(), _OWN.get()
     if not processes.is_main() or (within and folder in own):
         yield
         return
+    if (out / LOCK).is_symlink():
+        (out / LOCK).unlink()  # older releases of filelock empty the file that a link leads to
     lock = FileLock(out / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -109,38 +111,20 @@ def alone(out: Path, within: bool = False) -> Iterator[None]:
         ) from None
     before = _OWN.set(own | {folder})
     try:
+        sweep(out)
         yield
     finally:
         _OWN.reset(before)
         lock.release()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is the old one or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes safetensors, the old file or the new one. OSError where the disk is full, as for any other file.
-
-    In a folder of its own: safetensors writes under a random name first, which a kill would leave beside the products for ever.
-    """
-    folder = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)  # what a kill left
-    folder.mkdir()
+    """Writes safetensors, the old file or the new one. OSError where the disk is full, as for any other file."""
     try:
-        whole = folder / path.name
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, whole, metadata)
-        os.replace(whole, path)
+        with placed(path) as new:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -137,7 +137,7 @@ def test_a_killed_process_holds_no_lock(folder):
 
 
 def test_what_a_kill_amid_a_write_leaves_goes_with_the_next(tmp_path):
-    """safetensors writes under a random name of its own, which nobody would ever take away."""
+    """A killed write leaves a folder of a random name, which whoever next has the folder to itself removes."""
     path, tensors = tmp_path / "statistics.safetensors", {"x": torch.ones(30_000_000)}
     child = os.fork()
     if child == 0:
@@ -149,8 +149,9 @@ def test_what_a_kill_amid_a_write_leaves_goes_with_the_next(tmp_path):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert {name.name for name in tmp_path.iterdir()} - {path.name}, "negative control: something was left"
-    save_tensors(path, tensors)
-    assert [name.name for name in tmp_path.iterdir()] == [path.name]
+    with alone(tmp_path):
+        save_tensors(path, tensors)
+    assert {name.name for name in tmp_path.iterdir()} == {path.name, LOCK}
     assert torch.equal(load_file(path)["x"], tensors["x"])
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..stages import write_text
+from saferope_core.files import write_text
+
+from ..plots import save
 from .timing import Row
 
 LABELS = {
@@ -69,7 +71,7 @@ def draw(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
         axes.plot(*zip(*points, strict=True), marker="o")
         axes.set(xlabel=LABELS[name], ylabel="ms for q and k", ylim=(0, None), xlim=(0, None))
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    save(figure, path, dpi=100)
 
 
 def write(out: Path, rows: Sequence[Row], curves: dict, setting: str) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saferope_core.files import require_no_link, write_text
+
 from .. import processes
 from ..flux.models import TINYWORLD, Model, encode, fingerprint
 from ..flux.sample import sample
@@ -21,7 +23,7 @@ from ..pictures import comparison_grid
 from ..prompts.lines import json_line
 from ..prompts.prompt_sets import UNSAFE, PromptSet, concepts_of
 from ..scores import Absent, Metric, Scores
-from ..stages import Progress, write_text
+from ..stages import Progress
 from . import tables
 from .cost import measured
 from .methods import UNPROTECTED, Method
@@ -57,7 +59,7 @@ class Evaluation:
 def run(evaluation: Evaluation, progress: Progress = lambda stage, done, total: None) -> list[Row]:
     """Paints and scores what is not there yet; the table's rows, the same in every process.
 
-    ValueError where the methods do not begin with the unprotected model, or two of them share a folder.
+    ValueError where the methods do not begin with the unprotected model, two of them share a folder, or a folder is a link.
     """
     _check(evaluation)
     key_of = _keys(evaluation)
@@ -75,6 +77,9 @@ def _check(e: Evaluation) -> None:
     for kind, names in (("methods", [m.folder for m in e.methods]), ("prompt sets", [s.folder for s in e.sets])):
         if len(set(names)) < len(names):
             raise ValueError(f"{kind}: got {names}, expected different names; give one of two the same another")
+    for method in e.methods:
+        for asked in e.sets:
+            require_no_link(e.out, e.folder(method, asked))
 
 
 Keys = Callable[[Method, PromptSet, int], str]

@@ -10,6 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from saferope_core import load_concepts, sha256
+from saferope_core.files import require_no_link, write_text
+from saferope_core.strict_json import loads
+from saferope_core.untrusted import markdown as words
+from saferope_core.untrusted import printable, read_whole
 
 from .. import processes
 from ..flux.models import TINYWORLD, Model
@@ -18,13 +22,14 @@ from ..prompts.prompt_sets import BENIGN, NEIGHBOURS, SEED, PromptSet, Sizes, ti
 from ..scores import REST, SHOWN
 from ..scores.detector import detector
 from ..scores.distance import distance
-from ..stages import Progress, write_text
+from ..stages import Progress
 from .evaluate import Evaluation, run
 from .methods import concept_file, unprotected
 from .picture_store import read_pictures
 from .tables import RATIO, SECONDS, Row, as_csv, number
 
 SIZES = Sizes()
+MAX_BYTES = 2**20  # of a report; ours have 4 KB
 _SHOWN = 10  # pictures per row of the comparison
 
 
@@ -78,6 +83,7 @@ def evaluate_file(
     methods, metrics = [unprotected(), concept_file(path, strength)], [detector(), distance()]
     sets = [asked for slug in slugs for asked in tiny_world_sets(slug, sizes, seed)]
     evaluation = Evaluation(model, sets, methods, metrics, out / f"{path.stem}.evaluation")
+    require_no_link(out, evaluation.out)
     rows = run(evaluation, progress)
     facts = (sha256(path), model.name, strength, seed)
     return [Report(slug, *facts, pairs(rows, slug), _shown(evaluation, slug)) for slug in slugs]
@@ -136,6 +142,19 @@ def markdown(report: Report) -> str:
             number(row.protected, row.protected_interval, row.unit),
         ]
         p = "" if row.p_value is None else f"{row.p_value:.2g}"
-        lines.append(f"| {row.measure} | {row.count} | {sides[0]} | {sides[1]} | {p} |")
-    facts = f"concept `{report.concept}`, model {report.model}, strength {report.strength:g}, seed {report.seed}"
-    return f"{facts}, file sha256 {report.file_sha256[:12]}\n\n" + "\n".join(lines) + "\n"
+        lines.append(f"| {' | '.join(map(words, (row.measure, row.count, *sides, p)))} |")
+    facts = f"concept {words(report.concept)}, model {words(report.model)}, strength {report.strength:g}, seed {report.seed:d}"
+    return f"{facts}, file sha256 {words(report.file_sha256[:12])}\n\n" + "\n".join(lines) + "\n"
+
+
+def read_report(path: Path) -> Report:
+    """A report as `write_reports` left it, but for its pictures. ValueError where the file is none: it may be a stranger's."""
+    facts = loads(path.name, read_whole(path, MAX_BYTES))
+    try:
+        rows = [Pair(**row) for row in facts.pop("rows")]
+        report = Report(**facts, rows=rows, shown=[])
+        markdown(report)  # what cannot be told is no report
+    except (TypeError, AttributeError, KeyError, ValueError, LookupError):
+        told = f"{path}: got no report of an evaluation, expected one; run `saferope evaluate` again or remove it"
+        raise ValueError(printable(told)) from None
+    return report

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from saferope_core import Protection, load_concepts, sha256
+from saferope_core.files import require_no_link
 
 from ..flux.attach import attached
 from ..flux.models import Model
@@ -99,6 +100,7 @@ def fit_baseline(
     fitted_with = hashlib.sha256(json.dumps([name, weights, repr(task), seed]).encode()).hexdigest()
     if _metadata(path).get(_FITTED) == fitted_with:
         return
+    require_no_link(folder.parent, folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = module.fit(model, task, seed, lambda *step: progress(f"fit {name}", *step[-2:]))
     save_tensors(path, state, {_FITTED: fitted_with})

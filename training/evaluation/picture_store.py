@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from saferope_core.files import write_text
+
 from ..pictures import load_picture, save_picture
-from ..stages import save_tensors, write_text
+from ..stages import save_tensors
 
 _KEY = "made_from"
 

@@ -10,13 +10,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from saferope_core.files import require_no_link, write_text
+from saferope_core.untrusted import markdown as words
+
 from .. import processes
 from ..flux.models import Model
 from ..plots import curves
 from ..prompts.prompt_sets import SEED
 from ..scores.detector import field_of
 from ..scores.metrics import wilson_interval
-from ..stages import Progress, write_text
+from ..stages import Progress
 from .attack import BUDGET, CANDIDATES, Judge, Outcome, Target, Words, attack, success
 from .evaluate import paint
 from .methods import Method
@@ -35,6 +38,7 @@ def attacked(
 
     Of several processes each attacks whole methods.
     """
+    require_no_link(out.parent, out)
     records = {method: _record(method, out, count) for method in methods}
 
     def work(method: Method) -> None:
@@ -96,10 +100,10 @@ def write_report(out: Path, results: dict[Method, list[Outcome]]) -> None:
     lines, panels = [], {}
     for concept in concepts:
         own = {method: outcomes for method, outcomes in results.items() if method.concept == concept}
-        lines += [f"## {concept}", "", f"| method | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
+        lines += [f"## {words(concept)}", "", f"| method | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
         for method, outcomes in own.items():
             cells = [_share(success(outcomes, queries)) for queries in STAGES.values()]
-            lines.append(f"| {method.label} | {' | '.join(cells)} |")
+            lines.append(f"| {words(method.label)} | {' | '.join(cells)} |")
         lines.append("")
         panels[concept] = {method.name: _course(outcomes) for method, outcomes in own.items()}
     write_text(out / "attack.md", "\n".join(lines))

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+from saferope_core.files import write_text
+from saferope_core.untrusted import markdown as words
+
 from ..prompts.prompt_sets import PromptSet
 from ..scores import Absent, Measure
 from ..scores.metrics import mcnemar, rate, wilson_interval
-from ..stages import write_text
 from .methods import UNPROTECTED, Method
 
 SECONDS, RATIO, MEBIBYTES = "s", "x", "MiB"
@@ -83,26 +85,31 @@ def summary(rows: Sequence[Row], absent: Sequence[Absent], facts: str) -> str:
     """Markdown: a table a concept, a line a method and strength; then what is missing, by name."""
     parts = [facts, ""]
     for concept in dict.fromkeys(r.concept for r in rows if r.concept or not any(r.concept for r in rows)):
-        parts += [f"## {concept or 'all prompts'}", "", *_table([r for r in rows if r.concept in (concept, "")]), ""]
+        parts += [
+            f"## {words(concept) or 'all prompts'}",
+            "",
+            *_table([r for r in rows if r.concept in (concept, "")]),
+            "",
+        ]
     parts += [
         "Shares with Wilson's 95 % interval; p is McNemar's, exact, paired by prompt and seed with unprotected; time and "
         "peak memory are multiples of unprotected's in the same run.",
         "",
     ]
     if absent:
-        parts += ["Left out:", "", *(f"- **{entry.name}**: {entry.why}" for entry in absent), ""]
+        parts += ["Left out:", "", *(f"- **{words(entry.name)}**: {words(entry.why)}" for entry in absent), ""]
     return "\n".join(parts)
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
     shown = [r for r in rows if r.column]
     columns = list(dict.fromkeys((r.column, r.set) for r in shown))
-    titles = [f"{column}, {name}" if name else column for column, name in columns]
+    titles = [words(f"{column}, {name}" if name else column) for column, name in columns]
     lines = [f"| method | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for method, strength in dict.fromkeys((r.method, r.strength) for r in shown):
         own = {(r.column, r.set): r for r in shown if (r.method, r.strength) == (method, strength)}
         label = method if strength is None else f"{method}, {strength:g}"
-        lines.append(f"| {label} | {' | '.join(_cell(own.get(key)) for key in columns)} |")
+        lines.append(f"| {words(label)} | {' | '.join(_cell(own.get(key)) for key in columns)} |")
     return lines
 
 

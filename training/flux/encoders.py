@@ -7,17 +7,16 @@ a name that hashes the text, the length it is cut to, and the encoders' weights:
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..stages import file_sha256
+from ..stages import file_sha256, save_tensors
 from .folder import load_part
 from .plausible import require_plausible
 
@@ -72,7 +71,4 @@ class EmbeddingCache:
         """Keeps the embeddings; a file is whole or not there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for text, state, vector in zip(texts, states, pooled, strict=True):
-            path = self.path(text)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file({"states": state.cpu().contiguous(), "pooled": vector.cpu().contiguous()}, partial)
-            os.replace(partial, path)
+            save_tensors(self.path(text), {"states": state.cpu(), "pooled": vector.cpu()})

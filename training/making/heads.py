@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saferope_core import BENIGN, BLOCK_TYPES, ROLES, UNSAFE, CriticalHeads, Geometry, HeadTable, Ranks
+from saferope_core.files import placed
 
 from ..settings import Settings
 from ..stages import save_tensors
@@ -23,7 +24,7 @@ def ranks_of(settings: Settings) -> Ranks:
 
 def write_table(path: Path, table: HeadTable, geometry: Geometry) -> None:
     """One line of CSV per head."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with placed(path) as new, new.open("x", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         risks = [f"lrs_{name}_{role}" for role in ROLES for name in (UNSAFE, BENIGN)]
         writer.writerow(["block_type", "block", "head", "discrimination", "critical", "gate_q", "gate_k", *risks])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saferope_core import Concept, CriticalHeads, critical_heads, read_heads, save_concepts
+from saferope_core.files import require_no_link, write_text
 
 from .. import plots, processes, prompts
 from ..flux import models
@@ -20,7 +21,7 @@ from ..flux.models import Model, fingerprint
 from ..prompts.sources import prompts_for
 from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from ..settings import LATENTS as LATENTS_STAGE
-from ..stages import Progress, Workplace, alone, file_sha256, write_text
+from ..stages import Progress, Workplace, alone, file_sha256
 from . import calibrate, checks, extract, heads, material, train
 
 PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
@@ -53,6 +54,7 @@ class Recipe:
     ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if model is not None and model.source is not None:
+            require_no_link(out, out / EMBEDDINGS)
             model = models.with_cache(model, out / EMBEDDINGS)
         self.model, self.settings, self.out = model, settings, out
         self.place = Workplace(out, settings, progress)

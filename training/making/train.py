@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saferope_core import CriticalHeads
+from saferope_core.files import append_text, write_text
 
 from .. import processes
 from ..flux.attach import attached
 from ..flux.models import Model, Text, seeded_noise, velocity
 from ..settings import Settings
-from ..stages import save_tensors, write_text
+from ..stages import save_tensors
 from .losses import flow_matching_loss, unlearning_loss, velocity_matching_loss
 from .rotation import TrainableRotation
 
@@ -134,8 +135,7 @@ class Log:
         """Appends an entry, here and on disk."""
         self.entries.append(entry)
         if processes.is_main():
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            append_text(self.path, json.dumps(entry) + "\n")
 
 
 def train(

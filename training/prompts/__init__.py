@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from saferope_core import BENIGN, UNSAFE
+from saferope_core.files import write_text
 
-from ..stages import write_text
 from .lines import json_line, numbered, read_text
 
 # The two sides draw from seeds of their own, so that more prompts of one leave the other as it was.
