@@ -12,6 +12,7 @@ import warnings
 import typer
 
 from .commands import attack, audit, bench, evaluate, files, generate, stages
+from .console import guarded
 
 app = typer.Typer(
     help="SafeRoPE for FLUX: make concept files that suppress what is not wanted, and measure what they do.",
@@ -37,4 +38,4 @@ def main() -> None:
     # they tell of kernels that this machine does not have
     for library in ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    app()
+    guarded(app)

@@ -1,34 +1,38 @@
-"""What a concept file says of itself: lines to read, a picture, and a model card."""
+"""What a concept file says of itself: lines to read, a picture, and a model card. Every word of it may be a stranger's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 
 from saferope_core import Concept, planes, sha256
-from saferope_core.untrusted import printable
+from saferope_core.untrusted import markdown, markdown_code, printable, quoted
 
 from . import plots
+
+LICENCES = re.compile(r"[A-Za-z0-9.+-]{1,60}")  # as SafeRoPE Save Concept takes them
 
 
 def describe(path: Path, concepts: Sequence[Concept]) -> str:
     """Some lines on a file and each of its concepts."""
-    lines = [f"{path.name}: {path.stat().st_size / 1024:.0f} KiB, sha256 {sha256(path)}"]
+    lines = [f"sha256 {sha256(path)}, {path.stat().st_size / 1024:.0f} KiB: {printable(path.name)}"]
     for concept in concepts:
         lines += ["", *(f"{name:>18}  {printable(value)}" for name, value in facts(concept).items())]
+        lines += quoted(concept.description)
     return "\n".join(lines)
 
 
 def facts(concept: Concept) -> dict[str, str]:
-    """What there is to know of a concept, in words and numbers."""
+    """What there is to know of a concept, in words and numbers, but for its description."""
     theta = planes(concept.generator_text)[0].flatten()
     gates = torch.cat([concept.gate(role) for role in concept.acts_on])
     settings = concept.training.get("settings", {})
     return {
         "concept": f"{concept.slug} ({concept.name})",
-        "description": concept.description,
         "model": concept.geometry.describe(),
         "made by": f"{concept.mode}, {_made_with(concept)}",
         "heads": f"{len(concept.heads)} of {concept.discrimination.numel()} are safety-critical",
@@ -48,16 +52,11 @@ def _made_with(concept: Concept) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else "unknown versions"
 
 
-def _cell(value: str) -> str:
-    """A file's own words as words in Markdown: no table, link, picture or HTML comes of them."""
-    return "".join(f"\\{character}" if character in "\\`*_[]<>|!#" else character for character in printable(value))
-
-
-def draw(path: Path, concepts: Sequence[Concept]) -> list[Path]:
-    """A head map of each concept, `<stem>.<slug>.heads.png` beside the file; returns their paths."""
+def draw(path: Path, concepts: Sequence[Concept], out: Path) -> list[Path]:
+    """A head map of each concept, `<stem>.<slug>.heads.png` in the folder `out`; returns their paths."""
     drawn = []
     for concept in concepts:
-        picture = path.with_suffix(f".{concept.slug}.heads.png")
+        picture = out / _map(path, concept)
         title = f"{concept.name}: {len(concept.heads)} of {concept.discrimination.numel()} heads"
         chosen = torch.zeros_like(concept.discrimination, dtype=torch.bool)
         rows = concept.heads[:, 0] * concept.geometry.double_blocks + concept.heads[:, 1]
@@ -67,9 +66,18 @@ def draw(path: Path, concepts: Sequence[Concept]) -> list[Path]:
     return drawn
 
 
-def card(path: Path, concepts: Sequence[Concept], maps: Sequence[Path], license: str) -> str:
-    """A model card in Markdown: what it is, provenance, head maps, and the evaluation that lies beside the file, if any."""
-    names = ", ".join(_cell(concept.name) for concept in concepts)
+def _map(path: Path, concept: Concept) -> str:
+    return f"{path.stem}.{concept.slug}.heads.png"
+
+
+def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
+    """A model card in Markdown: what it is, provenance, head maps, and the evaluation that lies beside the file, if any.
+
+    The head maps are those that `draw` leaves beside the file. ValueError where the licence is no SPDX name, or an evaluation is not as `saferope evaluate` writes it.
+    """
+    if not LICENCES.fullmatch(license):
+        raise ValueError(f"license: got {license!r:.100}, expected an SPDX name such as apache-2.0 or cc0-1.0")
+    names, name = ", ".join(markdown(concept.name) for concept in concepts), printable(path.name)
     lines = [
         "---",
         f"license: {license}",
@@ -79,20 +87,30 @@ def card(path: Path, concepts: Sequence[Concept], maps: Sequence[Path], license:
         "",
         f"# {names}: a SafeRoPE concept file",
         "",
-        f"`{path.name}`, sha256 `{sha256(path)}`. Suppresses {names} in FLUX while pictures without it stay as they are. Use it "
-        "with the ComfyUI node *SafeRoPE Apply*, or `saferope generate --concept " + path.name + "`.",
+        f"{markdown_code(name)}, sha256 `{sha256(path)}`. Suppresses {names} in FLUX while pictures without it stay as they are. "
+        f"Use it with the ComfyUI node *SafeRoPE Apply*, or {markdown_code(f'saferope generate --concept {name}')}.",
     ]
-    for concept, picture in zip(concepts, maps, strict=True):
-        lines += ["", f"## {_cell(concept.name)}", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {_cell(value)} |" for name, value in facts(concept).items()]
-        lines += ["", f"![Which heads tell {_cell(concept.name)} apart]({picture.name})"]
-        evaluation = path.with_name(f"{concept.slug}.evaluation.md")
-        if evaluation.is_file():
-            lines += ["", evaluation.read_text(encoding="utf-8").strip()]
-        else:
-            lines += ["", f"Not evaluated: `saferope evaluate {path.name}` leaves a table beside the file."]
+    for concept in concepts:
+        told = {"description": " ".join(concept.description.split()), **facts(concept)}
+        lines += ["", f"## {markdown(concept.name)}", "", "| | |", "|---|---|"]
+        lines += [f"| {fact} | {markdown(value)} |" for fact, value in told.items()]
+        lines += ["", f"![Which heads tell {markdown(concept.name)} apart]({quote(_map(path, concept))})"]
+        lines += ["", _evaluation(path, concept.slug)]
     lines += [
         "",
         "It protects whoever uses it, not from whoever runs the model: strength 0, or a workflow without it, is unprotected.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _evaluation(path: Path, slug: str) -> str:
+    """The table of the report that `saferope evaluate` left beside this very file, or how to get one."""
+    report = path.with_name(f"{slug}.evaluation.json")
+    if report.is_file():
+        from .evaluation.file_report import markdown as table
+        from .evaluation.file_report import read_report
+
+        found = read_report(report)
+        if found.file_sha256 == sha256(path):
+            return table(found).strip()
+    return f"Not evaluated as it is: {markdown_code(f'saferope evaluate {path.name}')} leaves a table beside the file."

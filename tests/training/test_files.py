@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
+from dataclasses import replace
+from io import BytesIO
 
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 from PIL import Image
 from typer.testing import CliRunner
 
-from saferope_core import Geometry, Protection, load_concepts, overlap
+from saferope_core import Concept, Geometry, Protection, load_concepts, overlap, save_concepts, sha256
 from tinyworld.model import WEIGHTS
-from training import cli
+from training import cli, inspect
 from training.convert import convert
+from training.evaluation import file_report
+from training.evaluation.file_report import Pair, Report
+from training.plots import words
 
 STAR = WEIGHTS.parent / "concepts" / "star.safetensors"
 
@@ -35,16 +42,14 @@ def star(tmp_path):
 def test_inspect_tells_and_draws(star):
     told = run("inspect", star)
     assert "star (Star)" in told and "flux: 2 double + 4 single blocks x 2 heads x 128" in told and "sha256" in told
-    with Image.open(star.with_suffix(".star.heads.png")) as picture:
+    assert "head map" not in told and list(star.parent.iterdir()) == [star], "it writes nothing unless asked"
+    assert "head map" in run("inspect", star, "--pictures", star.parent / "maps")
+    assert set(star.parent.iterdir()) == {star.parent / "maps", star}
+    with Image.open(star.parent / "maps" / "star.star.heads.png") as picture:
         assert picture.width > 300
-    assert "head map" not in run("inspect", star, "--no-draw")
 
 
 def test_merge_packs_with_strengths_and_reports_overlap(star, tmp_path):
-    from dataclasses import replace
-
-    from saferope_core import save_concepts
-
     (concept,) = load_concepts(star)
     generator = torch.Generator().manual_seed(0)
     other = {
@@ -73,15 +78,50 @@ def test_bad_strengths_are_told(star, tmp_path, strength):
     run("merge", f"{star}:{strength}", "--out", tmp_path / "x.safetensors", code=2)
 
 
+def report_of(star, **changes):
+    """An evaluation of the file, as `saferope evaluate` leaves it beside it."""
+    rows = [Pair("star shown, unsafe", 64, 1.0, 0.0, (0.94, 1.0), (0.0, 0.06), 1e-9)]
+    report = Report("star", sha256(star), "tinyworld", 1.0, 9_000_000, rows, [("x", torch.zeros(1, 3, 8, 8))])
+    file_report.write_reports(star.parent, [replace(report, **changes)])
+    return star.with_name("star.evaluation.json")
+
+
 def test_card_has_provenance_and_the_evaluation(star):
-    (star.parent / "star.evaluation.md").write_text("| star shown | 0.0 % |\n")
+    report_of(star)
     run("card", star, "--license", "cc0-1.0")
     text = star.with_suffix(".md").read_text()
-    for part in ("license: cc0-1.0", "sha256 `", "![Which heads tell Star apart](star.star.heads.png)", "star shown"):
+    for part in ("license: cc0-1.0", "sha256 `", "![Which heads tell Star apart](star.star.heads.png)"):
         assert part in text
-    (star.parent / "star.evaluation.md").unlink()
+    assert (star.parent / "star.evaluation.md").read_text().strip() in text and "star shown, unsafe" in text
+    report_of(star, file_sha256="0" * 64)
     run("card", star)
-    assert "Not evaluated" in star.with_suffix(".md").read_text()
+    assert "Not evaluated as it is: `saferope evaluate star.safetensors`" in star.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("license", ["a\nb: c", "", "x" * 61])
+def test_a_licence_writes_one_line(star, license):
+    assert "expected an SPDX name" in run("card", star, "--license", license, code=2)
+    assert list(star.parent.iterdir()) == [star]
+
+
+@pytest.mark.parametrize("change", ["[]", "{}", '{"rows": [{}]}', '{"rows": 3}', "words of a secret", "nan"])
+def test_what_is_no_report_is_not_told_in_a_card(star, change):
+    path = report_of(star)
+    text = path.read_text()
+    path.write_text(text.replace('"protected": 0.0', '"protected": "<b>"') if change == "nan" else change)
+    assert path.read_text() != text
+    told = run("card", star, code=2)
+    assert "star.evaluation.json" in told and "secret" not in told and not star.with_suffix(".md").exists()
+
+
+def test_a_report_s_own_words_stay_words(star):
+    rows = [Pair("x | <img src=y>\n# z", 1, 0.5, 0.5, unit="\x1b[2J")]
+    report_of(star, rows=rows, model="[a](http://b)")
+    run("card", star)
+    text = star.with_suffix(".md").read_text()
+    assert (
+        "<img" not in text.replace("\\<img", "") and "\n# z" not in text and "\x1b" not in text and "[a](" not in text
+    )
 
 
 def official(rank=5, double=2, single=3, heads=2, width=16):
@@ -199,17 +239,105 @@ def test_generate_tells_mistakes(tmp_path, arguments, told):
 
 def test_a_file_s_own_words_stay_words(star):
     """They come from strangers: no terminal obeys them, and a card shows them as they are."""
-    from dataclasses import replace
-
-    from saferope_core import save_concepts
-
     evil = {"torch": "\x1b]0;owned\x07 | <img src=x>"}
     (concept,) = load_concepts(star)
     save_concepts(star, [replace(concept, name="[a](http://b)", description="x\n# y", training={"versions": evil})])
-    assert "\x1b" not in CliRunner().invoke(cli.app, ["inspect", str(star), "--no-draw"]).output
+    assert "\x1b" not in CliRunner().invoke(cli.app, ["inspect", str(star)]).output
     run("card", star)
     text = next(star.parent.glob("*.md")).read_text(encoding="utf-8")
     assert (
         "\x1b" not in text and "<img" not in text.replace("\\<img", "") and "](http" not in text.replace("\\](http", "")
     )
     assert "\n# y" not in text and "\\[a\\](http://b)" in text
+
+
+NAMES = [
+    r"Nudity $\bad$",
+    r"$\frac{$",
+    "$$",
+    "[red]x[/red] [link=http://b]y[/link]",
+    "![x](y) <b>",
+    "\\",
+    "a | b",
+    "星" * 200,
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_drawn_and_told(star, name):
+    (concept,) = load_concepts(star)
+    save_concepts(star, [replace(concept, name=name)])
+    assert name.split()[0] in run("inspect", star, "--pictures", star.parent / "maps")
+    assert len(list((star.parent / "maps").iterdir())) == 1
+
+
+def test_a_formula_is_what_breaks_a_plot():
+    """The control of the test above."""
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.suptitle(NAMES[0])
+    with pytest.raises(ValueError, match="bad"):
+        figure.savefig(BytesIO())
+    figure.suptitle(words(NAMES[0]))
+    figure.savefig(BytesIO())
+
+
+def test_a_description_cannot_pass_for_the_sha256(star):
+    (concept,) = load_concepts(star)
+    lie = f"harmless\nsha256 {'0' * 64}, 1 KiB: star.safetensors" + "\n" * 15_000 + "end"
+    save_concepts(star, [replace(concept, description=lie)])
+    lines = CliRunner().invoke(cli.app, ["inspect", str(star)]).output.splitlines()
+    assert [line for line in lines if line.startswith("sha256")] == [lines[0]] and sha256(star) in lines[0]
+    assert f"  | sha256 {'0' * 64}, 1 KiB: star.safetensors" in lines
+    assert len(lines) < 50 and lines[-1] == "  | ... and 14982 lines more"
+
+
+def large(heads: int):
+    """A concept in 128 blocks of `heads` heads, all of them turned."""
+    geometry = Geometry(64, 64, heads, 2)
+    rows = torch.cartesian_prod(torch.arange(2), torch.arange(64), torch.arange(heads)).int()
+    flat, basis = torch.zeros(len(rows), 2, 2), torch.eye(2).expand(len(rows), 2, 2)
+    return Concept("large", "Large", "", geometry, rows, basis, basis, flat, flat, torch.rand(128, heads))
+
+
+def steps(work) -> int:
+    """Calls of functions while it works: what it costs, on any machine."""
+    count = 0
+
+    def note(_frame, event, _argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_largest_geometry_costs_little_and_draws_a_picture_of_bounded_size(tmp_path):
+    """A patch for each head took 42 s and 2 GB for a file of half a megabyte. Counted, not timed."""
+    path, concepts = tmp_path / "large.safetensors", {heads: large(heads) for heads in (6, 96)}
+    inspect.draw(path, [concepts[6]], tmp_path)  # imports
+    few, many = (steps(lambda c=concept: inspect.draw(path, [c], tmp_path)) for concept in concepts.values())
+    assert many - few < 3 * 96 * 128, "calls for each head"
+    with Image.open(tmp_path / "large.large.heads.png") as picture:
+        assert picture.width < 1500 and picture.height < 1200
+    assert steps(lambda: [Rectangle((n, 0), 1, 1) for n in range(96 * 128)]) > 3 * 96 * 128, "control: patches alone"
+
+
+def test_merge_refuses_too_many_before_it_compares_them(star, tmp_path, monkeypatch):
+    monkeypatch.setattr("saferope_core.overlap", lambda *_: 1 / 0)
+    run_65 = run("merge", *[star] * 65, "--out", tmp_path / "x.safetensors", code=2)
+    assert "got 65 concepts, expected 1 to 64" in run_65
+    with pytest.raises(AssertionError):  # control: of few, the pairs are compared
+        run("merge", star, renamed(star, "moon"), "--out", tmp_path / "x.safetensors")
+
+
+def renamed(star, slug):
+    (concept,) = load_concepts(star)
+    path = star.with_name(f"{slug}.safetensors")
+    save_concepts(path, [replace(concept, slug=slug)])
+    return path

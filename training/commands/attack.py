@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..console import say
 from ..settings import MODEL, Settings
 from .common import Device, command, load, progress_bars
 
@@ -42,4 +43,4 @@ def attack(
         results = attacked(model, methods, evaluation / "attack", prompts, progress)
     write_report(evaluation / "attack", results)
     if processes.is_main():
-        typer.echo((evaluation / "attack" / "attack.md").read_text(encoding="utf-8"))
+        say((evaluation / "attack" / "attack.md").read_text(encoding="utf-8"))

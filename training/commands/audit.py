@@ -5,12 +5,12 @@ It loads torch only to look into concept files (`--concepts`).
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..console import say
 from .common import command
 
 
@@ -64,7 +64,7 @@ def audit(
             reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             reports.append(unreadable(str(file), reason))
             texts.append(f"{plain(str(file))}: CANNOT BE READ: {plain(reason, LONG)}")
-    _print(_dumps(reports) if json else "\n\n".join(texts))
+    say(_dumps(reports) if json else "\n\n".join(texts))
     if worst := max(report["exit_code"] for report in reports):
         raise typer.Exit(worst)
 
@@ -81,9 +81,3 @@ def _digest(text: str) -> str:
     if not SHA256.fullmatch(found := text.strip().lower()):
         raise ValueError(f"--require-sha256: got {text!r:.80}, expected the 64 hexadecimal digits of a file's SHA-256")
     return found
-
-
-def _print(text: str) -> None:
-    """Letters that the terminal's encoding does not have are told by their numbers."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..console import say
 from .common import command
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -49,4 +50,4 @@ def bench(
         f"{resolution} x {resolution}, {heads} heads, critical {critical:g}, concepts {concepts}, rank {rank}, batch {batch}, "
         f"{dtype}, median of {repeats} rounds"
     )
-    typer.echo(report.write(out, rows, grown, setting))
+    say(report.write(out, rows, grown, setting))

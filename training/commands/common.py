@@ -12,9 +12,11 @@ from typing import Annotated, get_type_hints
 
 import typer
 
+from ..console import plain, say
 from ..settings import MODEL, Settings, settings_of
 
 USER_ERROR = 2  # the exit code of a mistake that the user can mend, also Typer's own for unknown options
+LONGEST = 4000  # characters of an error that are told; ours have a few hundred
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 Out = Annotated[Path, typer.Option(help="Folder for every stage's product; a later call goes on from what lies there.")]
@@ -95,11 +97,17 @@ def told() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        typer.echo(f"saferope: {error}", err=True)
+        say(f"saferope: {_indented(error)}", err=True)
         raise typer.Exit(USER_ERROR) from error
     except KeyboardInterrupt:
-        typer.echo("saferope: interrupted; what is done is kept, the same command goes on from there", err=True)
+        say("saferope: interrupted; what is done is kept, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _indented(error: Exception) -> str:
+    """Its words, not too many, and no line of them where a line of ours could stand: a file's words may be among them."""
+    told = str(error)
+    return (told if len(told) <= LONGEST else f"{told[: LONGEST - 4]} ...").replace("\n", "\n    ")
 
 
 @contextmanager
@@ -108,13 +116,18 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:>9}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     tasks: dict[str, int] = {}
     with Progress(*columns, console=Console(stderr=True)) as bars:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage)
+                tasks[stage] = bars.add_task(plain(stage))
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..console import say
 from ..settings import MODEL, SUITES, Settings
 from .common import Device, command, load, progress_bars
 
@@ -92,7 +93,7 @@ def evaluate(
         )
         compare(model, comparison, out, batch or (_BATCH if tiny else _FLUX_BATCH), progress)
     if processes.is_main():
-        typer.echo((out / "evaluation.md").read_text(encoding="utf-8"))
+        say((out / "evaluation.md").read_text(encoding="utf-8"))
 
 
 def _file(settings: Settings, file: Path, out: Path, device: str, strength: float, unsafe, benign) -> None:
@@ -108,7 +109,7 @@ def _file(settings: Settings, file: Path, out: Path, device: str, strength: floa
         write_reports(out, reports)
     if processes.is_main():
         for report in reports:
-            typer.echo(markdown(report))
+            say(markdown(report))
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..console import say
 from .common import command, read_concepts
 
 File = Annotated[Path, typer.Argument(help="A concept file.")]
@@ -15,17 +16,22 @@ Half = Annotated[bool, typer.Option(help="Hold bases and generators in half prec
 
 @command()
 def inspect(
-    file: File, draw: Annotated[bool, typer.Option(help="Draw a head map of every concept beside the file.")] = True
+    file: File,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for a head map of every concept; none if left out.")
+    ] = None,
 ) -> None:
-    """Print what a concept file says of itself, and draw its heads."""
+    """Print what a concept file says of itself. Writes nothing, unless a folder for pictures is named."""
     from saferope_core import load_concepts
 
     from .. import inspect as inspection
 
     concepts = load_concepts(file)
-    typer.echo(inspection.describe(file, concepts))
-    for picture in inspection.draw(file, concepts) if draw else []:
-        typer.echo(f"head map: {picture}")
+    say(inspection.describe(file, concepts))
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        for picture in inspection.draw(file, concepts, pictures):
+            say(f"head map: {picture}")
 
 
 @command()
@@ -44,18 +50,20 @@ def merge(
     import torch
 
     from saferope_core import orthogonalised, overlap, save_concepts
+    from saferope_core.concept_file import require_together
 
     concepts = [replace(c, strength=c.strength * s) for c, s in zip(*read_concepts(files), strict=True)]
-    typer.echo("overlap (mean squared cosine of the principal angles, 0 none, 1 all):")
+    require_together(concepts)  # pairs of too many take hours
+    say("overlap (mean squared cosine of the principal angles, 0 none, 1 all):")
     for first, second in combinations(concepts, 2):
         found = overlap(first, second)
-        typer.echo(f"  {first.slug} / {second.slug}: {found.mean:.3f} in {len(found.heads)} shared heads")
+        say(f"  {first.slug} / {second.slug}: {found.mean:.3f} in {len(found.heads)} shared heads")
     if orthogonalise:
         for later in range(1, len(concepts)):
             for earlier in range(later):
                 concepts[later] = orthogonalised(concepts[later], concepts[earlier])
     save_concepts(out, concepts, dtype=torch.float16 if half else torch.float32)
-    typer.echo(f"concept file: {out}")
+    say(f"concept file: {out}")
 
 
 @command()
@@ -73,7 +81,7 @@ def convert(
     from ..convert import convert as converted
 
     save_concepts(out, [converted(file, slug)], dtype=torch.float16 if half else torch.float32)
-    typer.echo(f"concept file: {out}")
+    say(f"concept file: {out}")
 
 
 @command()
@@ -83,11 +91,13 @@ def card(
 ) -> None:
     """Write a model card beside a concept file: provenance, sha256, head map, and its evaluation where there is one."""
     from saferope_core import load_concepts
+    from saferope_core.files import write_text
 
     from .. import inspect as inspection
-    from ..stages import write_text
 
     concepts = load_concepts(file)
     out = file.with_suffix(".md")
-    write_text(out, inspection.card(file, concepts, inspection.draw(file, concepts), license))
-    typer.echo(f"model card: {out}")
+    text = inspection.card(file, concepts, license)
+    inspection.draw(file, concepts, file.parent)
+    write_text(out, text)
+    say(f"model card: {out}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..console import say
 from ..settings import MODEL, Settings
 from .common import ConceptFiles, Device, command, load, progress_bars, read_concepts
 
@@ -40,7 +41,7 @@ def generate(
     with progress_bars() as progress:
         model = load(settings, device)
         paint(model, texts, picture_seed or [0], concepts, strengths, out, steps, (start, end), progress)
-    typer.echo(f"record: {out / RECORD}\npairs:  {out / GRID}")
+    say(f"record: {out / RECORD}\npairs:  {out / GRID}")
 
 
 def _read(path: Path | None) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..console import say
 from ..settings import CALIBRATE, EXTRACT, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
 from .common import Device, Out, command, load, progress_bars
 
@@ -23,7 +24,7 @@ def prompts(settings: Settings, out: Out) -> None:
 
     with alone(out):
         records = Recipe(None, settings, out).prompts()
-    typer.echo(f"{len(records)} prompts: {out / PROMPT_FILE}")
+    say(f"{len(records)} prompts: {out / PROMPT_FILE}")
 
 
 @command(*BEFORE_HEADS)
@@ -33,7 +34,7 @@ def extract(settings: Settings, out: Out, device: Device = CPU) -> None:
 
     with _recipe(settings, out, device) as recipe:
         recipe.extract()
-    typer.echo(f"statistics: {out / STATISTICS}")
+    say(f"statistics: {out / STATISTICS}")
 
 
 @command(*BEFORE_HEADS, HEADS)
@@ -43,7 +44,7 @@ def heads(settings: Settings, out: Out, device: Device = CPU) -> None:
 
     with _recipe(settings, out, device) as recipe:
         recipe.heads()
-    typer.echo(f"table: {out / TABLE}\nmap:   {out / MAP}")
+    say(f"table: {out / TABLE}\nmap:   {out / MAP}")
 
 
 @command(*BEFORE_HEADS, HEADS, LATENTS, TRAIN)
@@ -63,7 +64,7 @@ def train(
         _losses(out / "tensorboard" if tensorboard else None) as tell,
     ):
         path = recipe.train(tell)
-    typer.echo(f"concept file: {path}")
+    say(f"concept file: {path}")
 
 
 @command(*BEFORE_HEADS, HEADS, CALIBRATE, acts_on="qk")
@@ -71,7 +72,7 @@ def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
     """Make a concept file without training: extraction and a fixed rotation. Prompts only, no gradient, no picture."""
     with _recipe(settings, out, device) as recipe:
         path = recipe.calibrate()
-    typer.echo(f"concept file: {path}")
+    say(f"concept file: {path}")
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def _recipe(settings: Settings, out: Path, device: str, training: bool = False):
     device = processes.own_device(device)
     plan = memory.plan_for(settings, device, training)
     if processes.is_main():
-        typer.echo("\n".join(plan.lines()), err=True)
+        say("\n".join(plan.lines()), err=True)
     memory.require_room(plan, device)
     with alone(out), progress_bars() as progress:
         yield Recipe(load(settings, device), settings, out, progress)
@@ -97,9 +98,12 @@ def _losses(folder: Path | None):
     if folder is None:
         yield lambda entry: None
         return
+    from saferope_core.files import require_no_link
+
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("tensorboard: got none installed, expected it; run `pip install tensorboard`") from None
+    require_no_link(folder.parent, folder)
     with SummaryWriter(str(folder)) as writer:
         yield lambda entry: writer.add_scalar(f"{entry['phase']}/velocity_mse", entry["velocity_mse"], entry["step"])
