@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..saferope_core import Concept, load_concepts
 from ..saferope_core import sha256 as file_sha256
+from ..saferope_core.untrusted import quoted
 
 FOLDER = "saferope"  # models/saferope, output/saferope and `saferope:` in extra_model_paths.yaml
 EXTENSIONS = {".safetensors"}  # never a pickle; an empty set would list every file
@@ -58,17 +59,27 @@ def require_pin(name: str, digest: str, pin: str) -> None:
 
 
 def describe(concepts: list[Concept], digest: str) -> str:
-    """What a concept file does, for people: plain text, a few lines for each concept, then the file's sha256."""
-    return "\n".join([*map(_describe, concepts), f"sha256 {digest}"])
+    """What a concept file does, for people: plain text, the file's sha256, then a few lines for each concept.
+
+    The first line alone begins with `sha256`: the file's own words follow later, in a line that names the concept or
+    behind a bar, so that they cannot pass for it.
+    """
+    return "\n".join([f"sha256 {digest}", *map(_describe, concepts)])
+
+
+def introduced(concept: Concept) -> list[str]:
+    """A concept's slug and name, and what its file says of it."""
+    return [f"concept {concept.slug}: {concept.name}", *quoted(concept.description)]
 
 
 def _describe(concept: Concept) -> str:
-    return (
-        f"{concept.name}: {concept.description}\n"
+    lines = [
+        *introduced(concept),
         f"{len(concept.heads)} safety-critical heads, rank {concept.rank}, acts on {concept.acts_on}, "
-        f"{concept.mode} generator, strength {concept.strength:g}\n"
-        f"for {concept.geometry.describe()}"
-    )
+        f"{concept.mode} generator, strength {concept.strength:g}",
+        f"for {concept.geometry.describe()}",
+    ]
+    return "\n".join(lines)
 
 
 class LoadConcept(io.ComfyNode):
@@ -100,13 +111,13 @@ class LoadConcept(io.ComfyNode):
                     "sha256",
                     default="",
                     optional=True,
-                    tooltip="If given, the file must be this very one: the 64 digits that this node's description ends with. "
+                    tooltip="If given, the file must be this very one: the 64 digits that this node's description begins with. "
                     "Share a workflow with it, and nobody's other file of that name is used.",
                 ),
             ],
             outputs=[
                 ConceptType.Output("concept", tooltip="The concepts of the file."),
-                io.String.Output("description", tooltip="What the file suppresses, its model and its sha256."),
+                io.String.Output("description", tooltip="The file's sha256, what it suppresses, and its model."),
             ],
         )
 

@@ -7,8 +7,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..saferope_core import Concept, Geometry
-from .concepts import ConceptType
+from ..saferope_core.untrusted import printable
+from .concepts import ConceptType, introduced
 from .pictures import bars, heat_map
+
+MOST_DRAWN = 16  # concepts: 64 of the largest geometry would take 2 GB of pictures
 
 
 class InspectConcept(io.ComfyNode):
@@ -31,9 +34,11 @@ class InspectConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept: list[Concept]) -> io.NodeOutput:
-        maps = batched([head_map(each) for each in concept])
-        spectra = batched([spectrum(each) for each in concept])
-        return io.NodeOutput(maps, spectra, "\n\n".join(describe(each) for each in concept))
+        drawn, left = concept[:MOST_DRAWN], len(concept) - MOST_DRAWN
+        maps = batched([head_map(each) for each in drawn])
+        spectra = batched([spectrum(each) for each in drawn])
+        more = [f"Pictures show the first {MOST_DRAWN} concepts; {left} more are not drawn."] if left > 0 else []
+        return io.NodeOutput(maps, spectra, "\n\n".join([*map(describe, concept), *more]))
 
 
 def head_map(concept: Concept) -> Tensor:
@@ -68,18 +73,17 @@ def describe(concept: Concept) -> str:
     """What there is to know, in lines."""
     made, versions = concept.training.get("settings", {}), concept.training.get("versions", {})
     lines = [
-        f"{concept.name}: {concept.description}",
+        *introduced(concept),
         f"for {concept.geometry.describe()}",
         f"risk in {concept.rank} of {concept.geometry.head_dim} dimensions, {concept.reach} more to turn into",
         f"turns {concept.acts('text')} of text and {concept.acts('image')} of image tokens, strength {concept.strength:g}",
         f"generator: {concept.mode}",
     ]
     if made:
-        lines.append(
-            "made with " + ", ".join(f"{key} {made[key]}" for key in ("model", "seed", "steps") if key in made)
-        )
+        found = ", ".join(f"{key} {made[key]}" for key in ("model", "seed", "steps") if key in made)
+        lines.append(printable(f"made with {found}"))
     if versions:
-        lines.append("by " + ", ".join(f"{key} {value}" for key, value in versions.items()))
+        lines.append(printable("by " + ", ".join(f"{key} {value}" for key, value in versions.items())))
     return "\n".join(lines)
 
 

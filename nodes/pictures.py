@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..saferope_core.untrusted import printable
+
 INK, PAPER, GRID = (30, 32, 38), (250, 250, 250), (222, 222, 226)
 # cividis, at nine places: made for eyes with and without colour blindness (Nuñez et al. 2018)
 CIVIDIS = (
@@ -22,6 +24,9 @@ CIVIDIS = (
     (253, 231, 55),
 )
 TEXT, TITLE = 15, 20  # font sizes in pixels
+LONGEST_LABEL, LONGEST_TITLE = 40, 100  # characters: a name from a file must not decide how large a picture is
+TALLEST = 2304  # pixels of a heat map's cells: 24 heads, each as high as a cell may be
+MOST_BARS = 64
 
 
 def heat_map(
@@ -37,10 +42,12 @@ def heat_map(
     """Values [rows, columns] in [0, 1] (others are clamped) as a labelled map with a colour bar; IMAGE [1, h, w, 3].
 
     `framed` bool [rows, columns] marks cells; `numbers` writes the values into them. `unit` names the colour bar.
-    Texts are plain letters: the font has no Greek and no exponents.
+    Texts are plain letters: the font has no Greek and no exponents. Long ones are cut.
     """
+    title, unit = title_of(title), label_of(unit)
+    rows, columns = [label_of(row) for row in rows], [label_of(column) for column in columns]
     font, left = font_of(TEXT), 24 + max(width_of(row, TEXT) for row in rows)
-    cell = max(12, min(96, (width - left - 120) // len(columns)))
+    cell = max(12, min(96, (width - left - 120) // len(columns), TALLEST // len(rows)))
     top, bottom = 64, 56
     size = (max(left + cell * len(columns) + 130, width_of(title, TITLE) + 48), top + cell * len(rows) + bottom)
     sheet = Image.new("RGB", size, PAPER)
@@ -66,7 +73,11 @@ def heat_map(
 
 
 def bars(values: Sequence[float], labels: Sequence[str], title: str, unit: str, width: int = 1024) -> Tensor:
-    """Values in [0, 1] as labelled horizontal bars; IMAGE [1, h, w, 3]."""
+    """Values in [0, 1] as labelled horizontal bars, MOST_BARS at most; IMAGE [1, h, w, 3]. Long texts are cut."""
+    if len(values) > MOST_BARS:
+        unit = f"{unit}; {len(values) - MOST_BARS} more are not shown"
+        values, labels = values[:MOST_BARS], labels[:MOST_BARS]
+    title, unit, labels = title_of(title), title_of(unit), [label_of(label) for label in labels]
     left, height, top = 36 + max(width_of(label, TEXT) for label in labels), 28, 64
     sheet = Image.new("RGB", (width, top + height * len(values) + 44), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -81,6 +92,16 @@ def bars(values: Sequence[float], labels: Sequence[str], title: str, unit: str, 
         pen.text((left + room + 12, y + height / 2 - 2), f"{value:.2f}", INK, font_of(TEXT), anchor="lm")
     pen.text((left, top + height * len(values) + 10), unit, INK, font_of(TEXT))
     return image_of(sheet)
+
+
+def title_of(text: str) -> str:
+    """`text` as a picture's title: printable, one line, not too long."""
+    return printable(text, LONGEST_TITLE)
+
+
+def label_of(text: str) -> str:
+    """`text` as a label in a picture: printable, one line, not too long."""
+    return printable(text, LONGEST_LABEL)
 
 
 def colour(value: float) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .pictures import GRID, INK, PAPER, TEXT, TITLE, colour, colour_bar, font_of, image_of, width_of
+from .pictures import GRID, INK, PAPER, TEXT, TITLE, colour, colour_bar, font_of, image_of, label_of, title_of, width_of
 
 WIDTH, MARGIN = 1024, 24
 LEFT = 84  # room for the vertical axis
@@ -29,12 +29,13 @@ def word_bars(words: Sequence[str], risks: Sequence[float], title: str, mark: fl
 
     `mark` draws a dashed line at a risk. At most MOST_ROWS lines are drawn; a last one says how many words are left out.
     """
+    words = [label_of(word) for word in words]
     rows = _lines([max(NARROWEST, width_of(word, TEXT)) + GAP for word in words], WIDTH - LEFT - MARGIN)
     shown = rows[:MOST_ROWS]
     left_out = sum(len(row) for row in rows[MOST_ROWS:])
     sheet = Image.new("RGB", (WIDTH, 64 + WORD_ROW * max(1, len(shown)) + (30 if left_out else 0)), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, 20), title, INK, font_of(TITLE))
+    pen.text((MARGIN, 20), title_of(title), INK, font_of(TITLE))
     for number, row in enumerate(shown):
         _word_row(pen, [words[i] for i in row], [risks[i] for i in row], 64 + WORD_ROW * number + 20, mark)
     if left_out:
@@ -86,9 +87,11 @@ def patch_map(risk: Tensor, title: str, picture: Tensor | None = None) -> Tensor
         under = _pillow(picture).resize((width, height), Image.Resampling.LANCZOS)
         strength = Image.fromarray((FAINT + (STRONG - FAINT) * scaled).to(torch.uint8).numpy()).resize((width, height))
         heat = Image.composite(heat, under, strength)
-    sheet = Image.new("RGB", (max(width + MARGIN + 130, width_of(title, TITLE) + 2 * MARGIN), height + 110), PAPER)
+    sheet = Image.new(
+        "RGB", (max(width + MARGIN + 130, width_of(title_of(title), TITLE) + 2 * MARGIN), height + 110), PAPER
+    )
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, 20), title, INK, font_of(TITLE))
+    pen.text((MARGIN, 20), title_of(title), INK, font_of(TITLE))
     sheet.paste(heat, (MARGIN, 64))
     colour_bar(pen, MARGIN + width + 26, 64, max(60, height - 30), "risk", top)
     return image_of(sheet)
@@ -109,7 +112,7 @@ def course(series: dict[str, Sequence[float]], levels: Sequence[float], title: s
     height, plot = 480, 290
     sheet = Image.new("RGB", (WIDTH, height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, 20), title, INK, font_of(TITLE))
+    pen.text((MARGIN, 20), title_of(title), INK, font_of(TITLE))
     bottom, right = 100 + plot, WIDTH - MARGIN - 20
     for value in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = bottom - value * plot

@@ -118,3 +118,28 @@ def test_maps_show_what_they_are_given(pack):
     assert pictures.colour(-1) == pictures.colour(0) and pictures.colour(2) == pictures.colour(1)
     short, long = (pictures.bars([v], ["x"], "t", "u") for v in (0.1, 0.9))
     assert short.shape == long.shape and not torch.equal(short, long)
+
+
+def test_pictures_and_text_of_a_concept_are_bounded(node_classes, pack, core, make_concept, monkeypatch):
+    """The largest geometry, a subspace as wide as a head, names and words without end, more concepts than are drawn."""
+    inspect = importlib.import_module(f"{pack.__name__}.nodes.inspect")
+    monkeypatch.setattr(inspect, "MOST_DRAWN", 2)
+    geometry = core.Geometry(64, 64, 96, 128)
+    flat, basis = torch.zeros(1, 128, 128), torch.eye(128)[None]
+    wide = {"basis_q": basis, "basis_k": basis, "generator_text": flat, "generator_image": flat}
+    wide |= {"heads": torch.zeros(1, 3, dtype=torch.int32), "singular_values": torch.ones(1, 128)}
+    words = {"name": "W" * 200, "description": "a\n" * 10_000, "training": {"versions": {"x" * 50_000: "y"}}}
+    maps, spectra, text = run(node_classes, "InspectConcept", concept=[make_concept(geometry, **wide, **words)] * 3)
+    assert len(maps) == len(spectra) == 2 and "1 more are not drawn" in text
+    assert maps.shape[1] <= 2424 and maps.shape[2] <= 2200 and spectra.shape[1] <= 1900 and spectra.shape[2] == 1024
+    assert max(map(len, text.split("\n"))) < 1100 and text.count("\n") < 3 * 40
+    plain = run(node_classes, "InspectConcept", concept=[make_concept(), make_concept(slug="moon")])
+    assert len(plain[0]) == 2 and "not drawn" not in plain[2], "control: as many as are drawn"
+
+
+def test_no_name_decides_how_large_a_picture_is(pack):
+    pictures = importlib.import_module(f"{pack.__name__}.nodes.pictures")
+    name = "W" * 200
+    sheet = pictures.heat_map(torch.zeros(2, 2), [name, name], [name, name], name, name)
+    assert pictures.width_of(name, pictures.TITLE) > 3000 > sheet.shape[2], "control: the name itself is wider"
+    assert sheet.shape[1] < 500

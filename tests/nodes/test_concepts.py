@@ -33,7 +33,23 @@ def star(folder, core, concept):
 def test_reads_a_file(node, star, concept):
     [loaded], text = node.execute("star.safetensors").args
     assert torch.equal(loaded.basis_k, concept.basis_k)
-    assert "star: random" in text and "4 safety-critical heads" in text and concept.geometry.describe() in text
+    assert (
+        "concept star: star\n  | random\n" in text
+        and "4 safety-critical heads" in text
+        and concept.geometry.describe() in text
+    )
+
+
+def test_a_files_words_cannot_pass_for_its_sha256(node, folder, core, make_concept):
+    """Nor fill the screen: it is the first line, and the only one that begins so."""
+    lie = f"sha256 {'0' * 64}"
+    concept = make_concept(slug="sha256", name=lie, description=f"fine\n{lie}" + "\n" * 15_000 + lie)
+    core.save_concepts(folder / "x.safetensors", [concept, make_concept(slug="moon", description="")])
+    lines = node.execute("x.safetensors").args[1].split("\n")
+    assert lines[0] == f"sha256 {core.sha256(folder / 'x.safetensors')}" and len(lines) < 40
+    assert [line for line in lines if line.startswith("sha256")] == lines[:1]
+    assert f"concept sha256: {lie}" in lines and f"  | {lie}" in lines and "  | ... and 14982 lines more" in lines
+    assert lines[-3] == "concept moon: moon", "a concept without a description has no line for it"
 
 
 def test_lists_safetensors_only(pack, node, star):
