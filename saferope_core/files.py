@@ -41,9 +41,9 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file as `placed` does: UTF-8, line ends as they are in the text."""
+    """Writes a file as `placed` does: UTF-8, line ends as they are in the text; what UTF-8 cannot say (a half of a pair) escaped."""
     with placed(path) as new:
-        new.write_text(text, encoding="utf-8", newline="")
+        new.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def append_text(path: str | os.PathLike, text: str) -> None:
@@ -53,11 +53,9 @@ def append_text(path: str | os.PathLike, text: str) -> None:
 
 
 def sweep(folder: str | os.PathLike) -> None:
-    """Removes what killed writes left in `folder` and below. Only for whoever alone writes there."""
-    for place, names, _ in os.walk(folder):  # does not follow links
-        for name in [name for name in names if name.startswith(_FIRST) and name.endswith(_LAST)]:
-            shutil.rmtree(Path(place, name), ignore_errors=True)  # removes nothing where it is a link
-            names.remove(name)
+    """Removes what killed writes left in `folder`, if there is such a folder. Only for whoever alone writes there."""
+    for left in Path(folder).glob(f"{_FIRST}*{_LAST}"):
+        shutil.rmtree(left, ignore_errors=True)  # removes nothing where it is a link
 
 
 def require_no_link(root: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saferope_core import Concept, Geometry, orthonormal, skew
+from saferope_core.untrusted import printable
 
 THRESHOLD = 0.7  # the gate of the authors' code
 MAX_BYTES = 256 * 2**20  # theirs has 30 MB at rank 20
@@ -38,7 +39,7 @@ def convert(path: Path, slug: str) -> Concept:
     return Concept(
         slug=slug,
         name=slug.capitalize(),
-        description=f"{slug}, converted from {path.name}",
+        description=f"{slug}, converted from {printable(path.name)}",
         geometry=geometry,
         heads=torch.stack([is_single, row - is_single * len(double), head], 1).to(torch.int32),
         basis_q=orthonormal(bases["q"][used]),
@@ -47,7 +48,7 @@ def convert(path: Path, slug: str) -> Concept:
         generator_image=-skew(image[used]),
         discrimination=used.float(),  # theirs was not kept: 1 where they turn
         threshold=THRESHOLD,
-        training={"converted_from": path.name},
+        training={"converted_from": printable(path.name)},
     )
 
 

@@ -14,6 +14,7 @@ from saferope_core.untrusted import markdown, markdown_code, printable, quoted
 
 from . import plots
 
+_HEADS_AT_ONCE = 64
 LICENCES = re.compile(r"[A-Za-z0-9.+-]{1,60}")  # as SafeRoPE Save Concept takes them
 
 
@@ -28,7 +29,8 @@ def describe(path: Path, concepts: Sequence[Concept]) -> str:
 
 def facts(concept: Concept) -> dict[str, str]:
     """What there is to know of a concept, in words and numbers, but for its description."""
-    theta = planes(concept.generator_text)[0].flatten()
+    # some heads at a time: complex numbers of float64 take several times a large file
+    theta = torch.cat([planes(part)[0].flatten() for part in concept.generator_text.split(_HEADS_AT_ONCE)])
     gates = torch.cat([concept.gate(role) for role in concept.acts_on])
     settings = concept.training.get("settings", {})
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -94,16 +95,27 @@ def test_line_ends_stay(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"a\r\nb\n"
 
 
+def test_half_a_pair_is_written_as_json_has_it(tmp_path):
+    """A prompt from a command line of other bytes than UTF-8 holds such."""
+    text = json.dumps("a\udcff", ensure_ascii=False)
+    with pytest.raises(UnicodeEncodeError):  # control
+        text.encode()
+    write_text(tmp_path / "a", text)
+    assert json.loads((tmp_path / "a").read_text(encoding="utf-8")) == "a\udcff"
+
+
 def test_sweeping_takes_what_killed_writes_left_and_nothing_behind_a_link(linked):
     link, target = linked
-    left = link.parent / "below" / ".saferope-abcd1234.partial"
-    left.mkdir(parents=True)
+    left, other = link.parent / ".saferope-abcd1234.partial", link.parent / ".partial"
+    left.mkdir()
+    other.mkdir()
     (left / "star.md").write_text("half")
     trap = link.parent / ".saferope-trap.partial"
     trap.symlink_to(target.parent)
     sweep(link.parent)
     assert not left.exists() and target.read_text() == "mine"
-    assert left.parent.exists(), "control: other folders stay"
+    assert other.exists(), "control: other folders stay"
+    sweep(link.parent / "none")
 
 
 def test_a_folder_that_is_a_link_is_refused(linked):

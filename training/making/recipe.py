@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saferope_core import Concept, CriticalHeads, critical_heads, read_heads, save_concepts
-from saferope_core.files import require_no_link, write_text
+from saferope_core.files import require_no_link, sweep, write_text
 
 from .. import plots, processes, prompts
 from ..flux import models
@@ -62,6 +62,7 @@ class Recipe:
         self.config = {"settings": asdict(settings), "model_sha256": self.weights, "versions": versions()}
         with alone(out, within=True):
             if processes.is_main():
+                sweep(out / EMBEDDINGS)
                 write_text(out / CONFIG, json.dumps(self.config, indent=2) + "\n")
 
     @_alone
