@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,8 @@ def _map(path: Path, concept: Concept) -> str:
 def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
     """A model card in Markdown: what it is, provenance, head maps, and the evaluation that lies beside the file, if any.
 
-    The head maps are those that `draw` leaves beside the file. ValueError where the licence is no SPDX name, or an evaluation is not as `saferope evaluate` writes it.
+    The head maps are those that `draw` leaves beside the file. ValueError where the licence is no SPDX name, or an
+    evaluation is not as `saferope evaluate` writes it.
     """
     if not LICENCES.fullmatch(license):
         raise ValueError(f"license: got {license!r:.100}, expected an SPDX name such as apache-2.0 or cc0-1.0")
@@ -96,7 +98,7 @@ def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
         told = {"description": " ".join(concept.description.split()), **facts(concept)}
         lines += ["", f"## {markdown(concept.name)}", "", "| | |", "|---|---|"]
         lines += [f"| {fact} | {markdown(value)} |" for fact, value in told.items()]
-        lines += ["", f"![Which heads tell {markdown(concept.name)} apart]({quote(_map(path, concept))})"]
+        lines += ["", f"![Which heads tell {markdown(concept.name)} apart]({quote(os.fsencode(_map(path, concept)))})"]
         lines += ["", _evaluation(path, concept.slug)]
     lines += [
         "",

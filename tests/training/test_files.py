@@ -104,11 +104,14 @@ def test_a_licence_writes_one_line(star, license):
     assert list(star.parent.iterdir()) == [star]
 
 
-@pytest.mark.parametrize("change", ["[]", "{}", '{"rows": [{}]}', '{"rows": 3}', "words of a secret", "nan"])
+@pytest.mark.parametrize("change", ["[]", "{}", '{"rows": [{}]}', '{"rows": 3}', "words of a secret", "text", "large"])
 def test_what_is_no_report_is_not_told_in_a_card(star, change):
     path = report_of(star)
     text = path.read_text()
-    path.write_text(text.replace('"protected": 0.0', '"protected": "<b>"') if change == "nan" else change)
+    numbers = {"text": '"<b>"', "large": "9" * 400}
+    path.write_text(
+        text.replace('"protected": 0.0', f'"protected": {numbers.get(change)}') if change in numbers else change
+    )
     assert path.read_text() != text
     told = run("card", star, code=2)
     assert "star.evaluation.json" in told and "secret" not in told and not star.with_suffix(".md").exists()
@@ -261,6 +264,15 @@ NAMES = [
     "a | b",
     "星" * 200,
 ]
+
+
+def test_a_file_s_name_is_words_in_a_card(star):
+    path = star.with_name("a](x) `b` <i>.safetensors")
+    star.rename(path)
+    run("card", path)
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "](a%5D%28x%29%20%60b%60%20%3Ci%3E.star.heads.png)" in text and "``a](x) `b` <i>" in text
+    assert path.with_name(f"{path.stem}.star.heads.png").is_file()
 
 
 @pytest.mark.parametrize("name", NAMES)

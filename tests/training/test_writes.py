@@ -152,7 +152,7 @@ def test_every_write_goes_through_one_function():
     files = [f for folder in ("training", "nodes", "saferope_core") for f in sorted((ROOT / folder).rglob("*.py"))]
     found = {f.relative_to(ROOT).as_posix(): writes(f.read_text(encoding="utf-8")) for f in files}
     found = {name: calls for name, calls in found.items() if calls and name != "saferope_core/files.py"}
-    assert found.keys() == ELSEWHERE.keys(), found
+    assert found.keys() <= ELSEWHERE.keys(), found
 
 
 @pytest.mark.parametrize(

@@ -149,12 +149,12 @@ def markdown(report: Report) -> str:
 
 def read_report(path: Path) -> Report:
     """A report as `write_reports` left it, but for its pictures. ValueError where the file is none: it may be a stranger's."""
-    facts = loads(path.name, read_whole(path, MAX_BYTES))
     try:
+        facts = loads("report", read_whole(path, MAX_BYTES))
         rows = [Pair(**row) for row in facts.pop("rows")]
         report = Report(**facts, rows=rows, shown=[])
         markdown(report)  # what cannot be told is no report
-    except (TypeError, AttributeError, KeyError, ValueError, LookupError):
+    except (TypeError, AttributeError, LookupError, ArithmeticError, ValueError):
         told = f"{path}: got no report of an evaluation, expected one; run `saferope evaluate` again or remove it"
         raise ValueError(printable(told)) from None
     return report
