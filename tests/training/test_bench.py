@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from saferope_core import Protection
+from tinyworld.model import TEXT_WIDTH
 from training import cli
 from training.bench import report, rotation
 from training.bench.peak import peak_of
 from training.bench.timing import Row, in_turns, ratio
+from training.flux.models import Text, cpu_has_bf16, noise, velocity
 
 
 @pytest.fixture
@@ -42,6 +45,50 @@ def test_the_work_timed_is_what_is_meant(small):
     x = rotation.vectors(big, concept)
     turned = (Protection([concept], big.geometry).rotate(x, "q", "single", 0, (0, 16), (16, x.shape[2])) != x).any(-1)
     assert turned[:, :, : rotation.WORD].all() and 0.0005 < turned[:, :, 16:].float().mean() < 0.006
+
+
+CPUS = {  # machine, oneDNN's answer, capability, AVX512_BF16, AMX -> whether bf16 is multiplied by instructions
+    "Cooper Lake, Zen 4": ("x86_64", True, "AVX512", True, False, True),
+    "Sapphire Rapids on Windows": ("AMD64", True, "AVX512", False, True, True),
+    "Skylake, Cascade Lake, Ice Lake Xeons": ("x86_64", True, "AVX512", False, False, False),
+    "AVX2 alone": ("x86_64", False, "AVX2", False, False, False),
+    "told to use AVX2": ("x86_64", True, "AVX2", True, False, False),
+    "ARM with bf16": ("aarch64", True, "DEFAULT", False, False, True),
+    "ARM without": ("aarch64", False, "DEFAULT", False, False, False),
+    "a PyTorch that cannot be asked": ("x86_64", True, "AVX512", None, None, False),
+    "a PyTorch without oneDNN": ("arm64", None, "DEFAULT", False, False, False),
+}
+
+
+@pytest.fixture
+def cpu(request, monkeypatch):
+    """The process believes that it runs on this CPU. None: this PyTorch has no such function."""
+    machine, onednn, capability, avx512, amx, _ = CPUS[request.param]
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(), raising=False)
+    answers = ((torch.ops.mkldnn, "_is_mkldnn_bf16_supported", onednn), (torch.cpu, "_is_amx_tile_supported", amx))
+    for owner, name, answer in (*answers, (torch.cpu, "_is_avx512_bf16_supported", avx512)):
+        if answer is None:
+            monkeypatch.delattr(owner, name, raising=False)
+        else:
+            monkeypatch.setattr(owner, name, lambda answer=answer: answer, raising=False)
+    return request.param
+
+
+@pytest.mark.parametrize("cpu", CPUS, indirect=True)
+def test_bf16_is_used_where_the_cpu_has_it(cpu, model):
+    """And nowhere else, by the transformer and in the bench's words. AVX-512 alone is not enough."""
+    native = CPUS[cpu][-1]
+    assert cpu_has_bf16() == native
+    assert f"has {'' if native else 'no '}bf16 instructions" in report.machine()
+    used = []
+    hook = model.transformer.proj_out.register_forward_hook(lambda _module, _inputs, output: used.append(output.dtype))
+    text = Text(torch.zeros(1, model.text_length, TEXT_WIDTH), torch.zeros(1, TEXT_WIDTH))
+    with torch.no_grad():
+        velocity(model, noise(model, 1, torch.Generator().manual_seed(0)), torch.ones(1), text)
+    hook.remove()
+    assert used == [torch.bfloat16 if native else torch.float32]
 
 
 def test_peak_counts_what_is_allocated():

@@ -12,6 +12,7 @@ import torch
 
 from saferope_core.files import write_text
 
+from ..flux.models import cpu_has_bf16
 from ..plots import save
 from .timing import Row
 
@@ -27,9 +28,8 @@ _DIGITS = {"x": 4, "ms": 1, "MB": 2, "s": 2}
 
 def machine() -> str:
     """The processor and what runs on it, without a name or a path."""
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     kind = torch.backends.cpu.get_cpu_capability()
-    instructions = "has bf16 instructions" if native else "has no bf16 instructions"
+    instructions = "has bf16 instructions" if cpu_has_bf16() else "has no bf16 instructions"
     return f"{torch.get_num_threads()} threads of a {platform.machine()} CPU ({kind}, {instructions}), PyTorch {torch.__version__}"
 
 

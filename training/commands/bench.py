@@ -37,10 +37,11 @@ def bench(
     import torch
 
     from ..bench import making, report, rotation, work
+    from ..flux.models import cpu_has_bf16
 
     torch.manual_seed(0)
     if dtype == "auto":
-        dtype = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+        dtype = "bfloat16" if cpu_has_bf16() else "float32"
     kind = getattr(torch, dtype)
     size = rotation.Size(resolution, heads, critical, concepts, rank, batch, kind)
     rows = [*rotation.beside_the_block(size, repeats), *work.not_here(), *work.file_rows(repeats)]

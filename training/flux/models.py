@@ -6,6 +6,7 @@ Latents are packed, `[B, L, C]`, in model space; t runs from 1 (pure noise) to 0
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ TINYWORLD = "tinyworld"
 GUIDANCE = 3.5  # FLUX.1-dev's default
 STEPS = 28  # diffusers' default for FLUX.1-dev
 _ENCODE_BATCH = 64
+X86 = ("x86_64", "amd64")  # as Linux and macOS, and Windows, name it
 
 
 @dataclass(frozen=True)
@@ -229,9 +231,24 @@ def velocity(model: Model, latents: Tensor, t: Tensor, text: Text, autocast: boo
     return result.float()
 
 
+def cpu_has_bf16() -> bool:
+    """Whether PyTorch multiplies bf16 numbers by instructions of this CPU. Without them it emulates, many times slower.
+
+    On x86 oneDNN answers yes for every CPU with AVX-512, also for the Xeons that have no bf16 instructions; and
+    ATEN_CPU_CAPABILITY may have taken AVX-512 away. A PyTorch too old to be asked counts as one without.
+    """
+    onednn = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # a PyTorch for Macs is built without oneDNN
+    if not onednn():
+        return False
+    if platform.machine().lower() not in X86:
+        return True
+    asked = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and any(ask() for ask in asked)
+
+
 def _faster_in_fp32(transformer: nn.Module, device: torch.device) -> bool:
     """On a CPU that can only emulate bf16, where all weights are plain fp32 ones."""
-    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type != "cpu" or cpu_has_bf16():
         return False
     return all(type(each) is nn.Parameter and each.dtype == torch.float32 for each in transformer.parameters())
 
