@@ -30,13 +30,15 @@ def steps_of(count):
     return [{(role, block): torch.randn(SHAPE) for role in "qk" for block in BLOCKS} for _ in range(count)]
 
 
-def counted(concept, vectors, row, stream, span):
+def counted(concept, vectors, row, stream, span, clear):
     """Share of gates that each token of batch row `row` passes, and the heads that pass it, in loops."""
     passed, gates, heads = torch.zeros(span[1] - span[0]), 0, {}
     for role in "qk":
         for place, (kind, block, head) in enumerate(concept.heads.tolist()):
             x = vectors[role, (("double", "single")[kind], block)][row, head, span[0] : span[1]]
-            hit = latent_risk_score(x[None], concept.basis(role, stream)[place][None])[0] > concept.threshold
+            risk = latent_risk_score(x[None], concept.basis(role, stream)[place][None])[0]
+            assert (risk - concept.threshold).abs().min() > clear, "choose other examples: here rounding decides"
+            hit = risk > concept.threshold
             passed += hit
             gates += 1
             key = (kind * 2 + block, head)
@@ -44,20 +46,20 @@ def counted(concept, vectors, row, stream, span):
     return passed / gates, heads
 
 
-def test_equals_counting_in_loops(path, make_concept, geometry):
+def test_equals_counting_in_loops(path, make_concept, geometry, clear):
     concept, steps = make_concept(), steps_of(3)
     run = recorded(Protection([concept], geometry), steps)
     first, second = run.readings(0)
     assert (first.entry, second.entry) == ("a", "b")
     for row, reading in enumerate((first, second)):
         for number, vectors in enumerate(steps):
-            text, _ = counted(concept, vectors, row, "text", TEXT)
-            image, _ = counted(concept, vectors, row, "image", (4, 10))
+            text, _ = counted(concept, vectors, row, "text", TEXT, clear)
+            image, _ = counted(concept, vectors, row, "image", (4, 10), clear)
             torch.testing.assert_close(reading.text[number, 0], text)
             torch.testing.assert_close(reading.image[number, 0], image)
         riskiest = reading.tokens[0].argmax()
         assert reading.score == reading.tokens.max() and 0 < reading.score < 1
-        found = [counted(concept, vectors, row, "text", TEXT)[1] for vectors in steps]
+        found = [counted(concept, vectors, row, "text", TEXT, clear)[1] for vectors in steps]
         for place in concept.heads.tolist():
             key = (place[0] * 2 + place[1], place[2])
             share = sum(heads[key][riskiest] for heads in found) / len(found)

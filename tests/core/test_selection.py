@@ -26,7 +26,8 @@ def test_what_is_left_turns_as_before_and_the_rest_not_at_all(make_concept, geom
     spans = ((0, 4), (4, 9))
     expected = whole.rotate(x, "q", "single", 1, *spans)
     found = part.rotate(x, "q", "single", 1, *spans)
-    assert torch.equal(found[:, :, :4], expected[:, :, :4]) and not torch.equal(found[:, :, :4], x[:, :, :4])
+    torch.testing.assert_close(found[:, :, :4], expected[:, :, :4])  # products of fewer heads may round otherwise
+    assert not torch.equal(found[:, :, :4], x[:, :, :4])
     assert torch.equal(found[:, :, 4:], x[:, :, 4:])
     assert part.rotate(x, "q", "double", 0, *spans) is x
 

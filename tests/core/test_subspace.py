@@ -6,6 +6,7 @@ import torch
 from saferope_core import GramSum, contrastive_basis, orthonormal, unsafe_basis
 
 HEADS, WIDTH, RANK = 2, 16, 5
+LAPACK = 30 * torch.finfo(torch.float64).eps  # n ‖A‖ times this is a residual that LAPACK's own tests take for right
 
 
 def projector(basis):
@@ -65,7 +66,8 @@ def test_gram_sums_half_precision_in_float64():
 
 def test_too_few_vectors_show_in_the_singular_values():
     basis, values = unsafe_basis(streamed(spread_vectors(3), 1).gram, RANK)
-    assert (values[:, :3] > 0.1).all() and (values[:, 3:] < 1e-6).all()
+    assert (values[:, :3] > 0.1).all()
+    assert (values[:, 3:] <= (LAPACK * WIDTH) ** 0.5 * values[:, :1]).all(), "roots of a Gram matrix's rounding"
     torch.testing.assert_close(basis.mT @ basis, torch.eye(RANK, dtype=torch.float64).expand(HEADS, -1, -1))
 
 
@@ -76,7 +78,7 @@ def test_contrastive_basis_leaves_out_what_safe_vectors_share():
     basis = contrastive_basis(unsafe, safe, 2)
     expected = torch.eye(WIDTH, dtype=torch.float64)[:, 1:3].expand(HEADS, -1, -1)
     torch.testing.assert_close(basis, expected)
-    assert unsafe_basis(unsafe, 2)[0][:, 0].abs().max() == 1  # control: the plain basis takes e1
+    assert unsafe_basis(unsafe, 2)[0][:, 0].abs().max() > 0.999  # control: the plain basis takes e1
     torch.testing.assert_close(contrastive_basis(10 * unsafe, 0.1 * safe, 2), basis)  # counts of vectors do not matter
 
 
@@ -114,8 +116,8 @@ def test_the_polar_factor_is_the_svd_s_however_far_it_is(noise):
     basis += noise * torch.randn_like(basis)
     left, _, right = torch.linalg.svd(basis, full_matrices=False)
     found = orthonormal(basis)
-    torch.testing.assert_close(found, left @ right, rtol=0, atol=1e-13)
+    torch.testing.assert_close(found, left @ right, rtol=0, atol=32 * LAPACK)
     torch.testing.assert_close(
-        found.mT @ found, torch.eye(5, dtype=torch.float64).expand(7, -1, -1), rtol=0, atol=1e-14
+        found.mT @ found, torch.eye(5, dtype=torch.float64).expand(7, -1, -1), rtol=0, atol=32 * LAPACK
     )
     assert orthonormal(basis[:0]).shape == (0, 32, 5)
