@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,16 +34,27 @@ FEW = [
 ]
 
 
-def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "training", "train", "star", "--out", str(out), *FEW, *more]
+PATIENCE = 1800  # seconds: half a minute is usual; only a process that hangs is to be ended
+DYING = Path(__file__).parent / "dying.py"
+
+
+def command(out: Path, *before: str) -> list[str]:
+    return [sys.executable, *(before or ("-m", "training")), "train", "star", "--out", str(out), *FEW]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def finish(out: Path, *more: str) -> None:
-    done = subprocess.run(command(out, *more), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run(arguments: list[str], **more: str) -> subprocess.CompletedProcess:
+    """In a process of its own, to its end."""
+    return subprocess.run(
+        arguments, env=environment() | more, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+def finish(out: Path) -> None:
+    done = run(command(out))
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -60,16 +70,12 @@ def generators(out: Path) -> list[torch.Tensor]:
     return [concept.generator_text, concept.generator_image]
 
 
-@pytest.mark.parametrize("sign", ["stages.json", "train_state.safetensors"])
-def test_killed_and_called_again_it_ends_the_same(undisturbed, tmp_path, sign):
-    """SIGKILL soon after a file appears: in extraction, in training."""
-    process = subprocess.Popen(command(tmp_path), env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 600  # half a minute on an idle machine
-    while not (tmp_path / sign).exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "star.safetensors").exists(), "killed before the end, or this shows nothing"
+@pytest.mark.parametrize("call", ["extract._visit 2", "train._gradients 4"], ids=["in extraction", "in training"])
+def test_killed_and_called_again_it_ends_the_same(undisturbed, tmp_path, call):
+    """By SIGKILL, between the first prompts' statistics and the others', and after three of eight steps."""
+    killed = run(command(tmp_path, str(DYING), *f"training.making.{call}".split(), "SIGKILL"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "star.safetensors").exists()
     finish(tmp_path)
     for a, b in zip(generators(tmp_path), generators(undisturbed), strict=True):
         assert torch.equal(a, b), "bit for bit"
@@ -78,38 +84,36 @@ def test_killed_and_called_again_it_ends_the_same(undisturbed, tmp_path, sign):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    # where the tests run in the background, SIGINT is ignored, and so it would be in the process
-    terminal = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    process = subprocess.Popen(
-        command(tmp_path), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, **terminal
-    )
-    until = time.monotonic() + 600  # half a minute on an idle machine
-    while not (tmp_path / "train_state.safetensors").exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted; what is done is kept" in " ".join(told.split()) and "Traceback" not in told
+    stopped = run(command(tmp_path, str(DYING), "training.making.train._gradients", "2", "SIGINT"))
+    assert stopped.returncode == 130 and "Traceback" not in stopped.stderr
+    assert "interrupted; what is done is kept" in " ".join(stopped.stderr.split())
+
+
+# Of what two processes make, where every half of a batch goes through the network in another shape: bf16 keeps 8 bits, so
+# that a number is off by 2⁻⁹, and a sum over a network's few dozen products by less than 2⁻⁹ √50. A loss also sees a token
+# lifted over its gate. Half of the work, or all of it twice, is 50 % off. Later steps cannot be compared: AdamW's first ones
+# go by the sign of a gradient, however small.
+HALVES, LOSS = 0.014, 0.25
 
 
 def test_two_processes_make_what_one_makes(undisturbed, tmp_path):
-    """The same bases to 1e-5 and the same loss curve to 1e-4: every batch is shared, none is doubled."""
+    """The same heads, statistics and first loss. That shares of a batch add up exactly is test_train.py's."""
     # accelerate's own launcher starts one process alone where there is no GPU
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "training"]
-    arguments = [*launch, *command(tmp_path)[3:]]
-    two = environment() | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(arguments, env=two, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "training"]
+    done = run(command(tmp_path, *launch), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     here, there = (load_file(out / "heads.safetensors") for out in (tmp_path, undisturbed))
-    assert torch.equal(here["heads"], there["heads"])
-    for name in ("basis_q", "basis_k", "basis_image_q", "basis_image_k"):
-        same = torch.linalg.svdvals(here[name].double().mT @ there[name].double())
-        assert (1 - same).abs().max() < 1e-5, name
+    assert torch.equal(here["heads"], there["heads"]), (
+        "all tell: the least Δ is 0.99, far from where heads are left out"
+    )
+    here, there = (load_file(out / "statistics.safetensors") for out in (tmp_path, undisturbed))
+    for name in (name for name in there if "gram" in name):
+        assert (here[name] - there[name]).norm() <= HALVES * there[name].norm(), name
+        assert there[name].norm() > 0
     logs = [[json.loads(line) for line in (out / "log.jsonl").open()] for out in (tmp_path, undisturbed)]
-    assert len(logs[0]) == len(logs[1]) == 8
-    for a, b in zip(*logs, strict=True):
-        assert (a["step"], a["phase"]) == (b["step"], b["phase"])
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6)
+    steps = [[(entry["step"], entry["phase"]) for entry in log] for log in logs]
+    assert steps[0] == steps[1] and len(steps[0]) == 8
+    assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=LOSS)
 
 
 @pytest.mark.parametrize("stage", ["statistics", "latents", "train_state", "concept"])
