@@ -142,13 +142,13 @@ def test_the_table_of_nodes_is_that_of_the_server(comfyui):
 
 @pytest.mark.parametrize("name", WIDGETS)
 def test_widgets_are_in_the_order_of_the_nodes(comfyui, name):
-    """The editor saves them by position; only `record` may be missing, which came later."""
+    """The editor saves them by position."""
     inputs = comfyui.object_info()[name]["input"]
     slots = inputs.get("required", {}) | inputs.get("optional", {})
     kinds = ("FLOAT", "STRING", "COMBO", "BOOLEAN", "INT")
     found = tuple(key for key, spec in slots.items() if isinstance(spec[0], list) or spec[0] in kinds)
     expected = tuple(key for key in WIDGETS[name] if key != "control_after_generate")  # the editor's own, beside a seed
-    assert found == expected or (*found, "record") == expected
+    assert found == expected
 
 
 def _slots(entry):
