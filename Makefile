@@ -4,9 +4,10 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+THREADS ?= 1
+PYTEST = OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help setup demo bench test test-all style quality clean
+.PHONY: help setup demo bench test test-all test-isa style quality clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -23,8 +24,15 @@ bench: setup  ## what protection costs on this machine, in runs/bench (BENCH_ARG
 test: setup  ## all tests but the slow ones, two at a time (PYTEST_ARGS="-k rotation" for some)
 	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-all: setup  ## all tests
+test-all: setup  ## the slow tests too
 	@$(PYTEST) $(PYTEST_ARGS)
+
+# As ATen, oneDNN and MKL name them: a CPU of 2010, one with AVX2, one with AVX-512 but without bf16
+ISAS := default,SSE41,SSE4_2 avx2,AVX2,AVX2 avx512,AVX512_CORE,AVX512
+
+test-isa: setup  ## `test` as on three kinds of CPU, one after the other (THREADS=2 for another order of sums)
+	@for isa in $(ISAS); do set -- $$(echo $$isa | tr , ' '); echo "== $$isa"; \
+	  ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3 $(MAKE) test || exit 1; done
 
 style: setup  ## fix and format
 	@$(BIN)/ruff check --fix .
