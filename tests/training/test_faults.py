@@ -143,11 +143,13 @@ def test_what_a_kill_amid_a_write_leaves_goes_with_the_next(tmp_path):
     path, tensors = tmp_path / "statistics.safetensors", {"x": torch.ones(1000)}
     child = os.fork()
     if child == 0:  # the system kills whoever writes the 2049th byte
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
-        save_tensors(path, tensors)
-        os._exit(0)
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+            save_tensors(path, tensors)
+        finally:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
     (left,) = tmp_path.iterdir()
     assert left != path and any(left.iterdir()), "negative control: something was left"

@@ -97,7 +97,7 @@ HALVES, LOSS = 0.014, 0.25
 
 
 def test_two_processes_make_what_one_makes(undisturbed, tmp_path):
-    """The same heads, statistics and first loss. That shares of a batch add up exactly is test_train.py's."""
+    """The same heads, statistics and first loss. That shares of a batch add up is shown in test_train.py."""
     # accelerate's own launcher starts one process alone where there is no GPU
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "training"]
     done = run(command(tmp_path, *launch), ACCELERATE_USE_CPU="true")

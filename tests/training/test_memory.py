@@ -39,7 +39,6 @@ def test_weights_are_those_of_the_file():
 @pytest.mark.parametrize("batch", [2, 8])
 def test_count_is_what_a_real_pass_keeps(tmp_path, batch, monkeypatch):
     """With the rotation that is trained, on the tiny world's own weights: within 15 %."""
-    monkeypatch.setattr("training.flux.models._faster_in_fp32", lambda *_: False)  # the count is of bf16, as on a GPU
     model = load_model("tinyworld")
     settings = Settings(unsafe_prompts=8, benign_prompts=24)
     Recipe(model, settings, tmp_path).heads()
@@ -48,6 +47,7 @@ def test_count_is_what_a_real_pass_keeps(tmp_path, batch, monkeypatch):
 
     rotation = initial_rotation(critical, model, settings)
     text, x = encode(model, ["a red star , center"] * batch), noise(model, batch, torch.Generator().manual_seed(0))
+    monkeypatch.setattr("training.flux.models._faster_in_fp32", lambda *_: False)  # the count is of bf16, as on a GPU
     with memory.counting(memory.storages(model.transformer)) as kept, attached(model.transformer, rotation.rotate):
         velocity(model, x, torch.ones(batch), text)
     counted = memory.activation_bytes(loading.config_of("tinyworld"), 24, 36, batch, checkpointing=False)
