@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 HEAVY = ["diffusers", "training.cli", "training.flux.loading", "training.making.recipe", "training.suites", __name__]
+PATIENCE = 1800  # seconds: half a minute is usual; only a process that hangs is to be given up
 _CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 _CONTEXT = multiprocessing.get_context("forkserver" if _CAN_FORK else "spawn")
 
 
-def start(arguments: list[str], said: Path, environment: dict[str, str] | None = None) -> BaseProcess:
-    """`saferope <arguments>` on one thread, started; all it says goes to the file `said`."""
+def start(
+    arguments: list[str], said: Path, script: Path | None = None, environment: dict[str, str] | None = None
+) -> BaseProcess:
+    """`saferope <arguments>`, or `python <script> <arguments>`, on one thread, started; all it says goes to the file `said`."""
     if _CAN_FORK:
         _CONTEXT.set_forkserver_preload(HEAVY)  # of no effect once the server runs
-    process = _CONTEXT.Process(target=_work, args=(arguments, said, environment or {}))
+    process = _CONTEXT.Process(target=_work, args=(arguments, said, script, environment or {}))
     process.start()
     return process
 
@@ -38,18 +42,18 @@ def start_several(count: int, arguments: list[str], said: Path) -> list[BaseProc
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
     ranks = ({"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count))
-    return [start(arguments, said.with_suffix(f".{n}"), common | rank) for n, rank in enumerate(ranks)]
+    return [start(arguments, said.with_suffix(f".{n}"), None, common | rank) for n, rank in enumerate(ranks)]
 
 
-def finish(process: BaseProcess, said: Path, seconds: float = 600) -> str:
-    """Waits for its end and returns what it said. AssertionError unless it ended in time and well."""
-    process.join(seconds)
+def ended(process: BaseProcess, said: Path, code: int = 0) -> str:
+    """Waits for its end and returns what it said. AssertionError unless it ended with `code`; of a signal, its negative."""
+    process.join(PATIENCE)
     text = said.read_text(encoding="utf-8", errors="replace")
-    assert process.exitcode == 0, f"ended with {process.exitcode} (None: it still runs) and said {text[-3000:]}"
+    assert process.exitcode == code, f"ended with {process.exitcode} (None: it still runs) and said {text[-3000:]}"
     return text
 
 
-def _work(arguments: list[str], said: Path, environment: dict[str, str]) -> None:
+def _work(arguments: list[str], said: Path, script: Path | None, environment: dict[str, str]) -> None:
     import torch
 
     from training import cli
@@ -59,5 +63,8 @@ def _work(arguments: list[str], said: Path, environment: dict[str, str]) -> None
     with said.open("wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    sys.argv = ["saferope", *arguments]
-    cli.main()
+    sys.argv = [str(script or "saferope"), *arguments]
+    if script:
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        cli.main()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from dev import warm
 from saferope_core import load_concepts
 from tinyworld.model import generate, load_pipeline
 from training import cli
@@ -72,20 +71,16 @@ def test_painting_grey_erases_all_and_ruins_the_rest(tiny_world, tmp_path):
     assert found["grey", "mean difference"].value > 30
 
 
-def evaluated_by_two(*arguments):
-    """`saferope evaluate` in two real processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["-m", "training", "evaluate", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def evaluated_by_two(said, *arguments):
+    """What `saferope evaluate` says in two real processes, together."""
+    processes = warm.start_several(2, ["evaluate", *arguments], said)
+    return "".join(warm.ended(process, said.with_suffix(f".{number}")) for number, process in enumerate(processes))
 
 
 def test_two_processes_share_out_fits_that_gather_statistics(tmp_path):
     """Rand's statistics are sums over processes: fitted by one while the other waited, they waited for each other."""
     few = ("--unsafe", "1", "--benign", "1", "--no-search", "--out", str(tmp_path))
-    evaluated_by_two("--suite", "quick", "--baselines", "rand,uce", *few)
+    evaluated_by_two(tmp_path / "said", "--suite", "quick", "--baselines", "rand,uce", *few)
     assert {path.name for path in (tmp_path / "fits").iterdir()} == {"rand-star.safetensors", "uce-star.safetensors"}
     table = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
     assert "| rand, 1 |" in table and "| uce, 1 |" in table
@@ -94,8 +89,10 @@ def test_two_processes_share_out_fits_that_gather_statistics(tmp_path):
 def test_two_processes_give_the_table_of_one(tiny_world, tmp_path):
     (report,) = file_report.evaluate_file(tiny_world, STAR, tmp_path / "one", 1.0, FEW)
     file_report.write_reports(tmp_path / "one", [report])
-    done = evaluated_by_two(str(STAR), "--unsafe", "1", "--benign", "2", "--out", str(tmp_path / "two"))
-    assert done.stdout.count("| measure |") == 1, "one of them tells"
+    told = evaluated_by_two(
+        tmp_path / "said", str(STAR), "--unsafe", "1", "--benign", "2", "--out", str(tmp_path / "two")
+    )
+    assert told.count("| measure |") == 1, "one of them tells"
     tables = []
     for name in ("one", "two"):
         with (tmp_path / name / "star.evaluation.csv").open() as file:

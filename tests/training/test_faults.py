@@ -184,6 +184,7 @@ def test_a_clock_that_goes_back_changes_nothing(folder, monkeypatch):
     assert {(folder / name).stat().st_mtime for name in (*SHARDS, "star.safetensors")} == {then}
 
 
+@pytest.mark.slow  # PyTorch's own launcher, whose processes import everything for themselves
 def test_a_worker_of_two_that_dies_ends_both_and_loses_nothing(tmp_path):
     """The launcher ends with an error instead of waiting for ever; the same command then goes on from the last step."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(DYING)]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from dev import warm
 from saferope_core import load_concepts
 from training import cli
 
-ROOT = Path(__file__).parents[2]
 FEW = [
     "--unsafe-prompts",
     "16",
@@ -34,28 +32,23 @@ FEW = [
 ]
 
 
-PATIENCE = 1800  # seconds: half a minute is usual; only a process that hangs is to be ended
 DYING = Path(__file__).parent / "dying.py"
 
 
-def command(out: Path, *before: str) -> list[str]:
-    return [sys.executable, *(before or ("-m", "training")), "train", "star", "--out", str(out), *FEW]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def run(arguments: list[str], **more: str) -> subprocess.CompletedProcess:
-    """In a process of its own, to its end."""
-    return subprocess.run(
-        arguments, env=environment() | more, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
-    )
+def train(out: Path) -> list[str]:
+    return ["train", "star", "--out", str(out), *FEW]
 
 
 def finish(out: Path) -> None:
-    done = run(command(out))
-    assert done.returncode == 0, done.stderr[-2000:]
+    """To its end, in a process of its own."""
+    said = out.with_suffix(".said")
+    warm.ended(warm.start(train(out), said), said)
+
+
+def interrupted(out: Path, place: str, call: int, sign: signal.Signals, code: int) -> str:
+    """All that a process says to which `sign` happens at a call of the function; it ends with `code`."""
+    said = out.with_suffix(".said")
+    return warm.ended(warm.start([place, str(call), sign.name, *train(out)], said, DYING), said, code)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +66,8 @@ def generators(out: Path) -> list[torch.Tensor]:
 @pytest.mark.parametrize("call", ["extract._visit 2", "train._gradients 4"], ids=["in extraction", "in training"])
 def test_killed_and_called_again_it_ends_the_same(undisturbed, tmp_path, call):
     """By SIGKILL, between the first prompts' statistics and the others', and after three of eight steps."""
-    killed = run(command(tmp_path, str(DYING), *f"training.making.{call}".split(), "SIGKILL"))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    function, number = call.split()
+    interrupted(tmp_path, f"training.making.{function}", int(number), signal.SIGKILL, -signal.SIGKILL)
     assert not (tmp_path / "star.safetensors").exists()
     finish(tmp_path)
     for a, b in zip(generators(tmp_path), generators(undisturbed), strict=True):
@@ -84,9 +77,8 @@ def test_killed_and_called_again_it_ends_the_same(undisturbed, tmp_path, call):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    stopped = run(command(tmp_path, str(DYING), "training.making.train._gradients", "2", "SIGINT"))
-    assert stopped.returncode == 130 and "Traceback" not in stopped.stderr
-    assert "interrupted; what is done is kept" in " ".join(stopped.stderr.split())
+    told = interrupted(tmp_path, "training.making.train._gradients", 2, signal.SIGINT, 130)
+    assert "interrupted; what is done is kept" in " ".join(told.split()) and "Traceback" not in told
 
 
 # Of what two processes make, where every half of a batch goes through the network in another shape: bf16 keeps 8 bits, so
@@ -98,10 +90,9 @@ HALVES, LOSS = 0.014, 0.25
 
 def test_two_processes_make_what_one_makes(undisturbed, tmp_path):
     """The same heads, statistics and first loss. That shares of a batch add up is shown in test_train.py."""
-    # accelerate's own launcher starts one process alone where there is no GPU
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "training"]
-    done = run(command(tmp_path, *launch), ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = tmp_path.with_suffix(".said")
+    for number, process in enumerate(warm.start_several(2, train(tmp_path), said)):
+        warm.ended(process, said.with_suffix(f".{number}"))
     here, there = (load_file(out / "heads.safetensors") for out in (tmp_path, undisturbed))
     assert torch.equal(here["heads"], there["heads"]), (
         "all tell: the least Δ is 0.99, far from where heads are left out"
