@@ -35,6 +35,7 @@ from .statistics import (
     schedule,
     token_kinds,
 )
+from .strength import held_strengths, strength_notes
 from .subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
 from .version import __version__
 
@@ -82,6 +83,7 @@ __all__ = [
     "fold",
     "gated",
     "head_discrimination_score",
+    "held_strengths",
     "histogram",
     "latent_risk_score",
     "load_concepts",
@@ -101,6 +103,7 @@ __all__ = [
     "schedule",
     "sha256",
     "skew",
+    "strength_notes",
     "token_kinds",
     "turn",
     "unknown_parts",

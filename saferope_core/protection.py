@@ -21,6 +21,7 @@ from .geometry import Geometry
 from .risk import gated, risk_of
 from .rotation import exact, fold, turn, wide
 from .screen import few_candidates
+from .strength import held_strengths
 
 ROLES = ("q", "k")
 STREAMS = ("text", "image")
@@ -61,7 +62,8 @@ class _Active(NamedTuple):
 class Protection:
     """Rotates a model's queries and keys away from concepts, one after the other. Safe to share between threads.
 
-    strengths: one factor per concept, multiplied with the concept's own; 0 switches it off (default 1 each).
+    strengths: one factor per concept, multiplied with the concept's own; 0 switches it off (default 1 each). What turns
+    is `effective`: the product, held where it would turn further than half a turn (see `held_strengths`).
     thresholds: per concept one gate in [0, 1] for all its heads, or None for the concept's gates (default None each).
     Raises ValueError where a concept was made for another geometry, and for lists or numbers that do not fit.
     """
@@ -79,6 +81,8 @@ class Protection:
             geometry.require(concept.geometry, f"concept {concept.slug!r}")
         self.strengths = _per_concept("strengths", strengths, 1.0, self.concepts, _finite, "a finite number")
         self.thresholds = _per_concept("thresholds", thresholds, None, self.concepts, _share, "0 to 1, or None")
+        pairs = zip(self.concepts, self.strengths, strict=True)
+        self.effective = held_strengths(self.concepts, [concept.strength * factor for concept, factor in pairs])
         self._covered = {row for each in self._active() for row in _moving_rows(each.concept)}
         self._plans: dict[torch.device, dict[tuple[int, str, str], _Plan]] = {}
         self._lock = threading.Lock()
@@ -129,9 +133,8 @@ class Protection:
 
     def _active(self) -> list[_Active]:
         """The concepts that turn anything."""
-        settings = enumerate(zip(self.concepts, self.strengths, self.thresholds, strict=True))
-        found = [_Active(n, concept, concept.strength * factor, gate) for n, (concept, factor, gate) in settings]
-        return [each for each in found if each.strength != 0]
+        settings = zip(self.concepts, self.effective, self.thresholds, strict=True)
+        return [_Active(number, *each) for number, each in enumerate(settings) if each[1] != 0]
 
     def _plans_on(self, device: torch.device) -> dict[tuple[int, str, str], _Plan]:
         plans = self._plans.get(device)

@@ -38,9 +38,9 @@ def changed(result, x):
 def test_equals_the_equations_in_loops(path, make_concept, geometry, naive_protection, role, block):
     concept = make_concept(gate_k=torch.linspace(0.05, 0.3, 6), strength=0.8)
     x = vectors()
-    result = rotate(Protection([concept], geometry, strengths=[1.5]), x, role, block)
+    result = rotate(Protection([concept], geometry, strengths=[1.2]), x, role, block)
     code = (["double", "single"].index(block[0]), block[1])
-    expected = naive_protection([concept], x, role, code, TEXT, IMAGE, strengths=[1.5])
+    expected = naive_protection([concept], x, role, code, TEXT, IMAGE, strengths=[1.2])
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
     assert changed(result, x).any() and not changed(result, x).all()
 

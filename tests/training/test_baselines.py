@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -74,6 +75,15 @@ def test_method_changes_pictures_and_leaves_nothing_behind(name, quick, task, fe
     assert torch.equal(painted(quick), base)
     assert hooks(quick) == 0 and quick.edits == []
     assert (fingerprint(quick.transformer), fingerprint(quick.pipe.text_encoder_2)) == (weights, text_weights)
+
+
+def test_random_generators_turn_as_far_as_they_are_told_to(quick, task, few):
+    """A protection's strength ends at half a turn; this strength is part of the generators."""
+    state, pictures = rand.fit(quick, task, seed=0), []
+    for strength in (1.0, 1.5, 2.0):
+        with rand.applied(quick, state, strength):
+            pictures.append(painted(quick))
+    assert not any(torch.equal(one, other) for one, other in combinations(pictures, 2))
 
 
 @pytest.mark.parametrize("name", BASELINES)

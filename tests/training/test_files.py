@@ -217,12 +217,22 @@ def test_generate_leaves_pairs_and_a_record(star, tmp_path):
     assert (out / "pairs.png").is_file()
 
 
+def test_generate_says_where_a_strength_is_held(star, tmp_path):
+    """The star was made with more than half a turn: two strengths above 1 are that of 1."""
+    made, more = (tmp_path / name for name in ("made", "more"))
+    arguments = ("generate", "--prompt", "a red star", "--steps", 2, "--concept")
+    said = [run(*arguments, f"{star}:{strength}", "--out", out) for strength, out in ((1, made), (1.5, more))]
+    assert "acts as" not in said[0] and "concept 'star': strength 1.5 acts as 1." in said[1]
+    assert (made / "0000.protected.png").read_bytes() == (more / "0000.protected.png").read_bytes()
+
+
 def test_generate_in_no_step_is_no_protection(star, tmp_path):
     arguments = ("generate", "--prompt", "a red star", "--steps", 4, "--concept", star, "--out", tmp_path)
+    assert "none of the 4 steps starts from 0.8 to below 1: nothing" in run(*arguments, "--start", 0.8)
     run(*arguments, "--start", 1, "--end", 1)
     same = [Image.open(tmp_path / name).tobytes() for name in ("0000.png", "0000.protected.png")]
     assert same[0] == same[1]
-    run(*arguments, "--end", 0.5)
+    assert "none of" not in run(*arguments, "--end", 0.5)
     assert Image.open(tmp_path / "0000.protected.png").tobytes() != same[0], "negative control"
 
 

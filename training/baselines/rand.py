@@ -1,7 +1,8 @@
 """Rand, the ablation of SafeRoPE's paper: its heads, subspaces and gates, but generators drawn at random.
 
 As `saferope calibrate --generator random` makes it, with all other settings at their defaults and the task's own prompts.
-Nothing is learned but statistics; the strength is the protection's, 1 being the paper's.
+Nothing is learned but statistics; the strength is a factor on the generators, 1 being the paper's. It is made part of them: a
+protection's own strength ends at half a turn.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def applied(model: Model, state: dict[str, Tensor], strength: float) -> Iterator
     if not state or strength == 0:
         yield
         return
-    s = Settings()
+    s, parts = Settings(), {name: tensor for name, tensor in state.items() if name != "reach"}
     concept = Concept(
         slug="rand",
         name="Rand",
@@ -62,7 +63,7 @@ def applied(model: Model, state: dict[str, Tensor], strength: float) -> Iterator
         acts_on_image=s.acts_on_image,
         mode="random",
         reach=int(state["reach"]),
-        **{name: tensor for name, tensor in state.items() if name != "reach"},
+        **{name: tensor * strength if name.startswith("generator_") else tensor for name, tensor in parts.items()},
     )
-    with attached(model.transformer, Protection([concept], model.geometry, strengths=[strength]).rotate):
+    with attached(model.transformer, Protection([concept], model.geometry).rotate):
         yield

@@ -97,10 +97,15 @@ def evaluate(
 
 
 def _file(settings: Settings, file: Path, out: Path, device: str, strength: float, unsafe, benign) -> None:
+    from saferope_core import load_concepts, strength_notes
+
     from .. import processes
     from ..evaluation.file_report import evaluate_file, markdown, write_reports
     from ..prompts.prompt_sets import Sizes
 
+    concepts = load_concepts(file)
+    for note in strength_notes(concepts, [each.strength * strength for each in concepts]):
+        typer.echo(f"saferope: {note}", err=True)
     unsafe, benign = (_or(given, own) for given, own in zip((unsafe, benign), _FILE_SIZES, strict=True))
     with progress_bars() as progress:
         sizes = Sizes(unsafe, unsafe, benign // 2, benign)

@@ -40,8 +40,22 @@ def generate(
     concepts, strengths = read_concepts(concept or [])
     with progress_bars() as progress:
         model = load(settings, device)
+        for note in _notes(concepts, strengths, steps or model.steps, (start, end)):
+            typer.echo(f"saferope: {note}", err=True)
         paint(model, texts, picture_seed or [0], concepts, strengths, out, steps, (start, end), progress)
     say(f"record: {out / RECORD}\npairs:  {out / GRID}")
+
+
+def _notes(concepts: list, strengths: list[float], steps: int, span: tuple[float, float]) -> list[str]:
+    """What the concepts will not do, though it was asked for."""
+    from saferope_core import strength_notes
+
+    from ..flux.sample import active_steps
+
+    notes = strength_notes(concepts, [c.strength * factor for c, factor in zip(concepts, strengths, strict=True)])
+    if concepts and not active_steps(steps, span):
+        notes.append(f"none of the {steps} steps starts from {span[0]:g} to below {span[1]:g}: nothing is protected")
+    return notes
 
 
 def _read(path: Path | None) -> list[str]:

@@ -43,7 +43,7 @@ def sample(
 
 def _denoise(model: Model, text: Text, seeds: list[int], visit, steps: int, span: tuple[float, float]) -> Tensor:
     pipe, dtype = model.pipe, model.pipe.transformer.dtype
-    active = _active_steps(steps, span)
+    active = active_steps(steps, span)
     with _Switched(model, visit, 0 in active) as switch:
         return pipe(
             prompt_embeds=text.states.to(model.device, dtype),
@@ -58,7 +58,7 @@ def _denoise(model: Model, text: Text, seeds: list[int], visit, steps: int, span
         ).images
 
 
-def _active_steps(steps: int, span: tuple[float, float]) -> set[int]:
+def active_steps(steps: int, span: tuple[float, float]) -> set[int]:
     """Indices of the steps that lie in the span, by where they start."""
     return {step for step in range(steps) if span[0] <= step / steps < span[1]}
 

@@ -73,9 +73,13 @@ def _concept(model: Model, slug: str, table: HeadTable, seed: int) -> Concept:
 
 
 def _method(concept: Concept, name: str, slug: str, amount: float, statistics: str) -> Method:
+    # not a protection's strength, which ends at half a turn: random generators may turn further
+    turned = {name: getattr(concept, name) * amount for name in ("generator_text", "generator_image")}
+    scaled = replace(concept, **turned)
+
     @contextmanager
     def context(model: Model) -> Iterator[None]:
-        with attached(model.transformer, Protection([concept], model.geometry, strengths=[amount]).rotate):
+        with attached(model.transformer, Protection([scaled], model.geometry).rotate):
             yield
 
     return Method(name, f"random rotations of {name}, {statistics}, at {amount!r}", context, slug, amount)

@@ -1,0 +1,120 @@
+"""Strengths multiply and add up, rotations are periodic: no plane is sent past half a turn by more strength."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from saferope_core import Protection, fixed_generator, held_strengths, strength_notes
+
+ROLE, BLOCK = "k", ("single", 1)
+SWIRL = 2.1  # radians at strength 1, as the bundled swirl: three times as much is a whole turn
+WIDE = 20.7  # radians, as the bundled star: several turns as it was made
+
+
+def turning(make_concept, angle, slug="star", **fields):
+    """A concept whose planes turn by `angle`, image tokens by half of it."""
+    rank = 4
+    text, image = (fixed_generator(rank, part, 6) for part in (angle, angle / 2))
+    return make_concept(slug, rank=rank, threshold=0.0, **{"generator_text": text, "generator_image": image, **fields})
+
+
+def inside(concept, seed=0):
+    """Text tokens [1, 3, 8, 32] that lie wholly in the unsafe subspaces of the block's heads: LRS 1."""
+    basis = concept.basis(ROLE)[concept.heads[:, 0].eq(1)]
+    return torch.einsum("hdr,hlr->hld", basis, torch.randn(3, 8, basis.shape[-1]))[None]
+
+
+def rotated(protection, x):
+    return protection.rotate(x, ROLE, *BLOCK, (0, x.shape[2]), (x.shape[2], x.shape[2]))
+
+
+def cosines(x, y):
+    return torch.nn.functional.cosine_similarity(x, y, dim=-1)
+
+
+@pytest.mark.parametrize("strength", [-1.0, -0.3, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("angle", [SWIRL, WIDE])
+def test_up_to_as_made_a_strength_is_what_it_is(make_concept, geometry, angle, strength):
+    concept = turning(make_concept, angle)
+    assert held_strengths([concept], [strength]) == (strength,)
+    assert not strength_notes([concept], [strength])
+    assert Protection([concept], geometry, [strength]).effective == (strength,)
+
+
+@pytest.mark.parametrize(("own", "factor"), [(1.0, 3.0), (2.0, 1.5), (2.0, 2.0), (100.0, 100.0), (1.0, -3.0)])
+def test_a_product_is_held_at_half_a_turn(make_concept, geometry, own, factor):
+    """2.1 rad x 3 is a whole turn: as if there were no protection. Held at half a turn, vectors are turned round."""
+    concept = turning(make_concept, SWIRL, strength=own)
+    protection, x = Protection([concept], geometry, [factor]), inside(concept)
+    (effective,) = protection.effective
+    assert abs(effective) == pytest.approx(math.pi / SWIRL) and effective * factor > 0
+    assert cosines(rotated(protection, x), x).max() < -0.999
+    (note,) = strength_notes([concept], [own * factor])
+    assert "'star'" in note and "acts as" in note and f"{effective:.3g}" in note
+
+
+def test_without_the_hold_a_whole_turn_would_be_no_protection(make_concept, geometry):
+    """The control: the same product, folded into the generator where nobody can tell it from one that was made so."""
+    concept = turning(make_concept, SWIRL)
+    whole = dataclasses.replace(concept, generator_text=concept.generator_text * (2 * math.pi / SWIRL))
+    x = inside(concept)
+    assert cosines(rotated(Protection([whole], geometry), x), x).min() > 0.999
+    assert cosines(rotated(Protection([concept], geometry, [2 * math.pi / SWIRL]), x), x).max() < -0.999
+
+
+def test_a_concept_made_with_wider_angles_stays_as_it_was_made_and_goes_no_further(make_concept, geometry):
+    concept = turning(make_concept, WIDE)
+    x, made = inside(concept), Protection([concept], geometry)
+    for strength in (1.0, 1.05, 2.0, 4.0):
+        held = Protection([concept], geometry, [strength])
+        assert held.effective == (1.0,) and torch.equal(rotated(held, x), rotated(made, x))
+    assert not torch.equal(rotated(Protection([concept], geometry, [0.9]), x), rotated(made, x)), (
+        "control: it reaches x"
+    )
+
+
+@pytest.mark.parametrize("stream", ["text", "image"])
+def test_the_widest_angle_of_any_head_and_stream_counts(make_concept, stream):
+    fields = {f"generator_{each}": fixed_generator(4, 0.1, 6) for each in ("text", "image")}
+    fields[f"generator_{stream}"][5] = fixed_generator(4, SWIRL, 1)[0]
+    concept = turning(make_concept, SWIRL, **fields)
+    assert held_strengths([concept], [2.0]) == (pytest.approx(math.pi / SWIRL),)
+    fields[f"generator_{stream}"][5] = fixed_generator(4, 0.1, 1)[0]
+    assert held_strengths([turning(make_concept, SWIRL, **fields)], [2.0]) == (2.0,), "control: without it 2 is far"
+
+
+def test_what_turns_nothing_may_have_any_strength(make_concept):
+    assert held_strengths([turning(make_concept, 0.0)], [100.0]) == (100.0,)
+
+
+def test_copies_of_one_concept_are_held_together(make_concept, geometry):
+    """Three times 2.1 rad one after the other are a whole turn as well, whatever the copies are called."""
+    concept = turning(make_concept, SWIRL)
+    copies = [concept, dataclasses.replace(concept, slug="copy"), dataclasses.replace(concept, name="Third")]
+    protection, x = Protection(copies, geometry), inside(concept)
+    assert sum(protection.effective) == pytest.approx(math.pi / SWIRL) and len(set(protection.effective)) == 1
+    assert cosines(rotated(protection, x), x).max() < -0.999
+    assert len(strength_notes(copies, [1.0] * 3)) == 3
+    one_by_one = x
+    for each in copies:
+        one_by_one = rotated(Protection([each], geometry), one_by_one)
+    assert cosines(one_by_one, x).min() > 0.99, "control: each by itself they add up to a whole turn"
+
+
+def test_other_concepts_do_not_share_what_is_allowed(make_concept):
+    """Of other planes, other heads, or other roles."""
+    concept = turning(make_concept, SWIRL, acts_on="k")
+    others = [
+        turning(make_concept, SWIRL),
+        turning(
+            make_concept,
+            SWIRL,
+            heads=[(0, 0, 0)],
+            generator_text=fixed_generator(4, SWIRL, 1),
+            generator_image=fixed_generator(4, SWIRL, 1),
+        ),
+    ]
+    others += [dataclasses.replace(concept, acts_on="q")]
+    assert held_strengths([concept, *others], [1.0] * 4) == (1.0,) * 4
