@@ -8,6 +8,7 @@ Axis letters: B batch, H heads, L tokens, D head dimension.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,8 @@ from comfy.patcher_extension import WrappersMP
 
 from ..saferope_core import BLOCK_TYPES, ROLES, Forward, Geometry, Protection, Run
 from .audit import TEXT_END, WRAPPER_KEY, Block, is_compiled, require_hook, require_network, suspects, watched_queries
-from .recorder import Recorder
+from .notices import notice, rested, start_notices
+from .recorder import Recorder, require_usual
 
 POSITIVE = 0  # in extra_options["cond_or_uncond"], one entry for each chunk of the batch; 1 is negative
 
@@ -32,8 +34,9 @@ class AttentionPatch:
     batch comes in as many equal chunks as `cond_or_uncond` has entries, 0 for positive.
 
     Steps: acts where percent_to_sigma(start) >= sigma > percent_to_sigma(end), so two nodes that meet at a percentage
-    share no step; start == end acts nowhere. Sigmas come from the model as it samples, so a shift set by a later node
-    counts. With the whole range no sigma is read (no wait for the GPU).
+    share no step; start == end acts nowhere. Start 0 and end 1 are no limits: samplers may ask for sigmas above 1, and
+    below 0. Sigmas come from the model as it samples, so a shift set by a later node counts. With the whole range no
+    sigma is read (no wait for the GPU). A run without a step in the range ends in a notice.
 
     Fails closed: torch.compile may replay a graph traced without the patch (ComfyUI's TorchCompileModel drops the
     guards that would notice), other nodes may replace blocks, the forward or the network. `around_forward` audits
@@ -79,6 +82,8 @@ class AttentionPatch:
         if self.watching:
             return {}
         if self.positive_only:
+            if self._run_key not in options:  # outside of a sampling run nobody vouches for the numbers
+                require_usual(None)
             kinds = options["cond_or_uncond"]
             turned = {role: _in_chunks(kinds, x, turned[role]) for role, x in (("q", q), ("k", k))}
         return turned
@@ -86,6 +91,9 @@ class AttentionPatch:
     def around_sampling(self, executor: Callable, noise: Any, latent: Any, sampler: Any, sigmas: Any, *args, **kwargs):
         """OUTER_SAMPLE wrapper: gives the run a memory of its own, checks that its forwards came by, keeps their record."""
         guider, run = executor.class_obj, _Run(Run(self.protection.geometry) if self.recorder else None)
+        start_notices()
+        if self.positive_only:
+            require_usual(guider)
         guider.model_options.setdefault("transformer_options", {})[self._run_key] = run
         out = executor(noise, latent, sampler, sigmas, *args, **kwargs)
         if not run.forwards and len(sigmas) > 1:
@@ -94,6 +102,8 @@ class AttentionPatch:
                 "SafeRoPE saw no forward of the model in this sampling run, so the picture is not protected. Expected: "
                 f"every forward goes through apply_model. {suspects(guider.model_patcher, options)}"
             )
+        if run.forwards and not run.acted:
+            notice(rested(self.protection.concepts, self.start, self.end))
         if run.record is not None:
             self.recorder.keep(run.record, out, guider)
         return out
@@ -106,6 +116,7 @@ class AttentionPatch:
         run.forwards += 1
         run.compiled = run.compiled or is_compiled(model.current_patcher, options)
         acting = self._in_range(model.model_sampling, sigma)
+        run.acted = run.acted or acting
 
         record = run.blank(model, x, sigma, options)
         untouched = x.clone()  # EasyCache adds to x in place
@@ -167,10 +178,14 @@ class AttentionPatch:
         )
 
     def _in_range(self, model_sampling: Any, sigma: torch.Tensor) -> bool:
+        """Whether to act at these noise levels [B]; where rows differ, one in the range is enough."""
         if (self.start, self.end) == (0.0, 1.0):
             return True
-        first, last = (float(model_sampling.percent_to_sigma(p)) for p in (self.start, self.end))
-        return first >= float(sigma.max()) > last
+        if self.start == self.end:
+            return False
+        first = math.inf if self.start <= 0 else float(model_sampling.percent_to_sigma(self.start))
+        last = -math.inf if self.end >= 1 else float(model_sampling.percent_to_sigma(self.end))
+        return any(first >= level > last for level in sigma.flatten().tolist())
 
 
 class _Run:
@@ -178,6 +193,7 @@ class _Run:
 
     def __init__(self, record: Run | None = None) -> None:
         self.forwards, self.record = 0, record
+        self.acted = False  # a forward lay in the range of steps
         self.whole = False  # a forward has gone through every protected block
         self.compiled = False  # the patch may be, or was, called in blocks whose queries nobody saw being made
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.samplers
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -33,6 +34,7 @@ class Record:
     names: tuple[str, ...]
     readings: tuple[tuple[Reading, ...], ...]
     usual: bool  # the guider is ComfyUI's usual one, so that it is known which conditionings are positive
+    measured: bool = True  # gates were asked in one step at least
 
     def judged(self, concept: int) -> list[Reading]:
         """The readings that count as the prompt: the positive ones, or all where that is not known."""
@@ -60,8 +62,8 @@ class Recorder:
         """Reads a run that is over and files it under what it sampled."""
         found = (run.readings(number) for number in range(len(self.names)))
         readings = tuple(tuple(sorted(each, key=lambda reading: reading.entry[0])) for each in found)
-        conditionings = set(getattr(guider, "original_conds", ("of an unknown guider",)))
-        record = Record(self.names, readings, usual=conditionings <= USUAL)
+        measured = any(forward.tallies for forward in run.forwards)
+        record = Record(self.names, readings, usual=_conditionings(guider) <= USUAL, measured=measured)
         with self._lock:
             self._records[_digest(samples)] = record
             while len(self._records) > KEPT:
@@ -79,6 +81,25 @@ class Recorder:
                 "the SafeRoPE Apply whose model that sampler uses."
             )
         return record
+
+
+def require_usual(guider: Any) -> None:
+    """Raise RuntimeError unless POSITIVE is this guider's number for its positive prompt, and for no other.
+
+    The numbers are those of the list that `predict_noise` hands over; a guider with its own may have them in any order.
+    """
+    predict = getattr(getattr(guider, "predict_noise", None), "__func__", None)
+    if predict is not comfy.samplers.CFGGuider.predict_noise or not _conditionings(guider) <= USUAL:
+        who = "a node that calls the model by itself" if guider is None else type(guider).__name__
+        raise RuntimeError(
+            f"SafeRoPE Apply is set to conditionings = positive only, but this model is run by {who}, which may number its "
+            f"prompts in another way ({', '.join(sorted(_conditionings(guider)))}): the positive one could go unprotected. "
+            "Expected KSampler, CFG Guider or Basic Guider. Use one of them, or set conditionings to all."
+        )
+
+
+def _conditionings(guider: Any) -> set[str]:
+    return set(getattr(guider, "original_conds", ("unknown",)))
 
 
 def _digest(samples: Tensor) -> str:

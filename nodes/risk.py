@@ -35,6 +35,15 @@ def require_recorded(recorder: Recorder) -> None:
         )
 
 
+def require_measured(record: Record) -> None:
+    """Raise ValueError for a run in which no gate was asked."""
+    if not record.measured:
+        raise ValueError(
+            "SafeRoPE measured nothing in this run: none of its steps lay between start_percent and end_percent. Widen them "
+            "in SafeRoPE Apply, or mute this node."
+        )
+
+
 def named_words(risks: Tensor, clip: Any | None, text: str) -> list[Word]:
     """Words of a prompt and the risk of each, its riskiest token's, from the tokens' risks [L], in reading order.
 

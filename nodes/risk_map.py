@@ -13,6 +13,7 @@ from .risk import (
     heads_picture,
     patches_picture,
     report,
+    require_measured,
     require_recorded,
     steps_picture,
     words_picture,
@@ -64,6 +65,7 @@ class RiskMap(io.ComfyNode):
     ) -> io.NodeOutput:
         require_recorded(recorder)
         record = recorder.of(latent["samples"])
+        require_measured(record)
         words = report(record, clip, text, FLAG_ABOVE)
         pictures = (
             words_picture(record, clip, text, FLAG_ABOVE),
