@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..saferope_core import STREAM_CHOICES, Concept, Geometry, Protection, parse_blocks, restricted
+from ..saferope_core import (
+    STREAM_CHOICES,
+    Concept,
+    Geometry,
+    Protection,
+    held_strengths,
+    parse_blocks,
+    restricted,
+    strength_notes,
+)
 from .audit import geometry_of
 from .concepts import STRENGTH_MAX, ConceptType, require_range
+from .notices import notice, start_notices
 from .patch import AttentionPatch, patched
 from .recorder import Recorder, RecorderType
 
@@ -43,6 +54,47 @@ def protect(
         return model.clone(), recorder
     patch = AttentionPatch(protection, *span, positive_only=positive_only, recorder=recorder if record else None)
     return patched(model, patch), recorder
+
+
+def warn(
+    concepts: list[Concept], parts: list[Concept], strength: float, threshold: float | None, span: tuple[float, float]
+) -> None:
+    """Notices about all that was asked of the concepts and will not be; `parts` are what is left of them to turn."""
+    start_notices()
+    if strength == 0:  # how one asks for no protection
+        return
+    left = {part.slug for part in parts}
+    for concept in concepts:
+        if concept.slug not in left and concept.strength != 0:
+            notice(
+                f"concept {concept.slug!r} has nothing to turn in the chosen blocks and streams: it is not suppressed."
+            )
+    if parts and span[0] == span[1]:
+        notice(f"start_percent and end_percent are both {span[0]:g}: nothing is suppressed in any step.")
+    if parts and threshold == 1:
+        notice("the gate is fixed at 1, which no token passes: nothing is suppressed.")
+    for note in strength_notes(parts, [part.strength * strength for part in parts]):
+        notice(note)
+
+
+def require_room(model: Any, parts: list[Concept], strength: float, span: tuple[float, float]) -> None:
+    """Raise ValueError where SafeRoPE Apply nodes before this one turn the same concept, and both would pass half a turn."""
+    here = held_strengths(parts, [part.strength * strength for part in parts])
+    patches = model.model_options.get("transformer_options", {}).get("patches", {}).get("attn1_patch", [])
+    protections = [
+        patch.protection
+        for patch in patches
+        if isinstance(patch, AttentionPatch) and max(patch.start, span[0]) < min(patch.end, span[1])
+    ]
+    concepts = [concept for each in protections for concept in each.concepts] + parts
+    strengths = [strength for each in protections for strength in each.effective] + list(here)
+    for concept, asked, held in zip(concepts, strengths, held_strengths(concepts, strengths), strict=True):
+        if not math.isclose(asked, held):
+            raise ValueError(
+                f"Concept {concept.slug!r} is turned by another SafeRoPE Apply before this one in the same steps, and both "
+                "together would turn it past half a turn, back to the unprotected model. Remove one of them, or lower their "
+                "strengths."
+            )
 
 
 def _why_idle(concepts: list[Concept], strength: float, span: tuple[float, float]) -> str | None:
@@ -181,4 +233,6 @@ class Apply(io.ComfyNode):
         fixed = threshold if gate == FIXED else None
         parts = chosen(concept, flux_geometry(model), blocks, streams)
         span, positive_only = (start_percent, end_percent), conditionings == POSITIVE
+        require_room(model, parts, strength, span)
+        warn(concept, parts, strength, fixed, span)
         return io.NodeOutput(*protect(model, parts, strength, fixed, span, positive_only, record))
