@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+import comfy.model_management
+import comfy.utils
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..saferope_core import Concept, orthogonalised, overlap
+from ..saferope_core import MAX_CONCEPTS, Concept, overlap, strength_notes, taken_apart
 from .concepts import ConceptType
 from .pictures import heat_map
 
-MOST = 32
+MOST = 32  # inputs
+NUMBERED = 20  # concepts up to which the map's cells have room for their values
 
 
 class CombineConcepts(io.ComfyNode):
@@ -33,7 +37,7 @@ class CombineConcepts(io.ComfyNode):
                     template=io.Autogrow.TemplatePrefix(
                         ConceptType.Input("concept"), prefix="concept", min=1, max=MOST
                     ),
-                    tooltip=f"1 to {MOST} concepts, applied in this order.",
+                    tooltip=f"1 to {MOST} inputs, applied in this order; {MAX_CONCEPTS} concepts at most.",
                 ),
                 io.Boolean.Input(
                     "orthogonalise",
@@ -51,15 +55,32 @@ class CombineConcepts(io.ComfyNode):
 
     @classmethod
     def execute(cls, concepts: dict[str, Any], orthogonalise: bool = False) -> io.NodeOutput:
-        found = distinct([concept for name in concepts for concept in concepts[name]])
-        values = overlaps(found)
+        found = [concept for name in concepts for concept in concepts[name]]
+        if not 1 <= len(found) <= MAX_CONCEPTS:
+            raise ValueError(
+                f"These inputs hold {len(found)} concepts, expected 1 to {MAX_CONCEPTS}, as many as a concept file may hold. "
+                "Take inputs away."
+            )
+        found, tell = distinct(found), _teller(len(found), orthogonalise)
+        values = overlaps(found, tell)
         if orthogonalise:
-            for later in range(1, len(found)):
-                for earlier in range(later):
-                    found[later] = orthogonalised(found[later], found[earlier])
+            found = taken_apart(found, tell)
         names = [concept.name for concept in found]
-        picture = heat_map(values, names, names, "Overlap of concepts", "overlap", numbers=True)
+        numbers = len(names) <= NUMBERED
+        picture = heat_map(values, names, names, "Overlap of concepts", "overlap", numbers=numbers)
         return io.NodeOutput(found, report(found, values, orthogonalise), picture)
+
+
+def _teller(count: int, orthogonalise: bool) -> Callable[[], None]:
+    """To be called for every pair, and for every concept that is taken apart from others: shows progress, and ends where
+    ComfyUI is told to stop, with its own exception."""
+    bar = comfy.utils.ProgressBar(count * (count - 1) // 2 + (count if orthogonalise else 0))
+
+    def tell() -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(1)
+
+    return tell
 
 
 def distinct(concepts: list[Concept]) -> list[Concept]:
@@ -74,20 +95,25 @@ def distinct(concepts: list[Concept]) -> list[Concept]:
     return result
 
 
-def overlaps(concepts: list[Concept]) -> Tensor:
-    """Mean overlap [n, n] in [0, 1], 1 on the diagonal. Raises ValueError where geometries differ."""
+def overlaps(concepts: list[Concept], tell: Callable[[], None] = lambda: None) -> Tensor:
+    """Mean overlap [n, n] in [0, 1], 1 on the diagonal; `tell` is called for every pair.
+
+    Raises ValueError where geometries differ.
+    """
     values = torch.eye(len(concepts))
     for first, second in combinations(range(len(concepts)), 2):
+        tell()
         values[first, second] = values[second, first] = overlap(concepts[first], concepts[second]).mean
     return values
 
 
 def report(concepts: list[Concept], values: Tensor, orthogonalise: bool) -> str:
-    """A line for each concept and each pair."""
+    """A line for each concept, each pair, and each strength that does not act as it is."""
     lines = [f"{concept.name}: {len(concept.heads)} heads, strength {concept.strength:g}" for concept in concepts]
     for first, second in combinations(range(len(concepts)), 2):
         share = f"{values[first, second]:.3f}"
         lines.append(f"{concepts[first].name} / {concepts[second].name}: overlap {share} (0 none, 1 all)")
+    lines += strength_notes(concepts, [concept.strength for concept in concepts])
     if orthogonalise and len(concepts) > 1:
         lines.append("taken apart: what a pair shared is left to the earlier one")
     return "\n".join(lines)

@@ -8,11 +8,11 @@ Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 
 from .before import require_known, require_names, require_vectors, unknown_parts, unknown_words
 from .calibration import calibrate_gate, fixed_generator
 from .concept import Concept
-from .concept_file import ConceptFileError, load_concepts, save_concepts, sha256
+from .concept_file import MAX_CONCEPTS, ConceptFileError, load_concepts, save_concepts, sha256
 from .generators import fixed_generators, random_generators
 from .geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
 from .heads import CriticalHeads, HeadTable, Ranks, critical_heads, histogram, read_heads
-from .merge import Overlap, orthogonalised, overlap
+from .merge import Overlap, orthogonalised, overlap, taken_apart
 from .protection import Protection
 from .recorder import Forward, Reading, Run
 from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
@@ -47,6 +47,7 @@ __all__ = [
     "EULER_STEP",
     "FLUX1",
     "IMAGE",
+    "MAX_CONCEPTS",
     "PADDING",
     "ROLES",
     "SINGLE",
@@ -104,6 +105,7 @@ __all__ = [
     "sha256",
     "skew",
     "strength_notes",
+    "taken_apart",
     "token_kinds",
     "turn",
     "unknown_parts",

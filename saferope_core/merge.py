@@ -7,6 +7,7 @@ Axes: N heads that both concepts turn, D head dimension, R + S width of a basis.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,49 +52,82 @@ def overlap(first: Concept, second: Concept) -> Overlap:
     return Overlap(first.slug, second.slug, first.heads[here], shared)
 
 
-def orthogonalised(later: Concept, earlier: Concept) -> Concept:
-    """`later` with what its spaces share with `earlier`'s taken out of them, so that the two commute.
+def orthogonalised(later: Concept, *earlier: Concept) -> Concept:
+    """`later` with what its spaces share with those of `earlier` taken out of them, so that it commutes with each.
 
-    In heads that both turn, each basis B becomes the nearest orthonormal one to (I − E Eᵀ) B, E being earlier's; generators
-    and gates stay. It then protects a little less from what both concepts are about, which earlier still does.
-    Raises ValueError where geometries differ, and where a direction of `later` lies almost wholly in `earlier`'s space.
+    In heads that both turn, each basis B becomes the nearest orthonormal one to (I − E Eᵀ) B, E being all earlier ones'
+    bases side by side; these have to be orthogonal to each other. Generators and gates stay. It then protects a little
+    less from what the concepts share, which earlier ones still do.
+    Raises ValueError where geometries differ, and where a direction of `later` lies almost wholly in the others' spaces.
     """
-    later.geometry.require(earlier.geometry, f"concept {earlier.slug!r}")
-    here, there = _common(later, earlier)
+    common = []
+    for each in earlier:
+        later.geometry.require(each.geometry, f"concept {each.slug!r}")
+        common.append((each, *_common(later, each)))
     changed = {}
     for name in ("basis_q", "basis_k", "basis_image_q", "basis_image_k"):
         basis = getattr(later, name)
-        if basis is None:
-            continue
-        stream, role = ("image", name[-1]) if "image" in name else ("text", name[-1])
-        changed[name] = basis.clone()
-        changed[name][here] = _without(basis[here], earlier.basis(role, stream)[there], later.slug, earlier.slug)
+        if basis is not None and common:
+            stream, role = ("image", name[-1]) if "image" in name else ("text", name[-1])
+            others = [(here, each.basis(role, stream)[there]) for each, here, there in common]
+            touched = torch.cat([here for here, _ in others]).unique()
+            free = _free_of(basis, touched, others, later.slug, [each.slug for each in earlier])
+            changed[name] = basis.index_copy(0, touched, free[touched].to(basis.dtype))
     return replace(later, **changed)
 
 
-def _without(basis: Tensor, other: Tensor, slug: str, other_slug: str) -> Tensor:
-    """The nearest orthonormal basis to (I − E Eᵀ) B; both [N, D, *]."""
-    left = basis.double() - other.double() @ (other.double().mT @ basis.double())
-    if len(left) and torch.linalg.svdvals(left).min() < LEAST_LEFT:
+def taken_apart(concepts: Sequence[Concept], tell: Callable[[], None] = lambda: None) -> list[Concept]:
+    """Each without what it shares with those before it: `orthogonalised`. `tell` is called for every one."""
+    result: list[Concept] = []
+    for concept in concepts:
+        tell()
+        result.append(orthogonalised(concept, *result))
+    return result
+
+
+def _free_of(
+    basis: Tensor, touched: Tensor, others: list[tuple[Tensor, Tensor]], slug: str, other_slugs: list[str]
+) -> Tensor:
+    """The nearest orthonormal basis to (I − E Eᵀ) B in the rows `touched`; basis [N, D, *], float64."""
+    left = _projected(basis.double(), others)
+    gram = left[touched].mT @ left[touched]
+    values, vectors = torch.linalg.eigh(gram)
+    if len(touched) and values.min() < LEAST_LEFT**2:
         raise ValueError(
-            f"concept {slug!r}: a direction of it lies almost wholly in the space of {other_slug!r}, expected at least "
-            f"{LEAST_LEFT:g} of each outside it; merge without orthogonalising, or make one concept of both"
+            f"concept {slug!r}: a direction of it lies almost wholly in the space of {', '.join(map(repr, other_slugs[:4]))}, "
+            f"expected at least {LEAST_LEFT:g} of each outside it; merge without orthogonalising, or make one concept of them"
         )
-    result = orthonormal(left)
-    # the polar factor stays in the span of `left`, but for rounding
-    result = orthonormal(result - other.double() @ (other.double().mT @ result))
-    return result.to(basis.dtype)
+    # the polar factor by its Gram matrix: no value of it is small, and an SVD takes fifty times as long
+    left[touched] = left[touched] @ (vectors * values.rsqrt()[:, None]) @ vectors.mT
+    # it stays in the span of `left`, but for rounding
+    left = _projected(left, others)
+    left[touched] = orthonormal(left[touched])
+    return left
+
+
+def _projected(basis: Tensor, others: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(I − E Eᵀ) B, one of the others after the other; each is rows of the basis and E [rows, D, *] there."""
+    result = basis.clone()
+    for here, other in others:
+        wide = other.double()
+        result[here] -= wide @ (wide.mT @ result[here])
+    return result
 
 
 def _mean_squared_cosine(a: Tensor, b: Tensor) -> Tensor:
     """[N] from bases [N, D, *]."""
-    cosines = torch.linalg.matrix_norm(a.double().mT @ b.double()).square()
-    return (cosines / min(a.shape[-1], b.shape[-1])).float()
+    return torch.linalg.matrix_norm(a.mT @ b).square() / min(a.shape[-1], b.shape[-1])
 
 
 def _common(first: Concept, second: Concept) -> tuple[Tensor, Tensor]:
     """Rows of the heads that both concepts have."""
-    places = {tuple(place): row for row, place in enumerate(second.heads.tolist())}
-    rows = [(row, places[tuple(place)]) for row, place in enumerate(first.heads.tolist()) if tuple(place) in places]
-    here, there = zip(*rows, strict=True) if rows else ((), ())
-    return torch.tensor(here, dtype=torch.long), torch.tensor(there, dtype=torch.long)
+    here, there = _places(first), _places(second)
+    rows = torch.isin(here, there).nonzero()[:, 0]
+    return rows, torch.searchsorted(there, here[rows])
+
+
+def _places(concept: Concept) -> Tensor:
+    """A number for every head [N], ascending as the heads are."""
+    block_type, block, head = concept.heads.long().unbind(1)
+    geometry = concept.geometry
+    return (block_type * geometry.double_blocks + block) * geometry.heads + head

@@ -1,11 +1,12 @@
 """Overlap and orthogonalisation: against principal angles known beforehand, and by what they promise, commuting."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
-from saferope_core import Protection, orthogonalised, overlap
+from saferope_core import Protection, orthogonalised, overlap, taken_apart
 
 SINGLE = ("single", 1)
 
@@ -44,6 +45,24 @@ def test_orthogonalised_concepts_commute(make_concept, geometry, role):
 
     torch.testing.assert_close(both(first, free), both(free, first), rtol=0, atol=2e-5)
     assert (both(first, second) - both(second, first)).abs().max() > 1e-2, "negative control"
+
+
+def test_many_are_taken_apart_one_from_all_before(make_concept):
+    """Every basis is the nearest orthonormal one to what is left of it outside of those before it."""
+    some = [(0, 0, 2), (1, 1, 0), (1, 1, 2)]
+    concepts = [make_concept(rank=4), make_concept("b", rank=3, heads=some), make_concept("c", rank=5)]
+    told = []
+    free = taken_apart(concepts, lambda: told.append(1))
+    assert len(told) == 3 and torch.equal(free[0].basis_q, concepts[0].basis_q)
+    for first, second in itertools.combinations(range(3), 2):
+        assert overlap(free[first], free[second]).mean < 1e-10
+        assert overlap(concepts[first], concepts[second]).mean > 1e-2, "control: they overlap as they are"
+    places = concepts[2].heads.tolist()
+    for row, place in enumerate(places):
+        before = [each.basis_k[each.heads.tolist().index(place)] for each in free[:2] if place in each.heads.tolist()]
+        spaces, basis = torch.cat(before, dim=1).double(), concepts[2].basis_k[row].double()
+        left, _, right = torch.linalg.svd(basis - spaces @ (spaces.mT @ basis), full_matrices=False)
+        torch.testing.assert_close(free[2].basis_k[row].double(), left @ right, rtol=0, atol=1e-6)
 
 
 def test_heads_that_are_not_shared_stay(make_concept):

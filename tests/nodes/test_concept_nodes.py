@@ -45,6 +45,72 @@ def test_orthogonalised_concepts_do_not_overlap(node_classes, make_concept, core
     assert "taken apart" in report
 
 
+@pytest.fixture
+def compared(pack, monkeypatch):
+    """The pairs whose overlap is asked for."""
+    combine, pairs = importlib.import_module(f"{pack.__name__}.nodes.combine"), []
+    overlap = combine.overlap
+    monkeypatch.setattr(combine, "overlap", lambda *pair: pairs.append(pair) or overlap(*pair))
+    return pairs
+
+
+@pytest.fixture
+def progress(comfy):
+    """(value, total) as ComfyUI shows them; `each` may be given something to do."""
+    import comfy.model_management
+    import comfy.utils
+
+    class Progress(list):
+        each = staticmethod(lambda: None)
+
+        def __call__(self, value, total, *rest, **more):
+            self.append((value, total))
+            self.each()
+
+    before, seen = comfy.utils.PROGRESS_BAR_HOOK, Progress()
+    comfy.utils.set_progress_bar_global_hook(seen)
+    yield seen
+    comfy.utils.set_progress_bar_global_hook(before)
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def test_more_concepts_than_a_file_may_hold_are_refused_before_they_are_compared(node_classes, make_concept, compared):
+    """32 inputs of 64 concepts would be two million pairs."""
+    many = [make_concept()] * 33
+    with pytest.raises(ValueError, match=r"hold 66 concepts, expected 1 to 64.*Take inputs away"):
+        run(node_classes, "CombineConcepts", concepts={"concept0": many, "concept1": many})
+    assert not compared
+    found, *_ = run(node_classes, "CombineConcepts", concepts={"concept0": many, "concept1": many[:31]})
+    assert len(found) == 64 and len(compared) == 64 * 63 // 2, "control: as many as a file may hold"
+    with pytest.raises(ValueError, match="hold 0 concepts"):
+        run(node_classes, "CombineConcepts", concepts={"concept0": []})
+
+
+@pytest.mark.parametrize("orthogonalise", [False, True])
+def test_combining_shows_progress_and_can_be_cancelled(node_classes, make_concept, compared, progress, orthogonalise):
+    import comfy.model_management
+
+    concepts = {"concept0": [make_concept(seed=seed) for seed in range(4)]}
+    inputs = {"concepts": concepts, "orthogonalise": orthogonalise}
+    run(node_classes, "CombineConcepts", **inputs)
+    pairs, total = 6, 6 + 4 * orthogonalise
+    assert progress[-1] == (total, total) and len(compared) == pairs
+    progress.clear()
+    compared.clear()
+    progress.each = comfy.model_management.interrupt_current_processing  # at the first pair, which is always shown
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run(node_classes, "CombineConcepts", **inputs)
+    assert len(compared) == 1
+
+
+def test_a_strength_that_is_held_is_reported(node_classes, make_concept, core):
+    """2.1 rad at strength 1, as the bundled swirl; twice that passes half a turn."""
+    generators = {f"generator_{stream}": core.fixed_generator(4, 2.1, 4) for stream in ("text", "image")}
+    concepts = [make_concept(slug=slug, seed=seed, strength=2.0 - seed, **generators) for seed, slug in enumerate("ab")]
+    report = run(node_classes, "CombineConcepts", concepts={"concept0": concepts})[1]
+    assert "concept 'a': strength 2 acts as 1.5." in report and "concept 'b'" not in report
+
+
 def test_saved_concepts_are_found_again_and_never_overwritten(node_classes, make_concept, folder):
     concept = make_concept(description="for the test")
     for number in (1, 2):

@@ -49,7 +49,7 @@ def merge(
 
     import torch
 
-    from saferope_core import orthogonalised, overlap, save_concepts
+    from saferope_core import overlap, save_concepts, taken_apart
     from saferope_core.concept_file import require_together
 
     concepts = [replace(c, strength=c.strength * s) for c, s in zip(*read_concepts(files), strict=True)]
@@ -59,9 +59,7 @@ def merge(
         found = overlap(first, second)
         say(f"  {first.slug} / {second.slug}: {found.mean:.3f} in {len(found.heads)} shared heads")
     if orthogonalise:
-        for later in range(1, len(concepts)):
-            for earlier in range(later):
-                concepts[later] = orthogonalised(concepts[later], concepts[earlier])
+        concepts = taken_apart(concepts)
     save_concepts(out, concepts, dtype=torch.float16 if half else torch.float32)
     say(f"concept file: {out}")
 
