@@ -135,7 +135,7 @@ class Apply(io.ComfyNode):
                     max=STRENGTH_MAX,
                     step=0.05,
                     tooltip="0 to 2. 0 switches the protection off exactly, 1 turns as far as the concept was trained "
-                    "for, more turns further.",
+                    "for, more turns further, to half a turn at most.",
                 ),
                 io.Combo.Input(
                     "gate",
@@ -192,7 +192,7 @@ class Apply(io.ComfyNode):
                     default=ALL_ROWS,
                     optional=True,
                     tooltip="With a CFG above 1: protect positive and negative prompt, or leave the negative one as it is, so "
-                    "that it can still push away from the concept.",
+                    "that it can still push away from the concept. Positive only needs KSampler, CFG Guider or Basic Guider.",
                 ),
                 io.Boolean.Input(
                     "record",

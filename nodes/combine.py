@@ -28,7 +28,7 @@ class CombineConcepts(io.ComfyNode):
             node_id="SafeRoPE_CombineConcepts",
             display_name="SafeRoPE Combine Concepts",
             category="SafeRoPE",
-            description="Makes one input for SafeRoPE Apply of any number of concepts, and shows how much they overlap. The "
+            description="Makes one input for SafeRoPE Apply of several concepts, and shows how much they overlap. The "
             "strength of each is that of its SafeRoPE Load Concept.",
             search_aliases=["merge concepts", "several concepts", "saferope"],
             inputs=[

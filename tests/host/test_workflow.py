@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
+import aiohttp
 import pytest
 import torch
 from PIL import ImageChops
@@ -15,6 +17,7 @@ from saferope_core import Concept, Geometry, save_concepts, skew
 pytestmark = pytest.mark.host
 
 TINY_WORLD = Geometry(2, 4, 2, 128)
+TEXT_EVENT = (3).to_bytes(4, "big")  # protocol.py: BinaryEventTypes.TEXT
 TEXT = "a red star in the center on a white background"
 
 
@@ -65,6 +68,45 @@ def test_a_foreign_concept_reaches_the_user_as_an_error(comfyui, graph, tmp_path
         ComfyUIError, match=r"SafeRoPE_Apply\) raised ValueError: .*19 double.*the model is flux: 2 double"
     ):
         comfyui.run(fill(graph, TEXT, 7, foreign, 1.0))
+
+
+def texts(comfyui, graph):
+    """Runs a graph; what ComfyUI's page is told to write on nodes, by their ids: the last text of each."""
+
+    async def listen():
+        told, client = {}, "test_workflow"
+        async with (
+            aiohttp.ClientSession(comfyui.address) as session,
+            session.ws_connect(f"/ws?clientId={client}") as page,
+        ):
+            await session.post("/prompt", json={"prompt": graph, "client_id": client})
+            async for message in page:
+                if message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == TEXT_EVENT:
+                    end = 8 + int.from_bytes(message.data[4:8], "big")
+                    told[message.data[8:end].decode()] = message.data[end:].decode()
+                elif message.type == aiohttp.WSMsgType.TEXT:
+                    kind = json.loads(message.data).get("type")
+                    assert kind != "execution_error", message.data
+                    if kind == "execution_success":
+                        return told
+
+    return asyncio.run(asyncio.wait_for(listen(), 300))
+
+
+def test_what_does_not_act_is_written_on_its_node(comfyui, graph, random_concept):
+    """On the sampler: a run without a protected step; on Apply: a strength past half a turn. Both go with their cause."""
+    (apply,) = (node for node, each in graph.items() if each["class_type"] == "SafeRoPE_Apply")
+    (sampler,) = (node for node, each in graph.items() if each["inputs"].get("model") == [apply, 0])
+    idle, acting = (fill(graph, TEXT, 7, random_concept, strength) for strength in (2.0, 1.0))
+    idle[apply]["inputs"]["end_percent"] = 0.5
+    idle[sampler]["inputs"]["denoise"] = 0.3
+    told = texts(comfyui, idle)
+    assert set(told) == {apply, sampler}
+    assert "none of the steps of this run lies in the part from 0 to 0.5" in told[sampler]
+    assert "concept 'random': strength 2 acts as 1." in told[apply]
+    assert texts(comfyui, acting) == dict.fromkeys((apply, sampler), "SafeRoPE: no warning")
+    acting[apply]["inputs"]["strength"] = 0.9
+    assert texts(comfyui, acting) == {}, "control: nothing to say, nothing to take back"
 
 
 @pytest.mark.parametrize("name", ["gone.safetensors", "../../../etc/passwd"])
