@@ -104,8 +104,9 @@ def _file(settings: Settings, file: Path, out: Path, device: str, strength: floa
     from ..prompts.prompt_sets import Sizes
 
     concepts = load_concepts(file)
-    for note in strength_notes(concepts, [each.strength * strength for each in concepts]):
-        typer.echo(f"saferope: {note}", err=True)
+    notes = strength_notes(concepts, [each.strength * strength for each in concepts])
+    for note in notes if processes.is_main() else []:
+        say(f"saferope: {note}", err=True)
     unsafe, benign = (_or(given, own) for given, own in zip((unsafe, benign), _FILE_SIZES, strict=True))
     with progress_bars() as progress:
         sizes = Sizes(unsafe, unsafe, benign // 2, benign)

@@ -41,7 +41,7 @@ def generate(
     with progress_bars() as progress:
         model = load(settings, device)
         for note in _notes(concepts, strengths, steps or model.steps, (start, end)):
-            typer.echo(f"saferope: {note}", err=True)
+            say(f"saferope: {note}", err=True)
         paint(model, texts, picture_seed or [0], concepts, strengths, out, steps, (start, end), progress)
     say(f"record: {out / RECORD}\npairs:  {out / GRID}")
 
