@@ -83,10 +83,13 @@ def outside(x: Tensor, basis: Tensor) -> Tensor:
 
 
 def span_of(rows: Tensor) -> Tensor:
-    """Orthonormal basis [C, r] of the span of rows [n, C]; directions below fp32's accuracy are left out."""
+    """Orthonormal basis [C, r] of the span of rows [n, C]; directions below fp32's accuracy are left out.
+
+    Contiguous, as it comes from a file: by another layout products round otherwise.
+    """
     _, values, vectors = torch.linalg.svd(rows.double(), full_matrices=False)
     kept = values > values[0] * max(rows.shape) * torch.finfo(torch.float32).eps
-    return vectors[kept].T.float()
+    return vectors[kept].T.float().contiguous()
 
 
 def pooled(states: Tensor, used: Tensor) -> Tensor:
