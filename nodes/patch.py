@@ -9,7 +9,6 @@ Axis letters: B batch, H heads, L tokens, D head dimension.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..saferope_core import BLOCK_TYPES, ROLES, Forward, Geometry, Protection, Run
 from .audit import TEXT_END, WRAPPER_KEY, Block, is_compiled, require_hook, require_network, suspects, watched_queries
+from .forward import ForwardState
 from .notices import notice, rested, start_notices
 from .recorder import Recorder, require_usual
 
@@ -40,10 +40,11 @@ class AttentionPatch:
 
     Fails closed: torch.compile may replay a graph traced without the patch (ComfyUI's TorchCompileModel drops the
     guards that would notice), other nodes may replace blocks, the forward or the network. `around_forward` audits
-    every forward: the first of a sampling run must go through every protected block, and in later ones no protected
-    block may project queries without calling the patch; step caches (EasyCache, TeaCache) and skip-layer guidance may
-    leave blocks out. What a compiled graph may hide runs again without it, and the graphs are dropped if they were to
-    blame. Otherwise RuntimeError names the nodes to move. `around_sampling` raises where no forward came by at all.
+    every forward: the first of a sampling run must go through every protected block, and in none may a protected block
+    project queries that do not come to the patch; step caches (EasyCache, TeaCache) and skip-layer guidance may leave
+    blocks out, after the first. What a compiled graph may hide runs again without it, and the graphs are dropped if
+    they were to blame. Otherwise RuntimeError names the nodes to move. `around_sampling` raises where no forward came
+    by at all.
 
     One object serves all clones of a model and several threads: what a sampling run has proven goes with that run. It
     has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes; the protection keeps one copy per
@@ -64,7 +65,7 @@ class AttentionPatch:
         self.protection, self.recorder, self.watching = protection, recorder, watching
         self.protected = frozenset(block for block in _blocks(protection.geometry) if protection.covers(*block))
         self.start, self.end, self.positive_only = start, end, positive_only
-        self._now = _Forward()
+        self._now = ForwardState()
         self._run_key = f"{WRAPPER_KEY} {id(self)}"  # of this patch's _Run in transformer_options
 
     @torch.compiler.disable
@@ -73,7 +74,7 @@ class AttentionPatch:
         another kind than FLUX's: other blocks, shapes or spans, or vectors after RoPE."""
         options = extra_options if isinstance(extra_options, dict) else {}
         block = (options.get("block_type"), options.get("block_index"))
-        self._now.called.add(block)
+        self._now.answer(block)
         require_hook(self.protection.geometry, block, q, k, pe, options)
         if block not in self.protected or not self._now.acting:
             return {}
@@ -122,7 +123,7 @@ class AttentionPatch:
         untouched = x.clone()  # EasyCache adds to x in place
         out = self._run(model, acting, record, executor, untouched, sigma, *args, **kwargs)
         missing = self.protected - self._now.called
-        if missing and (run.compiled or self._passed_by(run)):
+        if (missing and run.compiled) or self._passed_by(run):
             del out
             record = run.blank(model, x, sigma, options)
             with torch.compiler.set_stance("force_eager"):  # what a compiled graph hides shows here
@@ -156,25 +157,23 @@ class AttentionPatch:
     ) -> Any:
         """The forward's output; `_now` holds which blocks called the patch, and which were seen to need it."""
         now = self._now
-        now.acting, now.record, now.called, now.projected = acting, record, set(), set()
-        network = model.diffusion_model
+        now.begin(acting, record, model.diffusion_model)
         try:
-            with watched_queries(network, self.protected, lambda block: now.projected.add(block)):
+            with watched_queries(now.network, self.protected, now.project):
                 return executor(*args, **kwargs)
         finally:
-            now.acting, now.record = True, None
+            now.end()
 
     def _passed_by(self, run: _Run) -> bool:
         """Whether the forward just run had attention without the patch; a skipped block is none, after the first."""
-        missing = self.protected - self._now.called
-        return bool(missing & self._now.projected if run.whole else missing)
+        return bool(self._now.unturned or (self.protected - self._now.called and not run.whole))
 
     def _complaint(self, model: Any, options: dict) -> str:
-        missing = self.protected - self._now.called
+        missing = self.protected - self._now.called | self._now.unturned
         return (
             f"SafeRoPE was called in {len(self.protected - missing)} of the {len(self.protected)} blocks it protects "
-            f"(not in {min(missing)}), so this picture would not be protected. Expected: every block calls its "
-            f"attention patches. {suspects(model.current_patcher, options)}"
+            f"(not always in {min(missing)}), so this picture would not be protected. Expected: every block calls its "
+            f"attention patches, in every pass. {suspects(model.current_patcher, options)}"
         )
 
     def _in_range(self, model_sampling: Any, sigma: torch.Tensor) -> bool:
@@ -205,13 +204,6 @@ class _Run:
         rows, columns = ((side + patch // 2) // patch for side in x.shape[-2:])  # as ComfyUI's Flux counts them
         entries = zip(options["cond_or_uncond"], options["uuids"], strict=True)
         return Forward(list(entries), sigma.max(), (rows, columns))
-
-
-class _Forward(threading.local):
-    """The forward a thread is in. Outside of one (a node that calls the model by itself) acting is the safe side."""
-
-    def __init__(self) -> None:
-        self.acting, self.called, self.projected, self.record = True, set(), set(), None
 
 
 class ListeningPatch:

@@ -53,6 +53,23 @@ def test_a_wrapper_that_hides_the_patches_is_named(comfy, with_node, sample, fir
         sample(model)
 
 
+@pytest.mark.parametrize("bare_first", [False, True])
+def test_a_pass_without_the_patches_beside_one_with_them_is_named(comfy, with_node, sample, bare_first):
+    """A wrapper that runs the network twice, once without its patches: the protected pass does not excuse the other."""
+    from comfy.patcher_extension import WrappersMP
+
+    bare = without_patches()
+
+    def twice(executor, *args, **kwargs):
+        passes = [lambda: executor(*args, **kwargs), lambda: bare(executor, *args, **kwargs)]
+        first, _second = [each() for each in (passes[::-1] if bare_first else passes)]
+        return first
+
+    model = with_node(lambda m: m.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "pack", twice))
+    with pytest.raises(RuntimeError, match=r"\('double', 0\).*in every pass.*wrapped by 'pack' \(\S*test_bypass\)"):
+        sample(model)
+
+
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_block_that_runs_without_its_patches_is_named(with_node, sample, first):
     calls = iter(range(1000))
@@ -179,10 +196,16 @@ def test_a_cache_of_another_run_is_an_error(apply, comfy, flux, sample, concept)
         sample(model)
 
 
-def test_nothing_of_an_audit_stays_behind(apply, flux, sample, concept):
-    sample(apply(flux, [concept], 1.0))
-    assert not any(module._forward_pre_hooks for module in flux.model.modules())
-    assert not [key for key in flux.model_options["transformer_options"] if "saferope" in key]
+def test_nothing_of_an_audit_stays_behind(apply, comfy, make_flux, sample, concept):
+    """Once the model is unloaded: until then the guard's hooks stay (test_guard.py)."""
+    import comfy.model_management
+
+    base = make_flux()
+    model = apply(base, [concept], 1.0)
+    sample(model)
+    comfy.model_management.unload_all_models()
+    assert not any(module._forward_pre_hooks for module in base.model.modules())
+    assert not [key for key in model.model_options["transformer_options"] if "saferope" in key]
 
 
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
