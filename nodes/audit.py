@@ -20,6 +20,12 @@ COMPILE_KEY = "torch.compile"  # comfy_api/torch_helpers/torch_compile.py: its A
 COMPILE_KWARGS = "torch_compile_kwargs"  # and what it leaves in model_options
 TEXT_END = "img_slice"  # extra_options["img_slice"] = [first image token, number of tokens]
 
+NEUTRAL = ("torch", "builtins", "functools")  # what a change comes from that no node is to blame for
+FREE = (
+    'If it still fails without that node, free the model: the change stays on it. Take "Unload Models and Execution '
+    'Cache" in ComfyUI, or restart.'
+)
+
 Block = tuple[str, int]
 
 
@@ -31,7 +37,7 @@ def geometry_of(network: Any) -> Geometry:
     network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
     if not isinstance(network, Flux):
         raise ValueError(
-            f"SafeRoPE got a {type(network).__name__} model. Expected FLUX, as ComfyUI's own loaders load it "
+            f"SafeRoPE got a {_class(network)} model. Expected FLUX, as ComfyUI's own loaders load it "
             "(safetensors or GGUF). Connect a FLUX model, and load it without Nunchaku."
         )
     params = network.params
@@ -49,11 +55,11 @@ def require_network(base_model: Any, geometry: Geometry) -> None:
     try:
         found = geometry_of(base_model.diffusion_model).describe()
     except ValueError:
-        found = f"a {type(base_model.diffusion_model).__name__}"
+        found = f"a {_class(base_model.diffusion_model)}"
     if found != geometry.describe():
         raise RuntimeError(
             f"SafeRoPE protects {geometry.describe()}, but the model that runs is {found}, put in its place after "
-            "SafeRoPE Apply. Remove the node that does so, or put SafeRoPE Apply after it."
+            f"SafeRoPE Apply. Remove the node that does so, or put SafeRoPE Apply after it. {FREE}"
         )
     if (_model_options(base_model.current_patcher).get(COMPILE_KWARGS) or {}).get("fullgraph"):
         raise RuntimeError(
@@ -62,13 +68,17 @@ def require_network(base_model: Any, geometry: Geometry) -> None:
         )
 
 
-def require_hook(geometry: Geometry, block: Block, q: Any, k: Any, pe: Any, options: dict) -> None:
-    """Raise RuntimeError unless q and k are [B, heads, L, head_dim] before RoPE, text before image, of a known block."""
+def require_hook(geometry: Geometry, block: Block, q: Any, k: Any, pe: Any, options: dict, network: Any = None) -> None:
+    """Raise RuntimeError unless q and k are [B, heads, L, head_dim] before RoPE, text before image, of a known block.
+
+    network: the one that is running, to name who changed it; None where that is not known.
+    """
     wrong = _wrong_block(geometry, block) or _wrong_vectors(geometry, q, k, pe, options)
     if wrong:
+        advice = changes_in_place(network) or ["Remove the node that replaces FLUX's forward or its blocks."]
         raise RuntimeError(
             f"SafeRoPE: block {block} was reached {wrong}. Expected q and k before RoPE and the span of the image "
-            "tokens, as ComfyUI's own FLUX blocks give them. Remove the node that replaces FLUX's forward or its blocks."
+            f"tokens, as ComfyUI's own FLUX blocks give them. {' '.join(advice)}"
         )
 
 
@@ -86,15 +96,38 @@ def watched_queries(network: Any, blocks: Iterable[Block], note: Callable[[Block
         yield
 
 
+def query_layer(kind: str, block: Any) -> torch.nn.Module | None:
+    """The linear layer that makes a block's queries; None where the block is not ComfyUI's."""
+    return (
+        getattr(getattr(block, "img_attn", None), "qkv", None) if kind == "double" else getattr(block, "linear1", None)
+    )
+
+
 def suspects(patcher: Any, options: dict) -> str:
     """Sentences that name what may keep the patch from being called, and what to do about it.
 
     patcher: the ModelPatcher that samples, or None; options: transformer_options.
     """
     found = [*_replaced_blocks(options), *_wrappers(options), *_model_changes(patcher)]
+    found += changes_in_place(getattr(getattr(patcher, "model", None), "diffusion_model", None))
     if is_compiled(patcher, options):
         found.append("The model is compiled: put SafeRoPE Apply before TorchCompileModel.")
     return " ".join(found) or "Remove the node that replaces FLUX's blocks or its forward."
+
+
+def changes_in_place(network: Any) -> list[str]:
+    """Sentences that name who changed a function or a class of the loaded network itself, and what to do about it."""
+    network = getattr(network, "_orig_mod", network)
+    blocks = [*getattr(network, "double_blocks", ()), *getattr(network, "single_blocks", ())]
+    modules = [getattr(module, "_orig_mod", module) for module in (network, *blocks)]
+    own = [(f"{name} of {type(module).__name__}", _home(value)) for module in modules for name, value in _own(module)]
+    own += [(f"The class {type(module).__name__}", type(module).__module__) for module in modules]
+    shared = [(f"{cls.__name__}.{name}", _home(value)) for cls in _classes(modules) for name, value in _functions(cls)]
+    found = [f"{what} was put into the loaded model by {who}: remove that node. {FREE}" for what, who in _foreign(own)]
+    return found + [
+        f"{what} was replaced for all models by {who}: remove that pack, then restart ComfyUI."
+        for what, who in _foreign(shared)
+    ]
 
 
 def is_compiled(patcher: Any, options: dict) -> bool:
@@ -131,13 +164,13 @@ def _layers(network: Any, blocks: Iterable[Block]) -> Iterator[tuple[Block, torc
     """The linear layer that makes each block's queries."""
     for kind, index in blocks:
         block = (network.double_blocks if kind == "double" else network.single_blocks)[index]
-        try:
-            yield (kind, index), block.img_attn.qkv if kind == "double" else block.linear1
-        except AttributeError:
+        layer = query_layer(kind, block)
+        if layer is None:
             raise RuntimeError(
-                f"SafeRoPE: {kind} block {index} is a {type(block).__name__}, put there after SafeRoPE Apply. Expected "
-                "ComfyUI's own FLUX block. Remove the node that replaces it."
-            ) from None
+                f"SafeRoPE: {kind} block {index} is a {_class(block)}, put there after SafeRoPE Apply. Expected "
+                f"ComfyUI's own FLUX block. Remove the node that replaces it. {FREE}"
+            )
+        yield (kind, index), layer
 
 
 def _noting(note: Callable[[Block], Any], block: Block) -> Callable:
@@ -170,6 +203,42 @@ def _model_changes(patcher: Any) -> Iterator[str]:
     patched = [name for name in getattr(patcher, "object_patches", {}) if name.startswith("diffusion_model")]
     if patched:
         yield f"Replaced parts of the model: {', '.join(sorted(patched)[:4])}: remove the node that does so."
+
+
+def _own(module: Any) -> Iterator[tuple[str, Callable]]:
+    """Functions that hang on the module itself, over those of its class."""
+    for name, value in vars(module).items() if isinstance(module, torch.nn.Module) else ():
+        if callable(value) and callable(getattr(type(module), name, None)):
+            yield name, value
+
+
+def _classes(modules: Iterable[Any]) -> set[type]:
+    """ComfyUI's own classes among those of the modules."""
+    return {cls for module in modules for cls in type(module).__mro__ if _is_host(cls.__module__)}
+
+
+def _functions(cls: type) -> Iterator[tuple[str, Callable]]:
+    return ((name, value) for name, value in vars(cls).items() if callable(value) and hasattr(value, "__globals__"))
+
+
+def _foreign(changes: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The changes, each once, that neither ComfyUI nor torch made."""
+    return sorted({(what, who) for what, who in changes if not (_is_host(who) or who.split(".")[0] in NEUTRAL)})
+
+
+def _is_host(module: str) -> bool:
+    return module.split(".")[0] == "comfy"
+
+
+def _home(function: Callable) -> str:
+    """The module that a function was written in, whatever functools.wraps says of it."""
+    function = getattr(function, "func", getattr(function, "__func__", function))  # of a partial, of a method
+    return getattr(function, "__globals__", {}).get("__name__") or _origin(function)
+
+
+def _class(thing: Any) -> str:
+    """Its class, and where that is from if not from ComfyUI or torch."""
+    return " by ".join([type(thing).__name__, *(who for _, who in _foreign([("", type(thing).__module__)]))])
 
 
 def _model_options(patcher: Any) -> dict:

@@ -75,7 +75,7 @@ class AttentionPatch:
         options = extra_options if isinstance(extra_options, dict) else {}
         block = (options.get("block_type"), options.get("block_index"))
         self._now.answer(block)
-        require_hook(self.protection.geometry, block, q, k, pe, options)
+        require_hook(self.protection.geometry, block, q, k, pe, options, self._now.network)
         if block not in self.protected or not self._now.acting:
             return {}
         text, own = options[TEXT_END][0], self._owns(options)
