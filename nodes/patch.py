@@ -19,6 +19,7 @@ from comfy.patcher_extension import WrappersMP
 from ..saferope_core import BLOCK_TYPES, ROLES, Forward, Geometry, Protection, Run
 from .audit import TEXT_END, WRAPPER_KEY, Block, is_compiled, require_hook, require_network, suspects, watched_queries
 from .forward import ForwardState
+from .guard import guard, protected_forward
 from .notices import notice, rested, start_notices
 from .recorder import Recorder, require_usual
 
@@ -44,7 +45,7 @@ class AttentionPatch:
     project queries that do not come to the patch; step caches (EasyCache, TeaCache) and skip-layer guidance may leave
     blocks out, after the first. What a compiled graph may hide runs again without it, and the graphs are dropped if
     they were to blame. Otherwise RuntimeError names the nodes to move. `around_sampling` raises where no forward came
-    by at all.
+    by at all, and guard.py where the network runs outside of a forward.
 
     One object serves all clones of a model and several threads: what a sampling run has proven goes with that run. It
     has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes; the protection keeps one copy per
@@ -159,7 +160,7 @@ class AttentionPatch:
         now = self._now
         now.begin(acting, record, model.diffusion_model)
         try:
-            with watched_queries(now.network, self.protected, now.project):
+            with protected_forward(model), watched_queries(now.network, self.protected, now.project):
                 return executor(*args, **kwargs)
         finally:
             now.end()
@@ -255,6 +256,8 @@ def patched(model: Any, patch: AttentionPatch | ListeningPatch) -> Any:
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, patch.around_forward)
     if isinstance(patch, AttentionPatch):
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, patch.around_sampling)
+        if not patch.watching:
+            guard(clone)
     return clone
 
 
