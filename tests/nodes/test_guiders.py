@@ -92,12 +92,14 @@ def test_positive_only_is_protected_under_the_usual_guiders(comfy, guided, posit
 
 
 def test_positive_only_is_refused_where_a_node_calls_the_model_by_itself(comfy, positive_only):
-    """Outside of a sampling run nobody says which prompt has which number."""
+    """Outside of a sampling run nobody says which prompt has which number, though the forward itself is protected."""
+    import comfy.model_patcher
     import comfy.sampler_helpers
     import comfy.samplers
 
     conds = {name: comfy.sampler_helpers.convert_cond(prompt()) for name in ("negative", "positive")}
-    options = positive_only.model_options
+    options = comfy.model_patcher.create_model_options_clone(positive_only.model_options)
+    comfy.sampler_helpers.prepare_model_patcher(positive_only, conds, options)
     base, conds, _ = comfy.sampler_helpers.prepare_sampling(positive_only, (1, 16, 8, 8), conds, options)
     conds = comfy.samplers.process_conds(base, latent(), conds, latent().device)
     positive_only.pre_run()

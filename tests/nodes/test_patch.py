@@ -33,8 +33,13 @@ def make_least(core, make_concept):
     return lambda **changes: make_concept(core.Geometry(1, 1, 2, 128), **changes)
 
 
-@pytest.mark.parametrize("compile_first", [False, True])
-@pytest.mark.parametrize("plain_first", [False, True])
+SLOW = pytest.mark.slow  # every graph of the network takes PyTorch some seconds
+
+
+@pytest.mark.parametrize(
+    ("plain_first", "compile_first"),
+    [(True, False), *(pytest.param(*order, marks=SLOW) for order in ((True, True), (False, False), (False, True)))],
+)
 def test_torch_compile_is_protected_in_every_order(
     apply, compiled, least, sample, make_least, compile_first, plain_first
 ):
@@ -58,6 +63,7 @@ def test_torch_compile_notices_a_second_patch_and_its_removal(apply, compiled, l
         torch.testing.assert_close(sample(compiled(model), steps=1), latents)
 
 
+@SLOW
 def test_a_graph_traced_amid_a_run_is_found_out(apply, comfy, compiled, least, sample, make_least):
     """In the second step another model's forward leaves a graph without the patch; ComfyUI has no guard against it."""
     from comfy.patcher_extension import WrappersMP
