@@ -182,8 +182,9 @@ def test_changed_while_it_is_read(path, good, monkeypatch, kind):
 
 
 BOMBS = ("lists", "dicts", "keys", "facts", "text", "tensors", "entries", "escapes", "numbers", "heads")
+CALLS = 8  # and returns for each byte; an empty {} takes 2.5, and all pairs of a header's names would take 40,000
 LOADER = """
-import sys, time, torch
+import itertools, sys, torch
 from pathlib import Path
 from saferope_core import load_concepts
 def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
@@ -191,10 +192,12 @@ torch.set_num_threads(1)
 load_concepts(sys.argv[1])  # what is loaded on first use
 for name in sys.argv[2:]:
     Path("/proc/self/clear_refs").write_text("5")
-    before, start = peak(), time.process_time()
+    before, calls = peak(), itertools.count()
+    sys.setprofile(lambda *_: next(calls))
     try: load_concepts(name); told = "read"
     except ValueError as error: told = "refused"
-    print(name, told, time.process_time() - start, peak() - before)
+    sys.setprofile(None)
+    print(name, told, next(calls), peak() - before)
 """
 
 
@@ -223,7 +226,7 @@ def bomb(kind: str, room: int) -> bytes:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read as Linux tells it")
-def test_bombs_take_no_more_than_a_second_and_their_size(tmp_path, good):
+def test_bombs_take_work_and_memory_of_their_size(tmp_path, good):
     from saferope_core.concept_file import MAX_HEADER_BYTES
 
     (tmp_path / "good").write_bytes(good)
@@ -233,7 +236,7 @@ def test_bombs_take_no_more_than_a_second_and_their_size(tmp_path, good):
     done = subprocess.run([sys.executable, "-c", LOADER, *names], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == len(BOMBS)
-    for name, _, seconds, grown in lines:
-        assert float(seconds) <= 1, name
+    for name, _, calls, grown in lines:
+        assert int(calls) <= CALLS * Path(name).stat().st_size, name
         assert int(grown) <= 3 * Path(name).stat().st_size + 64 * 2**20, name
     assert any(told == "read" for _, told, *_ in lines), "control: some reach the end"

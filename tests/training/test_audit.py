@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -438,7 +437,7 @@ def test_a_primitive_passes_on_only_what_it_does_not_change():
 
 
 def test_nothing_hangs_where_paths_are_countless():
-    """60 merges in a row, each of one model with itself over two LoRAs: 2^60 paths."""
+    """60 merges in a row, each of one model with itself over two LoRAs: 2^60 paths, of which not even a part can be walked."""
     prompt, last = protected(), "1"
     for step in range(60):
         a, b, c = (str(100 + 3 * step + i) for i in range(3))
@@ -446,15 +445,14 @@ def test_nothing_hangs_where_paths_are_countless():
         prompt[c] = node("ModelMergeSimple", model1=(a, 0), model2=(b, 0))
         last = c
     prompt["3"]["inputs"]["model"] = [last, 0]
-    start = time.monotonic()
     assert verdicts(prompt) == everywhere(True)
     prompt["4"]["inputs"]["model"] = [last, 0]
     assert verdicts(prompt) == everywhere(False)
     assert "and more paths" in as_text("f", verdict(prompt))
-    assert time.monotonic() - start < 20
 
 
 def test_concepts_combined_again_and_again_do_not_hang():
+    """30^20 concepts, if all were counted."""
     prompt = protected(concept=("39", 0)) | {
         str(20 + step): node(
             "SafeRoPE_CombineConcepts",
@@ -462,6 +460,5 @@ def test_concepts_combined_again_and_again_do_not_hang():
         )
         for step in range(20)
     }
-    start = time.monotonic()
     assert verdicts(prompt) == everywhere(False)
-    assert "more than 64 concepts" in as_text("f", verdict(prompt)) and time.monotonic() - start < 10
+    assert "more than 64 concepts" in as_text("f", verdict(prompt))

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from tinyworld import model as tiny
 from training.flux import checkpoint, loading
 from training.flux.loading import load_model
-from training.flux.models import encode, noise, velocity
+from training.flux.models import encode
 from training.flux.quantise import require_library
+
+from .conftest import answer
 
 DEV_CONFIG = {  # FLUX.1-dev's published geometry
     "patch_size": 1,
@@ -55,13 +57,6 @@ def schnell(tmp_path_factory):
 @pytest.fixture(scope="module")
 def single(folder):
     return folder / "transformer" / "diffusion_pytorch_model.safetensors"
-
-
-def answer(model, t: float = 0.7):
-    """What the model says to a fixed prompt and noise."""
-    x = noise(model, 2, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return velocity(model, x, torch.full((2,), t), encode(model, ["a red star , center", "a blue circle"]))
 
 
 def test_folder_and_single_files_answer_as_the_embedded_model(folder, single, tmp_path):

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.training.conftest import make_flux
 from tinyworld import model as tiny
 from training.flux import checkpoint, plausible
 from training.flux.loading import load_model
-from training.flux.models import encode, noise, velocity
+from training.flux.models import encode
+
+from .conftest import answer, make_flux
 
 WEIGHTS = tiny.WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"
 FP8, WIDE = torch.float8_e4m3fn, torch.float8_e5m2
@@ -107,12 +108,6 @@ def test_scales_are_multiplied_out_exactly(full, spelling, tmp_path):
     assert dropped.std() > 100 * read[f"{LAYER}.weight"].std(), (
         "negative control: without its scale it is another weight"
     )
-
-
-def answer(model):
-    x = noise(model, 2, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return velocity(model, x, torch.full((2,), 0.7), encode(model, ["a red star , center", "a blue circle"]))
 
 
 @pytest.mark.parametrize("spelling", ["older", "header"])
