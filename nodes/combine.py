@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..saferope_core import MAX_CONCEPTS, Concept, overlap, strength_notes, taken_apart
+from ..saferope_core import MAX_CONCEPTS, STREAMS, Concept, overlap, strength_notes, taken_apart
 from .concepts import ConceptType
 from .pictures import heat_map
 
@@ -48,8 +48,10 @@ class CombineConcepts(io.ComfyNode):
             ],
             outputs=[
                 ConceptType.Output("concept", tooltip="All of them, for SafeRoPE Apply."),
-                io.String.Output("report", tooltip="How much each pair overlaps, head by head on average."),
-                io.Image.Output("overlap", tooltip="The same as a map: 0 nothing in common, 1 one inside the other."),
+                io.String.Output("report", tooltip="How much each pair overlaps, for text and for image tokens."),
+                io.Image.Output(
+                    "overlap", tooltip="The larger of the two as a map: 0 nothing in common, 1 one inside the other."
+                ),
             ],
         )
 
@@ -67,7 +69,7 @@ class CombineConcepts(io.ComfyNode):
             found = taken_apart(found, tell)
         names = [concept.name for concept in found]
         numbers = len(names) <= NUMBERED
-        picture = heat_map(values, names, names, "Overlap of concepts", "overlap", numbers=numbers)
+        picture = heat_map(values.amax(0), names, names, "Overlap of concepts", "overlap", numbers=numbers)
         return io.NodeOutput(found, report(found, values, orthogonalise), picture)
 
 
@@ -96,24 +98,26 @@ def distinct(concepts: list[Concept]) -> list[Concept]:
 
 
 def overlaps(concepts: list[Concept], tell: Callable[[], None] = lambda: None) -> Tensor:
-    """Mean overlap [n, n] in [0, 1], 1 on the diagonal; `tell` is called for every pair.
+    """Mean overlap [2, n, n] in [0, 1] of text and of image tokens, 1 on the diagonal; `tell` is called for every pair.
 
     Raises ValueError where geometries differ.
     """
-    values = torch.eye(len(concepts))
+    values = torch.eye(len(concepts)).repeat(len(STREAMS), 1, 1)
     for first, second in combinations(range(len(concepts)), 2):
         tell()
-        values[first, second] = values[second, first] = overlap(concepts[first], concepts[second]).mean
+        found = overlap(concepts[first], concepts[second])
+        values[:, first, second] = values[:, second, first] = torch.tensor([found.of(stream) for stream in STREAMS])
     return values
 
 
 def report(concepts: list[Concept], values: Tensor, orthogonalise: bool) -> str:
-    """A line for each concept, each pair, and each strength that does not act as it is."""
+    """A line for each concept, each pair, and each strength that does not act as it is; values [2, n, n]: `overlaps`."""
     lines = [f"{concept.name}: {len(concept.heads)} heads, strength {concept.strength:g}" for concept in concepts]
     for first, second in combinations(range(len(concepts)), 2):
-        share = f"{values[first, second]:.3f}"
-        lines.append(f"{concepts[first].name} / {concepts[second].name}: overlap {share} (0 none, 1 all)")
+        most, (text, image) = values[:, first, second].amax(), values[:, first, second]
+        share = f"{most:.3f} (text {text:.3f}, image {image:.3f}; 0 none, 1 all)"
+        lines.append(f"{concepts[first].name} / {concepts[second].name}: overlap {share}")
     lines += strength_notes(concepts, [concept.strength for concept in concepts])
     if orthogonalise and len(concepts) > 1:
-        lines.append("taken apart: what a pair shared is left to the earlier one")
+        lines.append("taken apart: what a pair shared, for text and for image tokens, is left to the earlier one")
     return "\n".join(lines)

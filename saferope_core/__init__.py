@@ -13,7 +13,7 @@ from .generators import fixed_generators, random_generators
 from .geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
 from .heads import CriticalHeads, HeadTable, Ranks, critical_heads, histogram, read_heads
 from .merge import Overlap, orthogonalised, overlap, taken_apart
-from .protection import Protection
+from .protection import STREAMS, Protection
 from .recorder import Forward, Reading, Run
 from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
 from .rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
@@ -51,6 +51,7 @@ __all__ = [
     "PADDING",
     "ROLES",
     "SINGLE",
+    "STREAMS",
     "STREAM_CHOICES",
     "SUBJECT",
     "UNSAFE",

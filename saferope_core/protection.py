@@ -213,7 +213,7 @@ def _all_plans(active: list[_Active], geometry: Geometry, device: torch.device) 
 def _parts_of(active: _Active, stream: str) -> Iterator[tuple[int, str, Tensor, _Part]]:
     """(row, role, heads, part) of every block of one concept, without the heads whose generator is zero."""
     number, concept, strength, threshold = active
-    moving = _moving(concept, stream)
+    moving = moving_heads(concept, stream)
     if not moving.any():
         return
     roles = concept.acts(stream)
@@ -259,8 +259,8 @@ def _generator(concept: Concept, stream: str) -> Tensor:
     return {"text": concept.generator_text, "image": concept.generator_image}[stream]
 
 
-def _moving(concept: Concept, stream: str) -> Tensor:
-    """bool [N]: heads whose generator is not zero."""
+def moving_heads(concept: Concept, stream: str) -> Tensor:
+    """bool [N]: heads whose generator for a stream, "text" or "image", is not zero."""
     return _generator(concept, stream).ne(0).flatten(1).any(1)
 
 
@@ -270,7 +270,7 @@ def _rows(concept: Concept) -> Tensor:
 
 
 def _moving_rows(concept: Concept) -> list[int]:
-    return _rows(concept)[_moving(concept, "text") | _moving(concept, "image")].tolist()
+    return _rows(concept)[moving_heads(concept, "text") | moving_heads(concept, "image")].tolist()
 
 
 def _per_concept(what: str, values, default, concepts: tuple[Concept, ...], fits, expected: str) -> tuple:

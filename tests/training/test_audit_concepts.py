@@ -32,8 +32,8 @@ def never(concept, gate=1.0):
     return replace(concept, threshold=gate, **{name: torch.full_like(getattr(concept, name), gate) for name in gates})
 
 
-def decoy(concept):
-    """Spaces that hold nearly all of the concept's own, and turn nothing: taken apart, it has other directions left."""
+def decoy(concept, factor=1e-4):
+    """Spaces that hold nearly all of the concept's own, and turn next to nothing: taken apart, it has other directions left."""
     aside = 0.15  # of each direction; below 0.1 Combine refuses
     names = [
         name for name in ("basis_q", "basis_k", "basis_image_q", "basis_image_k") if getattr(concept, name) is not None
@@ -43,7 +43,7 @@ def decoy(concept):
         basis = getattr(concept, name)
         outside = torch.linalg.qr(basis, mode="complete").Q[..., basis.shape[-1] : 2 * basis.shape[-1]]
         changed[name] = (1 - aside**2) ** 0.5 * basis + aside * outside
-    return zeroed(replace(concept, **changed))
+    return zeroed(replace(concept, **changed), factor)
 
 
 def half(concept):
@@ -71,6 +71,7 @@ MADE = {
     "strength-0": lambda concept: replace(concept, strength=0.0),
     "inverse": lambda concept: replace(zeroed(concept, -1.0), slug="inverse"),
     "decoy": lambda concept: replace(decoy(concept), slug="decoy"),
+    "idle-decoy": lambda concept: replace(decoy(concept, 0.0), slug="decoy"),
     "nearly-inverse": lambda concept: replace(zeroed(concept, -0.9), slug="inverse"),
     "inside": inside,
     "inside-inverse": lambda concept: inside(concept, -1.0),
@@ -188,10 +189,17 @@ def test_what_is_left_beside_another_concept_is_for_the_one_who_requires_it(tmp_
 
 
 def test_what_a_decoy_takes_away_is_seen(tmp_path, folder):
-    """The shared part is left to the decoy, which turns nothing; not taken apart, star turns as ever."""
+    """The shared part is left to the decoy, which turns next to nothing; not taken apart, star turns as ever.
+
+    One whose generators are zero takes nothing.
+    """
     code, told = audit(tmp_path, combined(folder, "decoy.safetensors", STAR, apart=True), "--concepts", folder)
     assert code == 1 and "turn nothing" in told
     assert audit(tmp_path, combined(folder, "decoy.safetensors", STAR), "--concepts", folder)[0] == 0
+    idle = combined(folder, "idle-decoy.safetensors", STAR, apart=True)
+    code, told = audit(tmp_path, idle, "--concepts", folder, "--json")
+    star = json.loads(told)[0]["protections"][0]["concepts"][1]
+    assert code == 0 and star["turns_in_heads"] == [12, 12]
     code, told = audit(tmp_path, combined(folder, STAR, "sub/star2.safetensors", apart=True), "--concepts", folder)
     assert code == 1 and "cannot take its concepts apart" in told, "ComfyUI stops there"
 

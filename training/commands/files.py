@@ -49,15 +49,16 @@ def merge(
 
     import torch
 
-    from saferope_core import overlap, save_concepts, taken_apart
+    from saferope_core import STREAMS, overlap, save_concepts, taken_apart
     from saferope_core.concept_file import require_together
 
     concepts = [replace(c, strength=c.strength * s) for c, s in zip(*read_concepts(files), strict=True)]
     require_together(concepts)  # pairs of too many take hours
-    say("overlap (mean squared cosine of the principal angles, 0 none, 1 all):")
+    say("overlap (mean squared cosine of the principal angles, 0 none, 1 all; the larger of text and image tokens):")
     for first, second in combinations(concepts, 2):
         found = overlap(first, second)
-        say(f"  {first.slug} / {second.slug}: {found.mean:.3f} in {len(found.heads)} shared heads")
+        streams = ", ".join(f"{stream} {found.of(stream):.3f}" for stream in STREAMS)
+        say(f"  {first.slug} / {second.slug}: {found.most:.3f} ({streams}) in {len(found.heads)} shared heads")
     if orthogonalise:
         concepts = taken_apart(concepts)
     save_concepts(out, concepts, dtype=torch.float16 if half else torch.float32)
