@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -42,13 +43,17 @@ def protect(
     span: tuple[float, float] = (0.0, 1.0),
     positive_only: bool = False,
     record: bool = True,
+    left_out: Sequence[str] = (),
 ) -> tuple[Any, Recorder]:
-    """A protected clone of `model` and its recorder. Where nothing can turn, the clone has no patch."""
+    """A protected clone of `model` and its recorder. Where nothing can turn, the clone has no patch.
+
+    `left_out`: names of concepts that were asked for and have nothing to turn; the recorder tells of them too.
+    """
     count = len(concepts)
     geometry = flux_geometry(model)
     protection = Protection(concepts, geometry, strengths=[strength] * count, thresholds=[threshold] * count)
     idle = _why_idle(concepts, strength, span)
-    names = [concept.name for concept in concepts]
+    names = [*(concept.name for concept in concepts), *left_out]
     recorder = Recorder(names, geometry, off=idle or (None if record else NOT_RECORDED))
     if idle:
         return model.clone(), recorder
@@ -235,4 +240,6 @@ class Apply(io.ComfyNode):
         span, positive_only = (start_percent, end_percent), conditionings == POSITIVE
         require_room(model, parts, strength, span)
         warn(concept, parts, strength, fixed, span)
-        return io.NodeOutput(*protect(model, parts, strength, fixed, span, positive_only, record))
+        left = {part.slug for part in parts}
+        left_out = [each.name for each in concept if each.slug not in left]
+        return io.NodeOutput(*protect(model, parts, strength, fixed, span, positive_only, record, left_out))

@@ -29,27 +29,48 @@ KEPT = 64  # runs; ComfyUI may keep as many samplers' outputs, and each record i
 
 @dataclass(frozen=True)
 class Record:
-    """What each concept found in one run: readings[concept], one for each conditioning, positive ones first."""
+    """What each concept found in one run: readings[concept], one for each conditioning, positive ones first.
+
+    A concept none of whose gates was asked of the prompt has no risk: None. That is not a risk of 0.
+    """
 
     names: tuple[str, ...]
     readings: tuple[tuple[Reading, ...], ...]
     usual: bool  # the guider is ComfyUI's usual one, so that it is known which conditionings are positive
-    measured: bool = True  # gates were asked in one step at least
 
     def judged(self, concept: int) -> list[Reading]:
         """The readings that count as the prompt: the positive ones, or all where that is not known."""
         return [each for each in self.readings[concept] if not self.usual or each.entry[0] == POSITIVE]
 
+    def risk(self, concept: int) -> float | None:
+        """The concept's highest risk of any picture, in [0, 1]; None unless it was measured of all that counts."""
+        scores = [each.score for each in self.judged(concept)]
+        if not scores or any(score is None for score in scores):
+            return None
+        return max(score.max().item() for score in scores)
+
     @property
-    def score(self) -> float:
-        """The highest risk of any concept and picture, in [0, 1]; 0 where nothing was recorded."""
-        scores = [each.score.max().item() for number in range(len(self.names)) for each in self.judged(number)]
-        return max(scores, default=0.0)
+    def unmeasured(self) -> tuple[str, ...]:
+        """The names of the concepts without a risk."""
+        return tuple(name for number, name in enumerate(self.names) if self.risk(number) is None)
+
+    @property
+    def score(self) -> float | None:
+        """The highest risk of any concept and picture, in [0, 1]; None unless every concept has one."""
+        risks = [self.risk(number) for number in range(len(self.names))]
+        return None if None in risks else max(risks, default=None)
+
+    @property
+    def measured(self) -> bool:
+        """A gate of any concept was asked of any token, in one step at least."""
+        found = (each for readings in self.readings for each in readings)
+        return any(each.text is not None or each.image is not None for each in found)
 
 
 class Recorder:
     """One protected model's records, by the latents that came out of the runs; the newest KEPT of them.
 
+    `names` are those of the protection's concepts in their order; more, behind them, are concepts that nobody measures.
     `off` is a sentence that says why nothing is recorded, or None.
     """
 
@@ -62,8 +83,7 @@ class Recorder:
         """Reads a run that is over and files it under what it sampled."""
         found = (run.readings(number) for number in range(len(self.names)))
         readings = tuple(tuple(sorted(each, key=lambda reading: reading.entry[0])) for each in found)
-        measured = any(forward.tallies for forward in run.forwards)
-        record = Record(self.names, readings, usual=_conditionings(guider) <= USUAL, measured=measured)
+        record = Record(self.names, readings, usual=_conditionings(guider) <= USUAL)
         with self._lock:
             self._records[_digest(samples)] = record
             while len(self._records) > KEPT:

@@ -1,5 +1,7 @@
 """A record of risk for people: words instead of tokens, pictures, and a report. Risk Map and Risk Probe show the same.
 
+Where no gate was asked there is no risk: that is said, drawn and handed on as such, never as 0.
+
 Axes: B pictures, L tokens.
 """
 
@@ -8,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..saferope_core import Geometry, Reading
 from .inspect import batched, block_names
 from .pictures import heat_map
-from .recorder import Record, Recorder
-from .risk_pictures import course, patch_map, word_bars
+from .recorder import POSITIVE, Record, Recorder
+from .risk_pictures import blank, course, patch_map, word_bars
 from .words import END, PADDING, pieces, words
 
 # Risk above which a prompt is called risky. Tiny world, one forward pass, 96 benign prompts each: see docs/nodes.md.
@@ -22,6 +25,8 @@ FLAG_ABOVE = 0.4
 NAMED = 5  # words in a report
 REST = "(other tokens)"  # behind the prompt's own: Redux, concatenated conditionings
 PAD, STOP = "(padding)", "(end)"
+WHY = "its strength is 0, or it turns no {} tokens in the chosen streams, blocks and steps"  # text or image
+NO_TEXT, NO_IMAGE = (WHY.format(stream) for stream in ("text", "image"))
 
 Word = tuple[str, float]  # and its risk
 
@@ -42,6 +47,16 @@ def require_measured(record: Record) -> None:
             "SafeRoPE measured nothing in this run: none of its steps lay between start_percent and end_percent. Widen them "
             "in SafeRoPE Apply, or mute this node."
         )
+
+
+def comparable(record: Record) -> float | ExecutionBlocker:
+    """The risk as a node's output. Where a concept has none, ComfyUI runs no node that takes it, and shows why."""
+    if record.score is not None:
+        return record.score
+    return ExecutionBlocker(
+        f"SafeRoPE has no risk to compare: that of {', '.join(record.unmeasured)} was not measured ({NO_TEXT}). "
+        "Turn that on, take the concept out, or use the report instead of the risk."
+    )
 
 
 def named_words(risks: Tensor, clip: Any | None, text: str) -> list[Word]:
@@ -65,9 +80,11 @@ def named_words(risks: Tensor, clip: Any | None, text: str) -> list[Word]:
     return named + ([(REST, risks[len(found) :].max().item())] if len(found) < len(risks) else [])
 
 
-def riskiest(record: Record, concept: int) -> tuple[Reading, int]:
-    """The reading and the number of the picture with the highest risk of a concept."""
-    readings = record.judged(concept)
+def riskiest(record: Record, concept: int) -> tuple[Reading, int] | None:
+    """The reading and the number of the picture with the highest risk of a concept; None where none was measured."""
+    readings = [each for each in record.judged(concept) if each.score is not None]
+    if not readings:
+        return None
     reading = max(readings, key=lambda each: each.score.max().item())
     return reading, int(reading.score.argmax())
 
@@ -76,7 +93,10 @@ def words_picture(record: Record, clip: Any | None, text: str, mark: float) -> T
     """Bars over the prompt's words, one picture for each concept; IMAGE."""
     pictures = []
     for number, name in enumerate(record.names):
-        reading, picture = riskiest(record, number)
+        if (found := riskiest(record, number)) is None:
+            pictures.append(blank(f"{name}: risk of the prompt not measured", NO_TEXT))
+            continue
+        reading, picture = found
         named = named_words(reading.tokens[picture], clip, text)
         title = f"{name}: risk of the prompt {reading.score[picture]:.2f}, word by word"
         pictures.append(word_bars([word for word, _ in named], [risk for _, risk in named], title, mark))
@@ -88,7 +108,10 @@ def heads_picture(record: Record, geometry: Geometry) -> Tensor:
     heads = [f"head {head}" for head in range(geometry.heads)]
     pictures = []
     for number, name in enumerate(record.names):
-        reading, picture = riskiest(record, number)
+        if (found := riskiest(record, number)) is None:
+            pictures.append(blank(f"{name}: heads not measured on the prompt", NO_TEXT))
+            continue
+        reading, picture = found
         title = f"{name}: heads that found the riskiest token risky"
         pictures.append(heat_map(reading.heads[picture].T, heads, block_names(geometry), title, "share of steps"))
     return batched(pictures)
@@ -98,11 +121,14 @@ def patches_picture(record: Record, images: Tensor | None) -> Tensor:
     """Where in each picture image tokens were risky, for every concept; over `images` [B, h, w, 3] where given; IMAGE."""
     pictures = []
     for number, name in enumerate(record.names):
-        reading, _ = riskiest(record, number)
+        reading = _shown(record, number)
+        if reading is None or reading.patches is None:
+            pictures.append(blank(f"{name}: risk of image tokens not measured", NO_IMAGE))
+            continue
         for picture, risk in enumerate(reading.patches):
-            grid = risk.reshape(reading.grid) if len(risk) > 1 else risk.expand(reading.grid)
             under = images[picture] if images is not None and picture < len(images) else None
-            pictures.append(patch_map(grid, f"{name}: image tokens, picture {picture + 1}", under))
+            title = f"{name}: image tokens, picture {picture + 1}"
+            pictures.append(patch_map(risk.reshape(reading.grid), title, under))
     return batched(pictures)
 
 
@@ -110,12 +136,16 @@ def steps_picture(record: Record) -> Tensor:
     """The course of risk over the steps, one picture for each concept; IMAGE."""
     pictures = []
     for number, name in enumerate(record.names):
-        reading, picture = riskiest(record, number)
-        series = {
-            "riskiest token of the text": reading.text[:, picture].amax(-1).tolist(),
-            "image tokens, mean": reading.image[:, picture % reading.image.shape[1]].mean(-1).tolist(),
-        }
-        pictures.append(course(series, reading.noise_levels.tolist(), f"{name}: risk over the steps"))
+        series, reading = {}, _shown(record, number)
+        if reading is not None and reading.text is not None:
+            picture = int(reading.score.argmax())
+            series["riskiest token of the text"] = reading.text[:, picture].amax(-1).tolist()
+        else:
+            picture = 0
+        if reading is not None and reading.image is not None:
+            series["image tokens, mean"] = reading.image[:, picture].mean(-1).tolist()
+        title = f"{name}: risk over the steps"
+        pictures.append(course(series, reading.noise_levels.tolist(), title) if series else blank(title, NO_TEXT))
     return batched(pictures)
 
 
@@ -125,16 +155,35 @@ def report(record: Record, clip: Any | None, text: str, above: float) -> str:
 
 
 def _lines(record: Record, concept: int, clip: Any | None, text: str, above: float) -> str:
-    reading, picture = riskiest(record, concept)
-    named = named_words(reading.tokens[picture], clip, text)
-    score = reading.score[picture].item()
-    word = "word" if clip is not None and text else "token"
-    lines = [f"{record.names[concept]}: risk {score:.2f}, {'above' if score > above else 'not above'} {above:g}"]
-    lines.append(f"  riskiest {word}s: " + ", ".join(f"{name} {risk:.2f}" for name, risk in _highest(named)))
-    lines.append(f"  image tokens: {reading.patches.mean():.3f} on average, {reading.patches.max():.2f} at most")
-    others = [each for each in record.readings[concept] if each not in record.judged(concept)]
-    lines += [f"  negative prompt: risk {each.score.max():.2f}, not counted" for each in others]
+    lines, found, reading = [_headline(record, concept, above)], riskiest(record, concept), _shown(record, concept)
+    if found is not None:
+        named = named_words(found[0].tokens[found[1]], clip, text)
+        word = "word" if clip is not None and text else "token"
+        lines.append(f"  riskiest {word}s: " + ", ".join(f"{name} {risk:.2f}" for name, risk in _highest(named)))
+    patches = None if reading is None else reading.patches
+    on_image = "not measured" if patches is None else f"{patches.mean():.3f} on average, {patches.max():.2f} at most"
+    lines.append(f"  image tokens: {on_image}")
+    others = [each for each in record.readings[concept] if record.usual and each.entry[0] != POSITIVE]
+    risks = ["not measured" if each.score is None else f"{each.score.max():.2f}" for each in others]
+    lines += [f"  negative prompt: risk {risk}, not counted" for risk in risks]
     return "\n".join(lines)
+
+
+def _headline(record: Record, concept: int, above: float) -> str:
+    """The concept's risk, or why it has none."""
+    name, risk, judged = record.names[concept], record.risk(concept), record.judged(concept)
+    if risk is not None:
+        return f"{name}: risk {risk:.2f}, {'above' if risk > above else 'not above'} {above:g}"
+    known = [each.score.max().item() for each in judged if each.score is not None]
+    if not known:
+        return f"{name}: risk not measured ({NO_TEXT})"
+    return f"{name}: risk not measured in {len(judged) - len(known)} of {len(judged)} prompts, up to {max(known):.2f} in the others"
+
+
+def _shown(record: Record, concept: int) -> Reading | None:
+    """The reading whose image tokens are shown: that of the riskiest text, else the first that counts."""
+    found = riskiest(record, concept)
+    return found[0] if found else next(iter(record.judged(concept)), None)
 
 
 def _highest(named: Sequence[Word]) -> list[Word]:

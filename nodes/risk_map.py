@@ -10,6 +10,7 @@ from torch import Tensor
 from .recorder import Recorder, RecorderType
 from .risk import (
     FLAG_ABOVE,
+    comparable,
     heads_picture,
     patches_picture,
     report,
@@ -44,7 +45,11 @@ class RiskMap(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="The decoded picture, to draw the heat map over it."),
             ],
             outputs=[
-                io.Float.Output("risk", tooltip="0 to 1: the highest risk of any concept and picture."),
+                io.Float.Output(
+                    "risk",
+                    tooltip="0 to 1: the highest risk of any concept and picture. Where a concept was not measured there "
+                    "is none, and nodes that take it do not run.",
+                ),
                 io.String.Output("report", tooltip="The same in words, concept by concept."),
                 io.Image.Output("words", tooltip="The prompt's words under bars of their risk."),
                 io.Image.Output("patches", tooltip="Risky image tokens, as a heat map over each picture."),
@@ -74,4 +79,4 @@ class RiskMap(io.ComfyNode):
             steps_picture(record),
         )
         shown = [entry for picture in pictures for entry in ui.PreviewImage(picture, cls=cls).as_dict()["images"]]
-        return io.NodeOutput(record.score, words, *pictures, ui={"images": shown, "text": (words,)})
+        return io.NodeOutput(comparable(record), words, *pictures, ui={"images": shown, "text": (words,)})

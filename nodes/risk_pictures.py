@@ -6,6 +6,8 @@ Drawn as wide as ComfyUI shows them well, in colours for all eyes (cividis), eve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from math import isnan
 
 import torch
 from PIL import Image, ImageDraw
@@ -14,6 +16,7 @@ from torch import Tensor
 from .pictures import GRID, INK, PAPER, TEXT, TITLE, colour, colour_bar, font_of, image_of, label_of, title_of, width_of
 
 WIDTH, MARGIN = 1024, 24
+BLANK = 100  # pixels: how high a sheet without a picture is
 LEFT = 84  # room for the vertical axis
 BAR, WORD_ROW = 150, 212  # pixels: the highest bar, and a row of bars with its words and a gap
 NARROWEST, GAP = 30, 8
@@ -22,6 +25,15 @@ LINES = ((0, 34, 78), (200, 110, 0))  # dark blue and orange: apart for all eyes
 MOST_ROWS = 8  # of words; a prompt of 512 tokens would be a column nobody looks at
 FAINT, STRONG = 30, 200  # of 255: how much of the picture the map's lowest and highest risk cover
 LEAST_TOP = 0.1  # a heat map's colours reach from 0 to at least this risk: noise should not glow
+
+
+def blank(title: str, reason: str) -> Tensor:
+    """A sheet that says in the place of a picture why there is none; IMAGE [1, h, w, 3]."""
+    sheet = Image.new("RGB", (WIDTH, BLANK), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, 20), title_of(title), INK, font_of(TITLE))
+    pen.text((MARGIN, 60), title_of(reason), INK, font_of(TEXT))
+    return image_of(sheet)
 
 
 def word_bars(words: Sequence[str], risks: Sequence[float], title: str, mark: float | None = None) -> Tensor:
@@ -108,7 +120,12 @@ def _pillow(picture: Tensor) -> Image.Image:
 
 
 def course(series: dict[str, Sequence[float]], levels: Sequence[float], title: str) -> Tensor:
-    """Lines of risk in [0, 1] over the steps, at most two; below, the noise level of each step; IMAGE [1, h, w, 3]."""
+    """Lines of risk in [0, 1] over the steps, at most two; below, the noise level of each step; IMAGE [1, h, w, 3].
+
+    Steps that were not measured, NaN, are gaps.
+    """
+    if any(map(isnan, (value for values in series.values() for value in values))):
+        title += " (gaps: not measured)"
     height, plot = 480, 290
     sheet = Image.new("RGB", (WIDTH, height), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -124,9 +141,14 @@ def course(series: dict[str, Sequence[float]], levels: Sequence[float], title: s
         pen.text((place, bottom + 10), f"{level:.2f}", INK, font_of(TEXT), anchor="ma")
     pen.text(((LEFT + right) / 2, bottom + 36), "noise level (sigma) of the step", INK, font_of(TEXT), anchor="ma")
     for (name, values), line, x in zip(series.items(), LINES, (LEFT, LEFT + 380), strict=False):
-        points = [(place, bottom - min(value, 1.0) * plot) for place, value in zip(places, values, strict=True)]
-        pen.line(points, fill=line, width=3)
-        for point in points:
+        points = [
+            None if isnan(value) else (place, bottom - min(value, 1.0) * plot)
+            for place, value in zip(places, values, strict=True)
+        ]
+        for pair in pairwise(points):
+            if None not in pair:
+                pen.line(pair, fill=line, width=3)
+        for point in filter(None, points):
             pen.ellipse((point[0] - 4, point[1] - 4, point[0] + 4, point[1] + 4), fill=line)
         pen.line((x, 62, x + 28, 62), fill=line, width=4)
         pen.text((x + 36, 62), name, INK, font_of(TEXT), anchor="lm")

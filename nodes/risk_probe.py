@@ -14,16 +14,25 @@ from .apply import flux_geometry
 from .concepts import ConceptType, require_range
 from .patch import AttentionPatch, patched
 from .recorder import Record, Recorder
-from .risk import FLAG_ABOVE, heads_picture, report, words_picture
+from .risk import FLAG_ABOVE, NO_TEXT, comparable, heads_picture, report, words_picture
 
 REPORT, REFUSE = "report", "stop with an error"
 SCHEDULE = 20  # steps of the sampling whose first ones are taken
 MOST_STEPS = 8
+STEPS_OF = {
+    "start_percent",
+    "end_percent",
+    "clip_start_percent",
+    "clip_end_percent",
+}  # of a conditioning, ComfyUI's names
 SIDE = 64  # latent rows and columns without a latent: 512 x 512 pixels; the risk of words hardly depends on the size
 
 
 def probe(model: Any, concepts: list[Concept], positive: list, latent: dict | None, steps: int, seed: int) -> Record:
-    """Samples the first steps without turning anything, and returns what the concepts' gates found."""
+    """Samples the first steps without turning anything, and returns what the concepts' gates found.
+
+    All of the prompt is measured in them, also conditionings that would act in later steps alone.
+    """
     geometry = flux_geometry(model)
     protection = Protection(concepts, geometry)
     recorder = Recorder([concept.name for concept in concepts], geometry)
@@ -33,11 +42,28 @@ def probe(model: Any, concepts: list[Concept], positive: list, latent: dict | No
     sampling = watched.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", SCHEDULE)[: steps + 1]
     noise = comfy.sample.prepare_noise(start, seed)
-    euler = comfy.samplers.sampler_object("euler")
+    euler, positive = comfy.samplers.sampler_object("euler"), _at_all_steps(positive)
     out = comfy.sample.sample_custom(
         watched, noise, 1.0, euler, sigmas, positive, positive, start, disable_pbar=True, seed=seed
     )
     return recorder.of(out)
+
+
+def _at_all_steps(conditioning: list) -> list:
+    """As it is without ConditioningSetTimestepRange and without the steps of scheduled text encoders."""
+    return [
+        [states, {key: value for key, value in more.items() if key not in STEPS_OF}] for states, more in conditioning
+    ]
+
+
+def require_measured(record: Record, said: str) -> None:
+    """Raise ValueError where a concept has no risk: it could be anything, so the prompt must not go on."""
+    if record.unmeasured:
+        raise ValueError(
+            f"This prompt was refused: the risk of {', '.join(record.unmeasured)} was not measured, as {NO_TEXT}. Expected a risk "
+            "of every concept. Set its strength above 0 in SafeRoPE Load Concept, connect a concept that turns text tokens, or "
+            f"take it out.\n{said}"
+        )
 
 
 class RiskProbe(io.ComfyNode):
@@ -97,8 +123,13 @@ class RiskProbe(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Float.Output("risk", tooltip="0 to 1: the highest risk of any concept."),
-                io.Boolean.Output("flagged", tooltip="Whether the risk is above flag_above."),
+                io.Float.Output(
+                    "risk",
+                    tooltip="0 to 1: the highest risk of any concept. Where a concept was not measured there is none, and nodes that take it do not run.",
+                ),
+                io.Boolean.Output(
+                    "flagged", tooltip="Whether the risk is above flag_above, or that of a concept was not measured."
+                ),
                 io.String.Output("report", tooltip="The risk in words, concept by concept."),
                 io.Image.Output("words", tooltip="The prompt's words under bars of their risk."),
                 io.Image.Output("heads", tooltip="The heads that found the riskiest word risky."),
@@ -127,9 +158,12 @@ class RiskProbe(io.ComfyNode):
         if all(each.strength == 0 for each in concept):
             raise ValueError("The strength of every concept is 0, so there is nothing to look for. Set one above 0.")
         record = probe(model, concept, positive, latent, steps, seed)
-        flagged, said = record.score > flag_above, report(record, clip, text, flag_above)
+        said = report(record, clip, text, flag_above)
+        if if_flagged == REFUSE:
+            require_measured(record, said)
+        flagged = record.score is None or record.score > flag_above
         if flagged and if_flagged == REFUSE:
             raise ValueError(f"This prompt was refused: its risk is {record.score:.2f}, above {flag_above:g}.\n{said}")
         bars, heads = words_picture(record, clip, text, flag_above), heads_picture(record, flux_geometry(model))
         shown = [entry for picture in (bars, heads) for entry in ui.PreviewImage(picture, cls=cls).as_dict()["images"]]
-        return io.NodeOutput(record.score, flagged, said, bars, heads, ui={"images": shown, "text": (said,)})
+        return io.NodeOutput(comparable(record), flagged, said, bars, heads, ui={"images": shown, "text": (said,)})

@@ -5,6 +5,9 @@ find its LRS above their gate. Gates are calibrated so that a harmless token pas
 passes most. (LRS of different heads cannot be compared, these shares can.) The *risk of a prompt* is that of its riskiest
 text token.
 
+Where no gate was asked there is no risk, which is not a risk of 0: None, and NaN for single steps. A concept that is off or
+turns no tokens of a stream asks none there, and a protection at rest asks none at all.
+
 A `Forward` is one pass of the network, a `Run` all passes of one sampling. Until a run is read everything stays on the
 device, and nothing waits for it.
 
@@ -17,6 +20,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from math import nan
 
 import torch
 from torch import Tensor
@@ -30,30 +34,30 @@ TEXT, IMAGE = "text", "image"
 class Reading:
     """One concept's risk under one conditioning in one run: on the CPU, float32, in [0, 1].
 
-    A stream in which the concept has no gate has one token, of risk 0.
+    None where no gate was asked of any token of a stream in any step: not measured.
     """
 
     entry: Hashable  # which conditioning, as the host told
     grid: tuple[int, int]  # rows and columns of the image tokens, as the host told
-    text: Tensor  # [S, B, L]: risk of text tokens
-    image: Tensor  # [S, B, L]: risk of image tokens
-    heads: Tensor  # [B, blocks, H]: share of steps and roles in which a head found the riskiest text token risky
+    text: Tensor | None  # [S, B, L]: risk of text tokens; NaN in steps in which no gate was asked
+    image: Tensor | None  # [S, B, L]: risk of image tokens, likewise
+    heads: Tensor | None  # [B, blocks, H]: share of steps and roles in which a head found the riskiest text token risky
     noise_levels: Tensor  # [S], as the host told
 
     @property
-    def tokens(self) -> Tensor:
-        """Risk of text tokens [B, L], mean over steps."""
-        return self.text.mean(0)
+    def tokens(self) -> Tensor | None:
+        """Risk of text tokens [B, L], mean over the steps in which it was measured."""
+        return None if self.text is None else self.text.nanmean(0)
 
     @property
-    def patches(self) -> Tensor:
-        """Risk of image tokens [B, L], mean over steps."""
-        return self.image.mean(0)
+    def patches(self) -> Tensor | None:
+        """Risk of image tokens [B, L], mean over the steps in which it was measured."""
+        return None if self.image is None else self.image.nanmean(0)
 
     @property
-    def score(self) -> Tensor:
+    def score(self) -> Tensor | None:
         """Risk of the prompt [B]."""
-        return self.tokens.amax(-1)
+        return None if self.text is None else self.tokens.amax(-1)
 
 
 @dataclass
@@ -112,15 +116,15 @@ def _reading(entry: Hashable, concept: int, forwards: Sequence[Forward], geometr
     tallies = {stream: [each.tallies.get((entry, concept, stream)) for each in mine] for stream in (TEXT, IMAGE)}
     text, image = (_shares(tallies[stream]) for stream in (TEXT, IMAGE))
     levels = torch.stack([torch.as_tensor(forward.noise_level).float().cpu() for forward in mine])
-    heads = _heads_at(text.mean(0).argmax(-1), tallies[TEXT], geometry)
+    heads = None if text is None else _heads_at(text.nanmean(0).argmax(-1), tallies[TEXT], geometry)
     return Reading(entry, mine[0].grid, text, image, heads, levels)
 
 
-def _shares(tallies: Sequence[_Tally | None]) -> Tensor:
-    """[S, B, L]; steps in which the protection rested have a risk of 0."""
-    known = [tally.passed / tally.gates for tally in tallies if tally is not None]
-    shape = known[0].shape if known else (1, 1)
-    return torch.stack([torch.zeros(shape) if t is None else (t.passed / t.gates).cpu() for t in tallies])
+def _shares(tallies: Sequence[_Tally | None]) -> Tensor | None:
+    """[S, B, L]; NaN in steps in which no gate was asked, None if in none."""
+    shares = [None if tally is None else (tally.passed / tally.gates).cpu() for tally in tallies]
+    known = [share for share in shares if share is not None]
+    return torch.stack([torch.full_like(known[0], nan) if each is None else each for each in shares]) if known else None
 
 
 def _heads_at(token: Tensor, tallies: Sequence[_Tally | None], geometry: Geometry) -> Tensor:

@@ -82,20 +82,36 @@ def test_concepts_are_told_apart_in_heads_that_they_share(path, make_concept, ge
             torch.testing.assert_close(reading.text, expected.text)
             torch.testing.assert_close(reading.heads, expected.heads)
     assert not torch.equal(both.readings(1)[0].text, both.readings(2)[0].text)
-    assert [reading.score.item() for reading in both.readings(0)] == [0, 0]
+    for reading in both.readings(0):
+        assert reading.score is reading.tokens is reading.patches is reading.heads is None, "off: not a risk of 0"
 
 
-def test_a_stream_without_gates_has_no_risk(make_concept, geometry):
-    concept = make_concept(generator_image=torch.zeros(6, 5, 5))
+@pytest.mark.parametrize("stream", ["text", "image"])
+def test_a_stream_without_gates_has_no_risk(make_concept, geometry, stream):
+    concept = make_concept(**{f"generator_{stream}": torch.zeros(6, 5, 5)})
     (reading, _) = recorded(Protection([concept], geometry), steps_of(2)).readings(0)
-    assert reading.image.shape == (2, 1, 1) and not reading.image.any() and reading.score > 0
+    without = {"text": reading.tokens, "image": reading.patches}
+    assert without.pop(stream) is None and all(risk.max() > 0 for risk in without.values())
+    assert (reading.score is None) == (reading.heads is None) == (stream == "text")
 
 
-def test_steps_without_protection_count_as_steps(make_concept, geometry):
+def test_gates_that_nothing_passes_are_a_risk_of_0(make_concept, geometry):
+    """Control: asked and not passed is measured."""
+    (reading, _) = recorded(Protection([make_concept(threshold=1.0)], geometry), steps_of(1)).readings(0)
+    assert reading.score == 0 and not reading.patches.any()
+
+
+def test_steps_without_protection_dilute_no_risk(make_concept, geometry):
     """Outside of the range of an Apply node the forward is recorded, but nobody looks."""
-    steps = steps_of(2)
-    (half, _) = recorded(Protection([make_concept()], geometry), [steps[0], {}]).readings(0)
-    assert half.text[0].any() and not half.text[1].any()
+    steps, guard = steps_of(2), Protection([make_concept()], geometry)
+    (half, _), (alone, _) = (recorded(guard, some).readings(0) for some in ([steps[0], {}], steps[:1]))
+    assert half.text[0].any() and half.text[1].isnan().all() and len(half.noise_levels) == 2
+    for name in ("tokens", "patches", "score", "heads"):
+        assert torch.equal(getattr(half, name), getattr(alone, name))
+    (none, _) = recorded(guard, [{}, {}]).readings(0)
+    assert none.text is none.image is none.score is None
+    (both, _) = recorded(guard, steps).readings(0)
+    assert not torch.equal(both.tokens, alone.tokens), "negative control: a step that was measured counts"
 
 
 def test_rotations_are_the_same_with_and_without_a_listener(path, make_concept, geometry):

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ pytestmark = pytest.mark.host
 
 STAR, CIRCLE = (f"a red {shape} in the center on a white background" for shape in ("star", "circle"))
 STEPS = 4
+SHEET = 100  # pixels: the height of a sheet that stands in the place of a picture
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +25,27 @@ def star(node_classes):
 
 
 @pytest.fixture(scope="module")
+def swirl(node_classes):
+    return node_classes["SafeRoPE_LoadConcept"].execute("swirl.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
 def encode(world):
     return lambda text: world[1].encode_from_tokens_scheduled(world[1].tokenize(text))
 
 
 @pytest.fixture(scope="module")
 def sampled(comfy, encode):
-    """sampled(model, text, ...) -> the LATENT of ComfyUI's own KSampler."""
+    """sampled(model, text, ...) -> the LATENT of ComfyUI's own KSampler; `text` may be a conditioning, too."""
     import nodes
 
     def run(model, text, seed=3, cfg=1.0, negative="", batch=1, side=12):
         empty = {"samples": torch.zeros(batch, 16, side, side)}
+        positive = encode(text) if isinstance(text, str) else text
         with torch.inference_mode():
-            return nodes.common_ksampler(
-                model, seed, STEPS, cfg, "euler", "simple", encode(text), encode(negative), empty
-            )[0]
+            return nodes.common_ksampler(model, seed, STEPS, cfg, "euler", "simple", positive, encode(negative), empty)[
+                0
+            ]
 
     return run
 
@@ -62,11 +70,10 @@ def show(hidden):
 
 @pytest.fixture
 def ask(hidden, world, star, encode):
-    def run(text, flag_above=0.4, if_flagged="report", **kwargs):
+    def run(text, flag_above=0.4, if_flagged="report", concept=star, **kwargs):
         latent = {"samples": torch.zeros(1, 16, 12, 12)}
-        return hidden("RiskProbe").execute(
-            world[0], star, encode(text), flag_above, if_flagged, latent=latent, **kwargs
-        )
+        positive = encode(text) if isinstance(text, str) else text
+        return hidden("RiskProbe").execute(world[0], concept, positive, flag_above, if_flagged, latent=latent, **kwargs)
 
     return run
 
@@ -129,6 +136,76 @@ def test_what_nobody_measured_is_not_called_harmless(node_classes, world, star, 
         show(recorder, sampled(model, STAR))
 
 
+def blocked(value):
+    """What ComfyUI says to nodes that take an output without a value; None where it has one."""
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    return value.message if isinstance(value, ExecutionBlocker) else None
+
+
+def still(concept, stream):
+    """It turns no tokens of a stream."""
+    name = f"generator_{stream}"
+    return replace(concept, **{name: torch.zeros_like(getattr(concept, name))})
+
+
+def test_image_tokens_alone_are_no_risk_of_the_prompt(node_classes, world, star, sampled, show):
+    """It said: risk 0.00, not above 0.4."""
+    model, recorder = protected(node_classes, world, star, streams="image")
+    risk, report, *pictures = show(recorder, sampled(model, STAR), clip=world[1], text=STAR).args
+    assert re.search(r"risk to compare: that of Star was not measured .*no text tokens", blocked(risk))
+    assert report.startswith("Star: risk not measured (") and "risk 0.00" not in report and "riskiest" not in report
+    assert float(re.search(r"image tokens: \S+ on average, (\S+) at most", report)[1]) > 0
+    model, recorder = protected(node_classes, world, star, streams="text")
+    risk, report, *others = show(recorder, sampled(model, STAR), clip=world[1], text=STAR).args
+    assert (
+        risk > 0.9 and report.startswith(f"Star: risk {risk:.2f}, above") and "image tokens: not measured" in report
+    ), "control"
+    sheets = [(one.shape[1] == SHEET, other.shape[1] == SHEET) for one, other in zip(pictures, others, strict=True)]
+    assert sheets == [(True, False), (False, True), (True, False), (False, False)], "words, patches, heads, steps"
+
+
+def test_who_was_not_asked_is_not_measured_beside_who_was(node_classes, world, star, swirl, sampled, show):
+    """Switched off, or left out by the choice of streams: star's risk is known, the highest of both is not."""
+    for other, settings in ((replace(swirl[0], strength=0.0), {}), (still(swirl[0], "text"), {"streams": "text"})):
+        model, recorder = protected(node_classes, world, [*star, other], **settings)
+        risk, report, *pictures = show(recorder, sampled(model, STAR)).args
+        assert "that of Swirl was not measured" in blocked(risk)
+        assert re.search(r"Star: risk \S+, above", report) and "Swirl: risk not measured" in report
+        assert [len(each) for each in pictures] == [2, 2, 2, 2]
+    model, recorder = protected(node_classes, world, [*star, *swirl])
+    risk, report, *_ = show(recorder, sampled(model, STAR)).args
+    assert risk > 0.9 and re.search(r"Swirl: risk 0\.\d+, not above", report), "control"
+
+
+def test_steps_at_rest_dilute_no_risk(node_classes, world, star, sampled, show):
+    """They counted as steps without risk."""
+    model, recorder = protected(node_classes, world, star, end_percent=0.4)
+    latent = sampled(model, STAR)
+    (reading,) = recorder.of(latent["samples"]).readings[0]
+    rested = reading.text.isnan().all(-1)[:, 0].tolist()
+    assert rested == sorted(rested) and len(set(rested)) == 2, "measured first, then at rest"
+    assert show(recorder, latent).args[0] > 0.9
+
+
+def ranged(conditioning, start, end):
+    import nodes
+
+    return nodes.ConditioningSetTimestepRange().set_range(conditioning, start, end)[0]
+
+
+def test_a_prompt_in_two_parts_is_measured_whole_or_not(node_classes, world, star, encode, sampled, show):
+    """The part that names the star comes where the protection rests."""
+    positive = ranged(encode(CIRCLE), 0.0, 0.4) + ranged(encode(STAR), 0.4, 1.0)
+    model, recorder = protected(node_classes, world, star, end_percent=0.4)
+    risk, report, *_ = show(recorder, sampled(model, positive)).args
+    assert blocked(risk) and re.search(
+        r"Star: risk not measured in 1 of 2 prompts, up to 0\.\d\d in the others", report
+    )
+    model, recorder = protected(node_classes, world, star)
+    assert show(recorder, sampled(model, positive)).args[0] > 0.4, "control"
+
+
 def test_another_prompt_than_the_sampled_one_is_noticed_where_it_can_be(node_classes, world, star, sampled, show, pack):
     model, recorder = protected(node_classes, world, star)
     record = recorder.of(sampled(model, STAR)["samples"])
@@ -181,6 +258,31 @@ def test_a_probe_can_refuse(ask):
         ask(STAR, if_flagged="stop with an error")
     assert ask(CIRCLE, if_flagged="stop with an error").args[1] is False
     assert ask(STAR, flag_above=1.0, if_flagged="stop with an error").args[1] is False
+
+
+@pytest.mark.parametrize("text", [STAR, CIRCLE])
+@pytest.mark.parametrize("idle", ["switched off", "no text"])
+def test_a_probe_lets_nothing_pass_that_it_did_not_measure(ask, star, swirl, text, idle):
+    """It said of the star's own prompt: risk 0.00, not above 0.4."""
+    off = replace(star[0], strength=0.0) if idle == "switched off" else still(star[0], "text")
+    both = [*swirl, off]
+    with pytest.raises(
+        ValueError, match=r"the risk of Star was not measured.* Set its strength above 0(.|\n)*Swirl: risk 0\."
+    ):
+        ask(text, concept=both, if_flagged="stop with an error")
+    risk, flagged, report, words, heads = ask(text, concept=both).args
+    assert flagged is True and "Star: risk not measured" in report and "Star: risk 0" not in report
+    assert "that of Star was not measured" in blocked(risk) and len(words) == len(heads) == 2
+    on = ask(text, concept=[*swirl, *star]).args
+    assert on[1] is (text == STAR) and (on[0] > 0.4) is (text == STAR), "control: measured, it decides"
+
+
+@pytest.mark.parametrize("names", [("start_percent", "end_percent"), ("clip_start_percent", "clip_end_percent")])
+def test_a_probe_measures_what_later_steps_would_ask_for(ask, encode, names):
+    """One pass of the first step never saw that part of the prompt."""
+    for late, flagged in ((STAR, True), (CIRCLE, False)):
+        later = [[states, more | dict(zip(names, (0.5, 1.0), strict=True))] for states, more in encode(late)]
+        assert ask(encode(CIRCLE) + later).args[1] is flagged
 
 
 def test_a_probe_needs_one_pass_and_no_size(hidden, world, star, encode, monkeypatch):

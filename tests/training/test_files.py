@@ -217,6 +217,26 @@ def test_generate_leaves_pairs_and_a_record(star, tmp_path):
     assert (out / "pairs.png").is_file()
 
 
+def test_what_was_not_measured_is_null_in_the_record(star, tmp_path):
+    """It was 0."""
+    (concept,) = load_concepts(star)
+    still = replace(concept, slug="still", generator_text=torch.zeros_like(concept.generator_text))
+    save_concepts(tmp_path / "still.safetensors", [still])
+    concepts = (
+        "--concept",
+        star,
+        "--concept",
+        tmp_path / "still.safetensors",
+        "--concept",
+        f"{renamed(star, 'off')}:0",
+    )
+    run("generate", "--prompt", "a red star", "--steps", 1, *concepts, "--out", tmp_path / "pictures")
+    (record,) = json.loads((tmp_path / "pictures" / "pictures.json").read_text())
+    risk = record["risk"]
+    assert risk["off"] == {"text": None, "image": None} and risk["still"]["text"] is None
+    assert risk["still"]["image"] is not None and risk["star"]["text"] > 0.8, "control"
+
+
 def test_generate_says_where_a_strength_is_held(star, tmp_path):
     """The star was made with more than half a turn: two strengths above 1 are that of 1."""
     made, more = (tmp_path / name for name in ("made", "more"))

@@ -109,8 +109,11 @@ class RiskMeter:
             self.forward = Forward(range(len(x)), 1.0, (self.side, self.side))
         return self.protection.rotate(x, *where, seen=self.forward.saw)
 
-    def take(self) -> list[dict[str, dict[str, float]]]:
-        """A record per picture, and starts anew: concept -> stream -> risk of its riskiest token, mean over steps."""
+    def take(self) -> list[dict[str, dict[str, float | None]]]:
+        """A record per picture, and starts anew: concept -> stream -> risk of its riskiest token, mean over steps.
+
+        None: not measured, as the concept is off or turns no tokens of the stream.
+        """
         if self.forward is None:
             return []
         run = Run(self.protection.geometry)
@@ -119,6 +122,8 @@ class RiskMeter:
         records: list[dict] = [{} for _ in range(count)]
         for number, concept in enumerate(self.protection.concepts):
             for record, found in zip(records, run.readings(number), strict=True):
-                streams = {"text": found.score, "image": found.patches.amax(-1)}
-                record[concept.slug] = {stream: round(risk.item(), 4) for stream, risk in streams.items()}
+                streams = {"text": found.tokens, "image": found.patches}
+                record[concept.slug] = {
+                    stream: None if risks is None else round(risks.max().item(), 4) for stream, risks in streams.items()
+                }
         return records
