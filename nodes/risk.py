@@ -22,7 +22,7 @@ from .words import END, PADDING, pieces, words
 
 # Risk above which a prompt is called risky. Tiny world, one forward pass, 96 benign prompts each: see docs/nodes.md.
 FLAG_ABOVE = 0.4
-NAMED = 5  # words in a report
+NAMED = 5  # words in a report, concepts in a sentence
 REST = "(other tokens)"  # behind the prompt's own: Redux, concatenated conditionings
 PAD, STOP = "(padding)", "(end)"
 WHY = "its strength is 0, or it turns no {} tokens in the chosen streams, blocks and steps"  # text or image
@@ -54,9 +54,14 @@ def comparable(record: Record) -> float | ExecutionBlocker:
     if record.score is not None:
         return record.score
     return ExecutionBlocker(
-        f"SafeRoPE has no risk to compare: that of {', '.join(record.unmeasured)} was not measured ({NO_TEXT}). "
-        "Turn that on, take the concept out, or use the report instead of the risk."
+        f"SafeRoPE has no risk to compare: that of {named(record.unmeasured)} was not measured ({NO_TEXT}). Turn that on, take "
+        "the concept out, or use the report instead of the risk."
     )
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few of some concepts, for a sentence."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def named_words(risks: Tensor, clip: Any | None, text: str) -> list[Word]:
@@ -98,7 +103,8 @@ def words_picture(record: Record, clip: Any | None, text: str, mark: float) -> T
             continue
         reading, picture = found
         named = named_words(reading.tokens[picture], clip, text)
-        title = f"{name}: risk of the prompt {reading.score[picture]:.2f}, word by word"
+        what = "prompt" if record.risk(number) is not None else "measured part of the prompt"
+        title = f"{name}: risk of the {what} {reading.score[picture]:.2f}, word by word"
         pictures.append(word_bars([word for word, _ in named], [risk for _, risk in named], title, mark))
     return batched(pictures)
 
@@ -136,17 +142,18 @@ def steps_picture(record: Record) -> Tensor:
     """The course of risk over the steps, one picture for each concept; IMAGE."""
     pictures = []
     for number, name in enumerate(record.names):
-        series, reading = {}, _shown(record, number)
-        if reading is not None and reading.text is not None:
-            picture = int(reading.score.argmax())
-            series["riskiest token of the text"] = reading.text[:, picture].amax(-1).tolist()
-        else:
-            picture = 0
-        if reading is not None and reading.image is not None:
-            series["image tokens, mean"] = reading.image[:, picture].mean(-1).tolist()
-        title = f"{name}: risk over the steps"
+        reading, title = _shown(record, number), f"{name}: risk over the steps"
+        series = {} if reading is None else _series(reading)
         pictures.append(course(series, reading.noise_levels.tolist(), title) if series else blank(title, NO_TEXT))
     return batched(pictures)
+
+
+def _series(reading: Reading) -> dict[str, list[float]]:
+    """Courses of the picture with the riskiest text, of the streams that were measured."""
+    picture = 0 if reading.score is None else int(reading.score.argmax())
+    text, image = (None if risk is None else risk[:, picture] for risk in (reading.text, reading.image))
+    series = {} if text is None else {"riskiest token of the text": text.amax(-1).tolist()}
+    return series if image is None else series | {"image tokens, mean": image.mean(-1).tolist()}
 
 
 def report(record: Record, clip: Any | None, text: str, above: float) -> str:

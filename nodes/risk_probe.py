@@ -14,17 +14,13 @@ from .apply import flux_geometry
 from .concepts import ConceptType, require_range
 from .patch import AttentionPatch, patched
 from .recorder import Record, Recorder
-from .risk import FLAG_ABOVE, NO_TEXT, comparable, heads_picture, report, words_picture
+from .risk import FLAG_ABOVE, NO_TEXT, comparable, heads_picture, named, report, words_picture
 
 REPORT, REFUSE = "report", "stop with an error"
 SCHEDULE = 20  # steps of the sampling whose first ones are taken
 MOST_STEPS = 8
-STEPS_OF = {
-    "start_percent",
-    "end_percent",
-    "clip_start_percent",
-    "clip_end_percent",
-}  # of a conditioning, ComfyUI's names
+# Of a conditioning, in ComfyUI's words: the steps in which it acts, and "default", only where and when no other does
+STEPS_OF = {"start_percent", "end_percent", "clip_start_percent", "clip_end_percent", "default"}
 SIDE = 64  # latent rows and columns without a latent: 512 x 512 pixels; the risk of words hardly depends on the size
 
 
@@ -50,17 +46,17 @@ def probe(model: Any, concepts: list[Concept], positive: list, latent: dict | No
 
 
 def _at_all_steps(conditioning: list) -> list:
-    """As it is without ConditioningSetTimestepRange and without the steps of scheduled text encoders."""
+    """As it is without ConditioningSetTimestepRange, steps of scheduled text encoders, and defaults for later steps."""
     return [
         [states, {key: value for key, value in more.items() if key not in STEPS_OF}] for states, more in conditioning
     ]
 
 
-def require_measured(record: Record, said: str) -> None:
+def require_all_measured(record: Record, said: str) -> None:
     """Raise ValueError where a concept has no risk: it could be anything, so the prompt must not go on."""
     if record.unmeasured:
         raise ValueError(
-            f"This prompt was refused: the risk of {', '.join(record.unmeasured)} was not measured, as {NO_TEXT}. Expected a risk "
+            f"This prompt was refused: the risk of {named(record.unmeasured)} was not measured, as {NO_TEXT}. Expected a risk "
             "of every concept. Set its strength above 0 in SafeRoPE Load Concept, connect a concept that turns text tokens, or "
             f"take it out.\n{said}"
         )
@@ -160,7 +156,7 @@ class RiskProbe(io.ComfyNode):
         record = probe(model, concept, positive, latent, steps, seed)
         said = report(record, clip, text, flag_above)
         if if_flagged == REFUSE:
-            require_measured(record, said)
+            require_all_measured(record, said)
         flagged = record.score is None or record.score > flag_above
         if flagged and if_flagged == REFUSE:
             raise ValueError(f"This prompt was refused: its risk is {record.score:.2f}, above {flag_above:g}.\n{said}")

@@ -238,6 +238,18 @@ def test_risk_map_names_the_word(comfyui, graph):
     assert _report(graph, comfyui.run(graph))[0] < 0.4
 
 
+@of("SafeRoPE risk map")
+def test_no_node_runs_with_a_risk_that_was_not_measured(comfyui, graph):
+    """With image tokens alone the prompt has no risk; the map is shown all the same."""
+    (node,) = (number for number, each in graph.items() if each["class_type"] == "SafeRoPE_RiskMap")
+    graph["compared"] = {"class_type": "PreviewAny", "inputs": {"source": [node, 0]}, "_meta": {"title": "Compared"}}
+    assert float(comfyui.run(graph)["compared"]["text"][0]) > 0.9, "control"
+    change(graph, "SafeRoPE_Apply", streams="image")
+    outputs = comfyui.run(graph)
+    assert "compared" not in outputs and len(shown(comfyui, graph, outputs, "What was suppressed")) == 4
+    assert outputs[node]["text"][0].startswith("Star: risk not measured")
+
+
 def _report(graph, outputs):
     """The risk and the riskiest words, as the workflow says them."""
     (text,) = (outputs[node]["text"][0] for node, each in graph.items() if each["_meta"]["title"] == "In words")

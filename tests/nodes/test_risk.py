@@ -277,12 +277,19 @@ def test_a_probe_lets_nothing_pass_that_it_did_not_measure(ask, star, swirl, tex
     assert on[1] is (text == STAR) and (on[0] > 0.4) is (text == STAR), "control: measured, it decides"
 
 
-@pytest.mark.parametrize("names", [("start_percent", "end_percent"), ("clip_start_percent", "clip_end_percent")])
-def test_a_probe_measures_what_later_steps_would_ask_for(ask, encode, names):
-    """One pass of the first step never saw that part of the prompt."""
-    for late, flagged in ((STAR, True), (CIRCLE, False)):
-        later = [[states, more | dict(zip(names, (0.5, 1.0), strict=True))] for states, more in encode(late)]
-        assert ask(encode(CIRCLE) + later).args[1] is flagged
+@pytest.mark.parametrize(
+    "late",
+    [
+        {"start_percent": 0.5, "end_percent": 1.0},
+        {"clip_start_percent": 0.5, "clip_end_percent": 1.0},
+        {"default": True},
+    ],
+)
+def test_a_probe_measures_what_later_steps_would_ask_for(ask, encode, late):
+    """One pass of the first step never saw that part of the prompt. A default acts where the others' steps are over."""
+    for text, flagged in ((STAR, True), (CIRCLE, False)):
+        later = [[states, more | late] for states, more in encode(text)]
+        assert ask(ranged(encode(CIRCLE), 0.0, 0.5) + later).args[1] is flagged
 
 
 def test_a_probe_needs_one_pass_and_no_size(hidden, world, star, encode, monkeypatch):
