@@ -25,7 +25,7 @@ FLAG_ABOVE = 0.4
 NAMED = 5  # words in a report, concepts in a sentence
 REST = "(other tokens)"  # behind the prompt's own: Redux, concatenated conditionings
 PAD, STOP = "(padding)", "(end)"
-WHY = "its strength is 0, or it turns no {} tokens in the chosen streams, blocks and steps"  # text or image
+WHY = "its strength is 0, its gates are 1, or it turns no {} tokens in these streams, blocks and steps"  # text or image
 NO_TEXT, NO_IMAGE = (WHY.format(stream) for stream in ("text", "image"))
 
 Word = tuple[str, float]  # and its risk
@@ -44,8 +44,8 @@ def require_measured(record: Record) -> None:
     """Raise ValueError for a run in which no gate was asked."""
     if not record.measured:
         raise ValueError(
-            "SafeRoPE measured nothing in this run: none of its steps lay between start_percent and end_percent. Widen them "
-            "in SafeRoPE Apply, or mute this node."
+            "SafeRoPE measured nothing in this run: none of its steps lay between start_percent and end_percent, or all "
+            "gates are 1, which no token passes. Widen them or lower the gates in SafeRoPE Apply, or mute this node."
         )
 
 

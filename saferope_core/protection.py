@@ -26,7 +26,7 @@ from .strength import held_strengths
 ROLES = ("q", "k")
 STREAMS = ("text", "image")
 
-# What is told, for every concept that has gates there: its number, the block's row, the stream, its heads [n] and which
+# What is told, for every concept that has gates below 1 there: its number, the block's row, the stream, its heads [n] and which
 # tokens pass their gates, bool [B, n, L]. `recorder.Forward.saw` is one.
 Seen = Callable[[int, int, str, Tensor, Tensor], None]
 
@@ -38,7 +38,7 @@ class _Part(NamedTuple):
     theta: Tensor  # [H, P], strength included
     gate: Tensor  # [H]
     unsafe: Tensor | None  # [H, R + S, R], directionsᵀ U: the unsafe subspace seen from the directions; None if S = 0
-    own: Tensor | None = None  # int64 [n]: which of the plan's heads are this concept's; set when plans are merged
+    own: Tensor | None = None  # int64 [n]: the plan's heads whose gates this concept asks; set when plans are merged
     concept: int = 0  # its number
 
 
@@ -156,6 +156,8 @@ def _rotate_span(
     scales, coordinates = _scales(vectors, plan)
     if tell is not None:
         for part, scale in zip(plan.parts, scales, strict=True):
+            if not len(part.own):
+                continue
             passed = scale.ne(0) if few is None else few.spread(scale.ne(0), stop - start)
             tell(part.concept, heads=plan.heads[part.own], passed=passed.index_select(1, part.own))
     if few is not None and not any(bool(scale.any()) for scale in scales):
@@ -235,7 +237,7 @@ def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch
     if len(parts) == 1:
         heads, part = parts[0]
         tensors = [None if each is None else each.to(device) for each in part[:4]]
-        part = _Part(*tensors, torch.arange(len(heads), device=device), part.concept)
+        part = _Part(*tensors, _open(part).nonzero()[:, 0].to(device), part.concept)
         return _Plan(heads.to(device), [part], part.directions)
     heads = torch.cat([heads for heads, _ in parts]).unique()
 
@@ -249,10 +251,15 @@ def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch
 
     def merged(own: Tensor, part: _Part) -> _Part:
         tensors = {name: placed(getattr(part, name), own) for name in ("directions", "theta", "gate", "unsafe")}
-        return part._replace(**tensors, own=torch.isin(heads, own).nonzero()[:, 0].to(device))
+        return part._replace(**tensors, own=torch.isin(heads, own[_open(part)]).nonzero()[:, 0].to(device))
 
     placed_parts = [merged(own, part) for own, part in parts]
     return _Plan(heads.to(device), placed_parts, torch.cat([part.directions for part in placed_parts], dim=-1))
+
+
+def _open(part: _Part) -> Tensor:
+    """bool [H]: gates that a token can pass. No LRS is above 1: who passes such a gate is not asked, nor told."""
+    return part.gate < 1
 
 
 def _generator(concept: Concept, stream: str) -> Tensor:

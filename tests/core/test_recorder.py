@@ -95,10 +95,21 @@ def test_a_stream_without_gates_has_no_risk(make_concept, geometry, stream):
     assert (reading.score is None) == (reading.heads is None) == (stream == "text")
 
 
-def test_gates_that_nothing_passes_are_a_risk_of_0(make_concept, geometry):
-    """Control: asked and not passed is measured."""
-    (reading, _) = recorded(Protection([make_concept(threshold=1.0)], geometry), steps_of(1)).readings(0)
-    assert reading.score == 0 and not reading.patches.any()
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_gate_of_1_is_not_asked(path, make_concept, geometry, others):
+    """No token can be above it. Just below it is asked, and a risk of 0 where no token passes."""
+    beside, steps = [make_concept("zappy", rank=8)] * others, steps_of(1)
+    (never, _), (asked, _) = (
+        recorded(Protection([make_concept(threshold=gate), *beside], geometry), steps).readings(0)
+        for gate in (1.0, 0.999)
+    )
+    assert never.text is never.image is never.heads is None
+    assert asked.score == 0 and not asked.patches.any() and not asked.heads.any(), "control"
+    gates = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    concept = make_concept(gate_q=gates, gate_k=gates)
+    (some, _) = recorded(Protection([concept, *beside], geometry), steps).readings(0)
+    assert some.text.eq(1).all(), "all of 10 gates, not 10 of 12"
+    assert some.heads[0, 3].tolist() == [1, 0, 1]
 
 
 def test_steps_without_protection_dilute_no_risk(make_concept, geometry):

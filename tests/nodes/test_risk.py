@@ -125,6 +125,7 @@ def test_a_latent_of_another_model_is_refused(node_classes, world, star, sampled
         ({"record": False}, "record is off"),
         ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent and end_percent are both 0.5"),
         ({"blocks": "d0", "streams": "image"}, "no concept has anything to turn"),
+        ({"gate": "fixed", "threshold": 1.0}, "or all gates are 1"),
     ],
 )
 def test_what_nobody_measured_is_not_called_harmless(node_classes, world, star, sampled, show, settings, why):
@@ -261,10 +262,15 @@ def test_a_probe_can_refuse(ask):
 
 
 @pytest.mark.parametrize("text", [STAR, CIRCLE])
-@pytest.mark.parametrize("idle", ["switched off", "no text"])
+@pytest.mark.parametrize("idle", ["switched off", "no text", "gates of 1"])
 def test_a_probe_lets_nothing_pass_that_it_did_not_measure(ask, star, swirl, text, idle):
     """It said of the star's own prompt: risk 0.00, not above 0.4."""
-    off = replace(star[0], strength=0.0) if idle == "switched off" else still(star[0], "text")
+    ones = dict.fromkeys(("gate_q", "gate_k"), torch.ones(len(star[0].heads)))
+    off = {
+        "switched off": replace(star[0], strength=0.0),
+        "no text": still(star[0], "text"),
+        "gates of 1": replace(star[0], **ones),
+    }[idle]
     both = [*swirl, off]
     with pytest.raises(
         ValueError, match=r"the risk of Star was not measured.* Set its strength above 0(.|\n)*Swirl: risk 0\."
