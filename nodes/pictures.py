@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -41,6 +42,7 @@ def heat_map(
 ) -> Tensor:
     """Values [rows, columns] in [0, 1] (others are clamped) as a labelled map with a colour bar; IMAGE [1, h, w, 3].
 
+    NaN, a value that is not known, is a light grey cell without a number.
     `framed` bool [rows, columns] marks cells; `numbers` writes the values into them. `unit` names the colour bar.
     Texts are plain letters: the font has no Greek and no exponents. Long ones are cut.
     """
@@ -59,10 +61,10 @@ def heat_map(
         for c in range(len(columns)):
             value = float(values[r, c])
             box = (left + c * cell, top + r * cell, left + (c + 1) * cell - 2, top + (r + 1) * cell - 2)
-            pen.rectangle(box, fill=colour(value))
+            pen.rectangle(box, fill=GRID if isnan(value) else colour(value))
             if framed is not None and framed[r, c]:
                 pen.rectangle(box, outline=(214, 39, 40), width=2 if cell < 40 else 4)
-            if numbers:
+            if numbers and not isnan(value):
                 ink = PAPER if value < 0.55 else INK
                 pen.text((box[0] + cell / 2, box[1] + cell / 2), f"{value:.2f}", ink, font, anchor="mm")
     every = max(1, -(-max(width_of(column, TEXT) + 8 for column in columns) // cell))

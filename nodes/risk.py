@@ -54,12 +54,12 @@ def comparable(record: Record) -> float | ExecutionBlocker:
     if record.score is not None:
         return record.score
     return ExecutionBlocker(
-        f"SafeRoPE has no risk to compare: that of {named(record.unmeasured)} was not measured ({NO_TEXT}). Turn that on, take "
+        f"SafeRoPE has no risk to compare: that of {listed(record.unmeasured)} was not measured ({NO_TEXT}). Turn that on, take "
         "the concept out, or use the report instead of the risk."
     )
 
 
-def named(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """The first few of some concepts, for a sentence."""
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
@@ -118,7 +118,8 @@ def heads_picture(record: Record, geometry: Geometry) -> Tensor:
             pictures.append(blank(f"{name}: heads not measured on the prompt", NO_TEXT))
             continue
         reading, picture = found
-        title = f"{name}: heads that found the riskiest token risky"
+        grey = " (grey: not measured)" if reading.heads.isnan().any() else ""
+        title = f"{name}: heads that found the riskiest token risky{grey}"
         pictures.append(heat_map(reading.heads[picture].T, heads, block_names(geometry), title, "share of steps"))
     return batched(pictures)
 

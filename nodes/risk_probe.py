@@ -14,7 +14,7 @@ from .apply import flux_geometry
 from .concepts import ConceptType, require_range
 from .patch import AttentionPatch, patched
 from .recorder import Record, Recorder
-from .risk import FLAG_ABOVE, NO_TEXT, comparable, heads_picture, named, report, words_picture
+from .risk import FLAG_ABOVE, NO_TEXT, comparable, heads_picture, listed, report, words_picture
 
 REPORT, REFUSE = "report", "stop with an error"
 SCHEDULE = 20  # steps of the sampling whose first ones are taken
@@ -56,7 +56,7 @@ def require_all_measured(record: Record, said: str) -> None:
     """Raise ValueError where a concept has no risk: it could be anything, so the prompt must not go on."""
     if record.unmeasured:
         raise ValueError(
-            f"This prompt was refused: the risk of {named(record.unmeasured)} was not measured, as {NO_TEXT}. Expected a risk "
+            f"This prompt was refused: the risk of {listed(record.unmeasured)} was not measured, as {NO_TEXT}. Expected a risk "
             "of every concept. Set its strength above 0 in SafeRoPE Load Concept, connect a concept that turns text tokens, or "
             f"take it out.\n{said}"
         )

@@ -258,7 +258,7 @@ def _merged(parts: list[tuple[Tensor, _Part]], geometry: Geometry, device: torch
 
 
 def _open(part: _Part) -> Tensor:
-    """bool [H]: gates that a token can pass. No LRS is above 1: who passes such a gate is not asked, nor told."""
+    """bool [H]: gates that a token can pass. No LRS is above 1, so a gate of 1 is not asked, and nothing is told of it."""
     return part.gate < 1
 
 

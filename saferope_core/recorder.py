@@ -41,7 +41,8 @@ class Reading:
     grid: tuple[int, int]  # rows and columns of the image tokens, as the host told
     text: Tensor | None  # [S, B, L]: risk of text tokens; NaN in steps in which no gate was asked
     image: Tensor | None  # [S, B, L]: risk of image tokens, likewise
-    heads: Tensor | None  # [B, blocks, H]: share of steps and roles in which a head found the riskiest text token risky
+    # [B, blocks, H]: share of steps and roles in which a head found the riskiest text token risky; NaN: it has no gate
+    heads: Tensor | None
     noise_levels: Tensor  # [S], as the host told
 
     @property
@@ -136,4 +137,4 @@ def _heads_at(token: Tensor, tallies: Sequence[_Tally | None], geometry: Geometr
             at = token.to(passed.device)[:, None, None].expand(-1, passed.shape[1], 1)
             sums[:, row, heads.cpu()] += passed.gather(2, at)[..., 0].float().cpu()
             counts[row, heads.cpu()] += 1
-    return sums / counts.clamp(min=1)
+    return sums / counts  # 0 / 0, NaN, where no gate was asked

@@ -201,6 +201,8 @@ def test_maps_show_what_they_are_given(pack):
     assert low.shape == high.shape and not torch.equal(low, high)
     framed = pictures.heat_map(torch.zeros(2, 3), ["a", "b"], list("xyz"), "t", "u", torch.eye(2, 3, dtype=torch.bool))
     assert not torch.equal(framed, low)
+    unknown = pictures.heat_map(torch.full((2, 3), float("nan")), ["a", "b"], list("xyz"), "t", "u", numbers=True)
+    assert not torch.equal(unknown, low) and not torch.equal(unknown, high)
     assert pictures.colour(-1) == pictures.colour(0) and pictures.colour(2) == pictures.colour(1)
     short, long = (pictures.bars([v], ["x"], "t", "u") for v in (0.1, 0.9))
     assert short.shape == long.shape and not torch.equal(short, long)
