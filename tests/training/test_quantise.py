@@ -91,6 +91,18 @@ def test_quantised_bases_stay_near_and_frozen(load, wanted, kind):
     assert fingerprint(model.transformer) == fingerprint(load(kind).transformer)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in ERROR if kind.startswith("torchao")])
+def test_a_single_file_is_quantised_as_a_folder_is(load, folder, kind):
+    """It was loaded in full, without a word."""
+    single = load_model(str(SINGLE), quantise=kind, encoders=str(folder), resolution=96)
+    assert fingerprint(single.transformer) == fingerprint(load(kind).transformer)
+    full = load_model(str(SINGLE), encoders=str(folder), resolution=96).transformer
+    assert fingerprint(full) != fingerprint(single.transformer), "negative control"
+    quantise.require_quantised(single.transformer, kind, "single")
+    with pytest.raises(ValueError, match=f"got weights in full, expected them in '{kind}'"):
+        quantise.require_quantised(full, kind, "full")
+
+
 @pytest.mark.parametrize("kind", ERROR)
 def test_quantised_layers_have_the_gains_of_full_ones(load, folder, kind):
     full = gains(load_model(str(folder), resolution=96).transformer)

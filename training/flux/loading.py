@@ -20,7 +20,7 @@ from .encoders import EncoderSource
 from .folder import INDEX, TRANSFORMER, fetch, first_line, load_part, read_json, require_parts
 from .models import GUIDANCE, TINYWORLD, Model, from_pipeline
 from .plausible import require_plausible
-from .quantise import quantisation_config, require_library
+from .quantise import in_place, is_torchao, quantisation_config, require_library, require_quantised
 
 RESOLUTION = 512  # pixels: statistics and rotations do not depend on resolution, time and memory do
 _ENCODERS = ("text_encoder", "text_encoder_2")
@@ -76,6 +76,8 @@ def load_model(
     if quantise not in ("nf4", "int8"):  # which lie on the GPU already
         transformer = transformer.to(device)
     require_plausible(transformer, name)
+    if quantise:
+        require_quantised(transformer, quantise, name)
     return _assemble(name, rest, transformer, resolution)
 
 
@@ -208,8 +210,13 @@ def _from_file(path: Path, quantise: str | None, device: str, dtype: torch.dtype
     with tempfile.TemporaryDirectory() as folder, _readable(str(path)):
         Path(folder, "config.json").write_text(json.dumps({"_class_name": TRANSFORMER, **geometry}))
         transformer = FluxTransformer2DModel.from_single_file(
-            weights or read_weights(path, dtype), config=folder, torch_dtype=dtype, quantization_config=config
+            weights or read_weights(path, dtype),
+            config=folder,
+            torch_dtype=dtype,
+            quantization_config=None if is_torchao(quantise) else config,
         )
+        if is_torchao(quantise):
+            in_place(transformer, quantise)
     require_none(str(path), [key for key, value in transformer.named_parameters() if value.is_meta])
     return transformer
 

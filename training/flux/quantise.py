@@ -7,8 +7,13 @@ along. The libraries are imported only when asked for.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import BitsAndBytesConfig, TorchAoConfig
 
 KINDS = ("nf4", "int8", "torchao-int8", "torchao-float8")
 _LIBRARY = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao", "torchao-float8": "torchao"}
@@ -31,7 +36,7 @@ def require_library(library: str, what: str) -> None:
         )
 
 
-def quantisation_config(kind: str, device: str, dtype: torch.dtype):
+def quantisation_config(kind: str, device: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig:
     """diffusers' configuration of one of KINDS; `dtype` is what the model computes in.
 
     ValueError where the kind is unknown, its library missing or the device not one that it can load to.
@@ -43,7 +48,7 @@ def quantisation_config(kind: str, device: str, dtype: torch.dtype):
     return _torchao(kind)
 
 
-def _bitsandbytes(kind: str, device: str, dtype: torch.dtype):
+def _bitsandbytes(kind: str, device: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     from diffusers import BitsAndBytesConfig
 
     if device == "cpu":
@@ -59,7 +64,30 @@ def _bitsandbytes(kind: str, device: str, dtype: torch.dtype):
     )
 
 
-def _torchao(kind: str):
+def in_place(transformer: nn.Module, kind: str) -> None:
+    """Quantises loaded weights, to the same bits as diffusers does while it loads a folder. For torchao's kinds.
+
+    diffusers' loader of single files takes torchao's configuration and quantises nothing (0.42.1).
+    """
+    from torchao.quantization import quantize_
+
+    quantize_(transformer, _torchao(kind).quant_type)
+
+
+def require_quantised(transformer: nn.Module, kind: str, name: str) -> None:
+    """ValueError where every weight is still a plain number: whoever asked for fewer bits counts on the memory."""
+    if all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in transformer.parameters()):
+        raise ValueError(
+            f"model {name!r}: got weights in full, expected them in {kind!r}: diffusers did not quantise them; take another "
+            "--quantise, or a folder in diffusers' layout"
+        )
+
+
+def is_torchao(kind: str | None) -> bool:
+    return _LIBRARY.get(kind) == "torchao"
+
+
+def _torchao(kind: str) -> TorchAoConfig:
     from diffusers import TorchAoConfig
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
