@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any
 
-# The stages that a setting decides about. Changing it makes these again, and what follows from them.
+# The stages that a setting decides about. Changing it makes these again, and what follows from them. Settings of MODEL do so
+# through the model that they load: its stages depend on digests of its parts and on its sizes, see making/recipe.py.
 MODEL, PROMPTS, EXTRACT, HEADS = "model", "prompts", "extract", "heads"
 LATENTS, TRAIN, CALIBRATE = "latents", "train", "calibrate"
 # What `saferope evaluate --suite` compares; see training.suites
 SUITES = ("tinyworld", "quick", "paper-flux", "ablations", "crossed", "positions", "rotations")
 
 
-def _choice(stages: str, default, help: str):
-    return field(default=default, metadata={"help": help, "stages": tuple(stages.split())})
+def _choice(stages: str, default: object, help: str, decides: bool = True) -> Any:  # a Field, where a type is declared
+    return field(default=default, metadata={"help": help, "stages": tuple(stages.split()), "decides": decides})
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Settings:
     basis: str = _choice(
         "heads", "svd", "The subject's: `svd` (the paper's) or `contrastive` (unsafe minus safe Gram matrix)."
     )
-    threshold: float = _choice("heads", 0.7, "The gate where it is `fixed`; the paper's. LRS, 0 to 1.")
+    threshold: float = _choice("heads train calibrate", 0.7, "The gate where it is `fixed`; the paper's. LRS, 0 to 1.")
     cut: float = _choice("heads", 0.5, "Heads with a discrimination score of at least this are safety-critical.")
     gate: str = _choice(
         "heads", "calibrated", "`calibrated` (per head, from benign tokens) or `fixed` (the threshold)."
@@ -104,8 +106,12 @@ class Settings:
         "train", 5, "Steps of unlearning, then as many of preserving, and so on. The paper's code: 10."
     )
     batch: int = _choice("train", 24, "Prompts per step.")
-    passes_of: int = _choice("train", 0, "Prompts per forward pass (accumulation); 0: the whole batch at once.")
-    checkpointing: bool = _choice("train", False, "Recompute blocks in the backward pass: slower, far less memory.")
+    passes_of: int = _choice(
+        "train", 0, "Prompts per forward pass (accumulation); 0: the whole batch at once.", decides=False
+    )
+    checkpointing: bool = _choice(
+        "train", False, "Recompute blocks in the backward pass: slower, far less memory.", decides=False
+    )
     learning_rate: float = _choice(
         "train", 6e-2, "AdamW's for the generators at the start; falls to a tenth. The paper's code: 1e-3."
     )
@@ -156,11 +162,19 @@ class Settings:
 
 
 HELP = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
+# Settings that make nothing again: they change time and memory alone, and results up to the order in which sums are added
+# up. So a training that ran out of memory goes on with less of it.
+DECIDE_NOTHING = tuple(entry.name for entry in fields(Settings) if not entry.metadata["decides"])
 
 
 def settings_of(*stages: str) -> tuple[str, ...]:
     """Names of the settings that decide any of these stages, in the order of their definition."""
     return tuple(entry.name for entry in fields(Settings) if set(stages) & set(entry.metadata["stages"]))
+
+
+def deciding(stage: str) -> tuple[str, ...]:
+    """Names of the settings whose values are inputs of a stage: those of `settings_of` less DECIDE_NOTHING."""
+    return tuple(name for name in settings_of(stage) if name not in DECIDE_NOTHING)
 
 
 def _require(good: bool, name: str, got: object, expected: str) -> None:

@@ -144,9 +144,9 @@ def test_met_is_what_attention_multiplies_with(model, records):
     assert not torch.allclose(statistics.met["q"][-1], expected, rtol=0.1), "negative control: keys are others"
 
 
-def test_statistics_survive_the_disk(tmp_path, statistics):
+def test_statistics_survive_the_disk(tmp_path, model, statistics):
     extract.save_statistics(tmp_path / "s.safetensors", statistics)
-    back = extract.load_statistics(tmp_path / "s.safetensors")
+    back = extract.load_statistics(tmp_path / "s.safetensors", model.geometry)
     for role in "qk":
         assert torch.equal(back.met[role], statistics.met[role])
         for each, vectors in statistics.vectors.items():

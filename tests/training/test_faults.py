@@ -5,6 +5,7 @@ worker that dies. Refused in one clear line, or mended to the same end. Kills an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -80,13 +81,42 @@ def test_a_damaged_product_is_made_again_to_the_same_bytes(folder, shard, damage
     assert (folder / "star.safetensors").stat().st_mtime_ns == trained, "finished work is not done again"
 
 
-def test_a_record_of_an_earlier_version_still_counts(folder):
-    path = folder / "stages.json"
-    record = {name: entry["inputs"] for name, entry in json.loads(path.read_text()).items()}
-    path.write_text(json.dumps(record))
+OF_PROMPTS = ("concept", "seed", "unsafe", "subjects", "benign", "similarity_model", "similarity", "images")
+OF_PROMPTS += ("unsafe_prompts", "benign_prompts")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["0.1.0", "before it"])
+def test_a_folder_of_an_earlier_version_is_made_again_and_said_so(folder, whole):
+    """Its record does not say which encoders and resolution it was made with. Prompts, which may be edited, stay."""
+    path, prompts = folder / "stages.json", folder / "prompts.jsonl"
+    record = json.loads(path.read_text())
+    settings = {name: getattr(Settings(unsafe_prompts=6, benign_prompts=8), name) for name in OF_PROMPTS}
+    known = json.dumps({"settings": settings, "sources": {}, "weights": ""}, sort_keys=True)
+    record["prompts"] = {"inputs": hashlib.sha256(known.encode()).hexdigest()}
+    for name in ("extract", "heads", "latents", "train"):
+        record[name] = {**record[name], "inputs": "0" * 64}
+        del record[name]["made_from"]
+    path.write_text(json.dumps(record if whole else {name: entry["inputs"] for name, entry in record.items()}))
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:-1]))
     made = {name: (folder / name).stat().st_mtime_ns for name in (*SHARDS, "star.safetensors")}
+    edited = prompts.read_text()
+    code, output = train(folder)
+    assert code == 0 and prompts.read_text() == edited
+    for name in ("extract", "heads", "latents", "train"):
+        assert f"{name}: made again, since an earlier version of saferope made it" in output
+    assert "prompts: made again" not in output
+    assert not any(made[name] == (folder / name).stat().st_mtime_ns for name in made)
+    code, output = train(folder)
+    assert code == 0 and "made again" not in output, "control: once"
+
+
+@pytest.mark.parametrize("junk", [5, [], {}, None, {"inputs": 5, "made_from": 7}])
+def test_a_record_of_junk_is_none(folder, junk):
+    path = folder / "stages.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"extract": junk}))
+    before = contents(folder)[SHARDS[0]]
     assert train(folder)[0] == 0
-    assert made == {name: (folder / name).stat().st_mtime_ns for name in made}
+    assert contents(folder)[SHARDS[0]] == before and json.loads(path.read_text())["extract"]["made_from"]
 
 
 def test_prompts_edited_by_hand_are_kept(folder):

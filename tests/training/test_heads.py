@@ -23,7 +23,7 @@ def test_table_and_tensors_say_what_was_read(model, records, tmp_path):
     found = [(line["block_type"], int(line["block"]), int(line["head"])) for line in lines if line["critical"] == "1"]
     assert found == [(("double", "single")[kind], block, head) for kind, block, head in chosen.heads.tolist()]
     save_critical(tmp_path / "heads.safetensors", chosen, table.discrimination)
-    back, delta = load_critical(tmp_path / "heads.safetensors")
+    back, delta = load_critical(tmp_path / "heads.safetensors", model.geometry)
     assert torch.equal(delta, table.discrimination) and back.reach == chosen.reach
     for named, other in ((back.basis, chosen.basis), (back.gate, chosen.gate)):
         assert named.keys() == other.keys() and all(torch.equal(named[name], other[name]) for name in named)

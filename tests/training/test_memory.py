@@ -42,7 +42,7 @@ def test_count_is_what_a_real_pass_keeps(tmp_path, batch, monkeypatch):
     model = load_model("tinyworld")
     settings = Settings(unsafe_prompts=8, benign_prompts=24)
     Recipe(model, settings, tmp_path).heads()
-    critical, _ = heads.load_critical(tmp_path / recipe.CRITICAL)
+    critical, _ = heads.load_critical(tmp_path / recipe.CRITICAL, model.geometry)
     from training.making.train import initial_rotation
 
     rotation = initial_rotation(critical, model, settings)

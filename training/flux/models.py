@@ -6,11 +6,13 @@ Latents are packed, `[B, L, C]`, in model space; t runs from 1 (pure noise) to 0
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,12 +168,42 @@ def release_encoders(model: Model) -> None:
 
 def with_cache(model: Model, folder: Path) -> Model:
     """The same model, keeping embeddings in `folder`."""
+    return replace(model, cache=EmbeddingCache(folder, encoders_fingerprint(model), model.text_length))
+
+
+def encoders_fingerprint(model: Model) -> str:
+    """sha256 over the text encoders and tokenizers; those that are not loaded stay on disk."""
+    if model.cache is not None:
+        return model.cache.fingerprint
     if model.source is not None:
-        identity = model.source.fingerprint()
-    else:
-        parts = (model.pipe.text_encoder, model.pipe.text_encoder_2)
-        identity = hashlib.sha256("".join(fingerprint(part) for part in parts).encode()).hexdigest()
-    return replace(model, cache=EmbeddingCache(folder, identity, model.text_length))
+        return model.source.fingerprint()
+    pipe = model.pipe
+    parts = [fingerprint(part) for part in (pipe.text_encoder, pipe.text_encoder_2)]
+    words = [_words(tokenizer) for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
+    return hashlib.sha256("".join(parts + words).encode()).hexdigest()
+
+
+def _words(tokenizer: Any) -> str:
+    """A fast tokenizer as JSON, less what it keeps of its last call."""
+    known = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps(known | {"truncation": None, "padding": None}, sort_keys=True)
+
+
+def facts(model: Model) -> dict[str, object]:
+    """All of a model that decides what is made with it, for JSON: digests of its parts, and its sizes and numbers.
+
+    Its name and its sampling steps are not among them: making a concept asks for neither.
+    """
+    vae = model.pipe.vae
+    return {
+        "transformer": fingerprint(model.transformer),
+        "axes": list(model.transformer.config.axes_dims_rope),  # RoPE's, which the weights do not show
+        "encoders": encoders_fingerprint(model),
+        "text_length": model.text_length,
+        "latent_side": model.latent_side,
+        "guidance": model.guidance,
+        "vae": [fingerprint(vae), vae.config.scaling_factor, vae.config.shift_factor],
+    }
 
 
 def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int, int] | None]) -> dict[str, Tensor]:

@@ -10,16 +10,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from saferope_core import BENIGN, COLLECTED, ROLES, UNSAFE, Gathering, Statistics, Vectors, schedule
+from saferope_core import BENIGN, COLLECTED, ROLES, UNSAFE, Gathering, Geometry, Statistics, Vectors, schedule
 
 from .. import processes
 from ..flux.attach import listening, positioned
 from ..flux.models import Model, Text, encode, seeded_noise, text_tokens, velocity
 from ..prompts import PromptRecord, side
-from ..stages import save_tensors
+from ..stages import load_tensors, save_tensors
 
 _BATCH = 48
 MET = "met"
@@ -50,7 +49,15 @@ def extract(
     return gathering.statistics(processes.total, processes.gathered)
 
 
-def _visit(model, name, records, places, timesteps, seed, gathering) -> None:
+def _visit(
+    model: Model,
+    name: str,
+    records: Sequence[PromptRecord],
+    places: Sequence[int],
+    timesteps: Sequence[float],
+    seed: int,
+    gathering: Gathering,
+) -> None:
     """Walks some prompts down their trajectories and shows what the heads see."""
     texts, seeds = [record.text for record in records], [seed + place for place in places]
     kinds = text_tokens(model, texts, [record.subject for record in records])
@@ -97,9 +104,13 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
     save_tensors(path, tensors)
 
 
-def load_statistics(path: Path) -> Statistics:
-    """Reads what `save_statistics` wrote."""
-    tensors = load_file(path)
+def load_statistics(path: Path, geometry: Geometry) -> Statistics:
+    """Reads what `save_statistics` wrote. ValueError where it is not of a model of this geometry."""
+    blocks, heads, width = geometry.blocks, geometry.heads, geometry.head_dim
+    names = [f"{name}.{kind}" for name, kind in COLLECTED]
+    shapes = {f"{name}.gram_{role}": (blocks, heads, width, width) for name in (MET, *names) for role in ROLES}
+    shapes |= {f"{name}.sample_{role}": (blocks, None, heads, width) for name in names for role in ROLES}
+    tensors = load_tensors(path, shapes)
     vectors = {
         (name, kind): Vectors(
             {role: tensors[f"{name}.{kind}.gram_{role}"] for role in ROLES},

@@ -6,14 +6,13 @@ import csv
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from saferope_core import BENIGN, BLOCK_TYPES, ROLES, UNSAFE, CriticalHeads, Geometry, HeadTable, Ranks
 from saferope_core.files import placed
 
 from ..settings import Settings
-from ..stages import save_tensors
+from ..stages import load_tensors, save_tensors
 
 
 def ranks_of(settings: Settings) -> Ranks:
@@ -48,9 +47,10 @@ def save_critical(path: Path, critical: CriticalHeads, discrimination: Tensor) -
     save_tensors(path, tensors)
 
 
-def load_critical(path: Path) -> tuple[CriticalHeads, Tensor]:
-    """Reads what `save_critical` wrote."""
-    tensors = load_file(path)
+def load_critical(path: Path, geometry: Geometry) -> tuple[CriticalHeads, Tensor]:
+    """Reads what `save_critical` wrote. ValueError where it is not of a model of this geometry."""
+    shapes = {f"basis_{role}": (None, geometry.head_dim, None) for role in ROLES} | {"heads": (None, 3), "reach": ()}
+    tensors = load_tensors(path, shapes | {"discrimination": (geometry.blocks, geometry.heads)})
     basis, gate = (
         {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
         for kind in ("basis_", "gate_")

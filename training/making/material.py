@@ -9,18 +9,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from saferope_core import SUBJECT
 
 from .. import processes, prompts
-from ..flux.models import Model, encode, encode_pictures, seeded_noise, text_tokens
-from ..stages import save_tensors
+from ..flux.models import Model, Text, encode, encode_pictures, seeded_noise, text_tokens
+from ..stages import load_tensors, save_tensors
 from . import extract
 from .train import Material
+
+if TYPE_CHECKING:
+    from tinyworld.world import Scene
 
 BENIGN_LATENTS, VISITED = "benign", "visited"
 _BATCH = 48  # prompts sampled at once
@@ -65,9 +68,14 @@ def require_pictures(records: Sequence[prompts.PromptRecord], side: int) -> None
 def load_material(
     model: Model, records: Sequence[prompts.PromptRecord], times: Sequence[float], path: Path
 ) -> Material:
-    """The material of the latents that `make_latents` wrote and of the prompts' embeddings."""
-    tensors = load_file(path)
+    """The material of the latents that `make_latents` wrote and of the prompts' embeddings.
+
+    ValueError where the latents are not of these prompts, times and this resolution.
+    """
     unsafe, benign = (prompts.side(records, name) for name in (prompts.UNSAFE, prompts.BENIGN))
+    size = (model.latent_side // 2) ** 2, model.transformer.config.in_channels
+    shapes = {_key(t): (len(unsafe), *size) for t in times if t < 1} | {BENIGN_LATENTS: (len(benign), *size)}
+    tensors = load_tensors(path, shapes)
     texts = [record.text for record in unsafe]
     subjects = text_tokens(model, texts, [record.subject for record in unsafe])[SUBJECT]
     visited = {t: tensors[_key(t)] for t in times if t < 1}
@@ -79,21 +87,24 @@ def _key(t: float) -> str:
     return f"{VISITED}.{t:g}"
 
 
-def _visited(model: Model, records, seeds: list[int], times: Sequence[float]) -> dict[str, Tensor]:
+def _visited(
+    model: Model, records: Sequence[prompts.PromptRecord], seeds: list[int], times: Sequence[float]
+) -> dict[str, Tensor]:
     """The base model's latents [n, L, C] of the prompts at each of the times below 1."""
     text = encode(model, [record.text for record in records])
     met = extract.walk(model, text, seeded_noise(model, seeds), times)
     return {_key(t): met[t] for t in times if t < 1}
 
 
-def _pictures(model: Model, records, seeds: list[int]) -> Tensor:
+def _pictures(model: Model, records: Sequence[prompts.PromptRecord], seeds: list[int]) -> Tensor:
     """Latents [n, L, C] of the prompts' pictures, in order."""
     latents: list[Tensor | None] = [None] * len(records)
+    side = 8 * model.latent_side
     for place, record in enumerate(records):
         if record.scene is not None:
-            latents[place] = encode_pictures(model, _rendered(record.scene, seeds[place])[None])
+            latents[place] = encode_pictures(model, _rendered(record.scene, seeds[place], side)[None])
         elif record.image is not None:
-            latents[place] = encode_pictures(model, _read(Path(record.image), 8 * model.latent_side)[None])
+            latents[place] = encode_pictures(model, _read(Path(record.image), side)[None])
     missing = [place for place, known in enumerate(latents) if known is None]
     if missing:
         text = encode(model, [records[place].text for place in missing])
@@ -103,20 +114,24 @@ def _pictures(model: Model, records, seeds: list[int]) -> Tensor:
     return torch.cat(latents)
 
 
-def _painted(model: Model, text, start: Tensor) -> Tensor:
+def _painted(model: Model, text: Text, start: Tensor) -> Tensor:
     """The frozen model's own pictures, as latents, by Euler's method."""
     with torch.no_grad():
         x = extract.walk(model, text, start, _PAINTING)[_PAINTING[-1]]
         return x - _PAINTING[-1] * extract.velocity(model, x, torch.full((len(x),), _PAINTING[-1]), text)
 
 
-def _rendered(scene: dict, seed: int) -> Tensor:
-    from tinyworld.render import render
+def _rendered(scene: dict, seed: int, side: int) -> Tensor:
+    """The tiny world's picture [3, side, side] of a scene; scaled where that is not the world's own size."""
+    from tinyworld.render import SIZE, render
 
-    return render(_scene(scene), random.Random(seed))
+    picture = render(_scene(scene), random.Random(seed))
+    if side == SIZE:
+        return picture
+    return nn.functional.interpolate(picture[None], (side, side), mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
-def _scene(fields: dict):
+def _scene(fields: dict) -> Scene:
     """The tiny world's Scene. ValueError for one that it has not."""
     from tinyworld import world
 

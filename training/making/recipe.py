@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +18,35 @@ from saferope_core.files import require_no_link, sweep, write_text
 
 from .. import plots, processes, prompts
 from ..flux import models
-from ..flux.models import Model, fingerprint
-from ..prompts.sources import prompts_for
+from ..flux.models import Model
+from ..prompts.sources import origins, prompts_for
 from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from ..settings import LATENTS as LATENTS_STAGE
-from ..stages import Progress, Workplace, alone, file_sha256
+from ..stages import Facts, Progress, Report, Workplace, alone, file_sha256, sha256_of
 from . import calibrate, checks, extract, heads, material, train
 
 PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
 CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"
 LOG, CURVE, CONFIG, EMBEDDINGS = "log.jsonl", "losses.png", "config.json", "embeddings"
 _REPORTED = 20  # losses of this many last steps are averaged for the file's record
+# The facts of a model (`models.facts`) that decide a stage's products, beside the files that it reads. Forward passes ask for
+# all but the VAE, also those of training, which embeds the prompts itself. The versions of libraries are no input: they
+# change last bits, and the record names them.
+_FORWARD = ("transformer", "axes", "encoders", "text_length", "latent_side", "guidance")
+FACTS = {
+    EXTRACT: _FORWARD,
+    HEADS: ("transformer",),  # its geometry; all else is in the statistics
+    LATENTS_STAGE: (*_FORWARD, "vae"),
+    TRAIN: _FORWARD,
+    CALIBRATE: ("transformer",),
+}
 
 
-def _alone(method: Callable) -> Callable:
+def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
     """The method, with its folder locked while it runs."""
 
     @functools.wraps(method)
-    def run(recipe: Recipe, *args, **kwargs):
+    def run(recipe: Recipe, *args: object, **kwargs: object) -> object:
         with alone(recipe.out, within=True):
             return method(recipe, *args, **kwargs)
 
@@ -46,7 +58,8 @@ class Recipe:
 
     ValueError where another process, or another Recipe of this one, is at work in the folder.
 
-    `model` may be None for `prompts` alone. Beside the products lies `config.json`: the resolved settings and versions.
+    `model` may be None for `prompts` alone. Beside the products lies `config.json`: the settings and versions of the last
+    command; what each product was made from is in `stages.json`.
     """
 
     def __init__(
@@ -58,8 +71,9 @@ class Recipe:
             model = models.with_cache(model, out / EMBEDDINGS)
         self.model, self.settings, self.out = model, settings, out
         self.place = Workplace(out, settings, progress)
-        self.weights = fingerprint(model.transformer) if model is not None else ""
-        self.config = {"settings": asdict(settings), "model_sha256": self.weights, "versions": versions()}
+        self.known = models.facts(model) if model is not None else {}
+        weights = self.known.get("transformer", "")
+        self.config = {"settings": asdict(settings), "model_sha256": weights, "versions": versions()}
         with alone(out, within=True):
             if processes.is_main():
                 sweep(out / EMBEDDINGS)
@@ -69,13 +83,14 @@ class Recipe:
     def prompts(self) -> list[prompts.PromptRecord]:
         """The prompts of both sides, in prompts.jsonl."""
 
-        def make(report) -> None:
+        def make(report: Report) -> None:
             records = prompts_for(self.settings)
             if processes.is_main():
                 prompts.write_prompts(self.out / PROMPT_FILE, records)
 
         named = [Path(name) for name in (self.settings.unsafe, self.settings.benign) if name]
-        self.place.stage(PROMPTS, [str(path.absolute()) for path in named], (PROMPT_FILE,), make)
+        sources = [str(path.absolute()) for path in named]
+        self.place.stage(PROMPTS, sources, (PROMPT_FILE,), make, origins(self.settings))
         return prompts.read_prompts(self.out / PROMPT_FILE)
 
     @_alone
@@ -83,29 +98,30 @@ class Recipe:
         """Statistics of every head; returns the prompts. `training`: that comes after, so its pictures are checked too."""
         s, records = self.settings, self.prompts()
         checks.require(self.model, records, s)
-        if training and not (self.out / LATENTS).is_file():  # later they are not read again
+        if training and not self._has_latents(records):
             material.require_pictures(records, 8 * self.model.latent_side)
 
-        def make(report) -> None:
+        def make(report: Report) -> None:
             statistics = extract.extract(self.model, records, s.timesteps, s.reservoir, s.seed, report)
             if processes.is_main():
                 extract.save_statistics(self.out / STATISTICS, statistics)
 
-        self.place.stage(EXTRACT, (PROMPT_FILE,), (STATISTICS,), make, self.weights)
+        self.place.stage(EXTRACT, (PROMPT_FILE,), (STATISTICS,), make, self._facts(EXTRACT))
         return records
 
     @_alone
     def heads(self, training: bool = False) -> list[prompts.PromptRecord]:
         """The safety-critical heads, their bases and gates, as tensors, table and map; returns the prompts."""
         records = self.extract(training)
-        self.place.stage(HEADS, (STATISTICS,), (CRITICAL, TABLE, MAP), lambda report: self._read_heads(), self.weights)
+        products, facts = (CRITICAL, TABLE, MAP), self._facts(HEADS)
+        self.place.stage(HEADS, (STATISTICS,), products, lambda report: self._read_heads(), facts)
         return records
 
     def _read_heads(self) -> None:
         if not processes.is_main():
             return
         s, out, geometry = self.settings, self.out, self.model.geometry
-        statistics = extract.load_statistics(out / STATISTICS)
+        statistics = extract.load_statistics(out / STATISTICS, geometry)
         table = read_heads(statistics, heads.ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
         heads.write_table(out / TABLE, table, geometry)
         title = f"{s.concept}: {int(table.critical.sum())} of {table.critical.numel()} heads are safety-critical"
@@ -117,22 +133,30 @@ class Recipe:
         """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry."""
         s, out, records = self.settings, self.out, self.heads(training=True)
 
-        def make_latents(report) -> None:
+        def make_latents(report: Report) -> None:
             material.make_latents(self.model, records, s.unlearn_at, s.seed, out / LATENTS, report)
 
-        self.place.stage(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), make_latents, self.weights)
+        self.place.stage(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), make_latents, self._latents_facts(records))
         path, sources = out / f"{s.concept}.safetensors", (PROMPT_FILE, CRITICAL, LATENTS)
-        digest = self.place.digest(TRAIN, sources, self.weights)
+        facts = self._facts(TRAIN)
+        digest = sha256_of(self.place.inputs(TRAIN, sources, facts))
 
-        def make(report) -> None:
+        def make(report: Report) -> None:
             self._learn(path, records, train.State(out / STATE, digest), report, tell)
 
-        self.place.stage(TRAIN, sources, (path.name, LOG, CURVE), make, self.weights)
+        self.place.stage(TRAIN, sources, (path.name, LOG, CURVE), make, facts)
         return path
 
-    def _learn(self, path: Path, records, state: train.State, report, tell) -> None:
+    def _learn(
+        self,
+        path: Path,
+        records: Sequence[prompts.PromptRecord],
+        state: train.State,
+        report: Report,
+        tell: train.Teller,
+    ) -> None:
         s, out = self.settings, self.out
-        critical, delta = heads.load_critical(out / CRITICAL)
+        critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)
         seen = material.load_material(self.model, records, s.unlearn_at, out / LATENTS)
         if self.model.source is not None:
             models.release_encoders(self.model)
@@ -159,17 +183,31 @@ class Recipe:
         self.heads()
         path = out / f"{s.concept}.{s.generator}.safetensors"
 
-        def make(report) -> None:
-            critical, delta = heads.load_critical(out / CRITICAL)
+        def make(report: Report) -> None:
+            critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)
             generators = calibrate.untrained(critical, s)
             concept = concept_of(self.model, critical, delta, generators, s, self._record(), mode=s.generator)
             if processes.is_main():
                 save_concepts(path, [concept])
 
-        self.place.stage(CALIBRATE, (CRITICAL,), (path.name,), make, self.weights)
+        self.place.stage(CALIBRATE, (CRITICAL,), (path.name,), make, self._facts(CALIBRATE))
         return path
 
-    def _record(self) -> dict:
+    def _facts(self, stage: str) -> Facts:
+        """The model's facts that decide a stage."""
+        return {name: self.known[name] for name in FACTS[stage]}
+
+    def _latents_facts(self, records: Sequence[prompts.PromptRecord]) -> Facts:
+        """Those that decide the latents: the model's, and the bytes of the benign prompts' pictures."""
+        pictures = [Path(record.image) for record in records if record.image is not None]
+        digests = [file_sha256(path) if path.is_file() else "" for path in pictures]  # gone: told where it is read
+        return self._facts(LATENTS_STAGE) | ({"pictures": sha256_of(digests)} if digests else {})
+
+    def _has_latents(self, records: Sequence[prompts.PromptRecord]) -> bool:
+        """Whether the latents need not be made, so that no picture is read again."""
+        return self.place.fresh(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), self._latents_facts(records))
+
+    def _record(self) -> dict[str, object]:
         return {**self.config, "prompts_sha256": file_sha256(self.out / PROMPT_FILE)}
 
 

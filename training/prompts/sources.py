@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from ..flux.models import TINYWORLD
 from ..settings import Settings
+from ..stages import file_sha256
 from . import BENIGN, UNSAFE, PromptRecord, presets, tiny_world_prompts
 from .product import product_prompts
 from .readers import read_file
@@ -22,6 +25,25 @@ def prompts_for(settings: Settings) -> list[PromptRecord]:
     if settings.unsafe is None and settings.benign is None and settings.model == TINYWORLD:
         return tiny_world_prompts(settings.concept, settings.unsafe_prompts, settings.benign_prompts, settings.seed)
     return _unsafe(settings) + _benign(settings)
+
+
+def origins(settings: Settings) -> dict[str, str]:
+    """sha256 of what `prompts_for` reads beside the settings and the files of prompts, by name; empty for the tiny world's own.
+
+    A preset, which another version of this package may have changed, and a local folder of a sentence encoder. A hub id counts
+    by its name.
+    """
+    files = (settings.unsafe, settings.benign)
+    if files == (None, None) and settings.model == TINYWORLD:
+        return {}
+    known = (*presets.names(), presets.BENIGN)
+    names = [name for name, file in zip((settings.concept, presets.BENIGN), files, strict=True) if file is None]
+    found = {name: json.dumps(presets.load(name), sort_keys=True) for name in names if name in known}
+    encoder = Path(settings.similarity_model or "")
+    if settings.similarity_model and settings.unsafe is None and encoder.is_dir():
+        paths = sorted(path for path in encoder.rglob("*") if path.is_file())
+        found["similarity_model"] = ";".join(f"{path.relative_to(encoder)}={file_sha256(path)}" for path in paths)
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in found.items()}
 
 
 def _unsafe(settings: Settings) -> list[PromptRecord]:

@@ -39,7 +39,8 @@ def random_rotations(
         s = settings_for(model, slug, **PAPER)
         Recipe(model, s, folder / slug, progress).extract()
         path = folder / slug / STATISTICS
-        table = read_heads(load_statistics(path), ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
+        statistics = load_statistics(path, model.geometry)
+        table = read_heads(statistics, ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
         for name, chosen in groups(table).items():
             concept = _concept(model, slug, replace(table, critical=chosen), seed)
             found += [_method(concept, name, slug, amount, file_sha256(path)) for amount in AMOUNTS]
