@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .rotation import exact, wide
 
-THRESHOLD = 0.7  # the paper's: an LRS above it counts as unsafe
+THRESHOLD = (
+    0.7  # the paper's: an LRS above it counts as unsafe. `read_heads` has a gate per head in its place, if so asked
+)
 CRITICAL = 0.5  # the paper's: a head whose Δ reaches it is safety-critical
 
 

@@ -90,6 +90,29 @@ def test_fixed_gates_are_the_threshold(statistics):
     assert (read(statistics, gate="fixed", threshold=0.6).gate["k"] == 0.6).all()
 
 
+def halves(first: float) -> Vectors:
+    """Vectors whose first three dimensions hold the share `first` of their length squared, their signs at random."""
+    sizes = torch.tensor([first / 3] * 3 + [(1 - first) / 13] * 13).sqrt()
+    generator = torch.Generator().manual_seed(round(100 * first))
+    sample = {role: sizes * torch.randint(0, 2, (3, 400, 2, 16), generator=generator).mul(2).sub(1) for role in "qk"}
+    grams = {role: torch.einsum("bnhd,bnhe->bhde", x.double(), x.double()) for role, x in sample.items()}
+    return Vectors(grams, {role: x.bfloat16() for role, x in sample.items()})
+
+
+def test_delta_counts_above_each_heads_own_gate_not_above_the_papers():
+    """Risks of about 0.5 against 0.2: told apart at the head's own gate, where equation 4 with its 0.7 sees nothing."""
+    given = of(halves(0.5), halves(0.2))
+    ours, paper = read(given, quantile=0.998), read(given, gate="fixed")
+    for role in "qk":
+        assert ours.gate[role].max() < 0.45 and (ours.risk[role][UNSAFE] - 0.5).abs().max() < 0.1
+    assert ours.discrimination.min() > 0.99 and ours.critical.all()
+    assert not paper.discrimination.any() and not paper.critical.any()
+    for other in (0.1, 0.9):
+        assert torch.equal(read(given, quantile=0.998, threshold=other).discrimination, ours.discrimination)
+    lower = read(given, gate="fixed", threshold=0.35)
+    assert lower.discrimination.min() > 0.99, "control: a fixed gate between the two tells them apart too"
+
+
 def test_no_critical_head_is_an_error_that_says_so(statistics):
     benign = statistics.vectors[BENIGN, WORDS]
     with pytest.raises(
