@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import io
+import os
+import sys
+
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -68,10 +74,69 @@ def test_flux_dev_trains_on_a_consumer_card():
     assert memory.Plan(whole, encoders, 0, 0, 0).peak > 24 * memory.GIB, "negative control: not without quantisation"
 
 
-def test_a_plan_that_cannot_fit_is_refused_before_anything_loads(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "available", lambda device: 2**20)
-    result = CliRunner().invoke(cli.app, ["train", "star", "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
+FEW = ["--unsafe-prompts", "6", "--benign-prompts", "8", "--timesteps", "1", "--reservoir", "64"]
+
+
+@pytest.mark.parametrize("free, warned", [(2**20, True), (2**50, False)])
+def test_a_plan_for_more_than_is_free_is_told_and_tried(monkeypatch, tmp_path, free, warned):
+    monkeypatch.setattr(memory, "available", lambda device: free)
+    result = CliRunner().invoke(cli.app, ["extract", "star", "--out", str(tmp_path), *FEW])
+    assert result.exit_code == 0, result.output
     told = " ".join(result.output.split())
-    assert "memory: got 0.0 GiB free on cpu" in told and "--quantise" in told and "transformer, frozen" in told
-    assert not (tmp_path / "out").exists()
+    assert "transformer, frozen" in told and (tmp_path / recipe.STATISTICS).exists()
+    assert ("warning: memory: got 0.0 GiB free on cpu, expected" in told and "Try --quantise" in told) == warned
+
+
+def test_free_memory_is_read_without_names_that_only_linux_has(monkeypatch):
+    """os.sysconf has no SC_AVPHYS_PAGES on macOS, and on Windows is not there."""
+    monkeypatch.delattr(os, "sysconf")
+    assert 0 < memory.available("cpu") <= psutil.virtual_memory().total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux names both numbers")
+def test_cached_files_count_as_free(monkeypatch):
+    """MemAvailable, not MemFree: of 8 GiB with 1 free and 6 in caches, 7 can be had."""
+    facts = {"MemTotal": 8, "MemFree": 1, "MemAvailable": 7, "Buffers": 0, "Cached": 6, "Shmem": 0}
+    facts |= dict.fromkeys(("Active", "Inactive", "Slab", "SReclaimable"), 0)
+    lines = b"".join(f"{name}: {size * 2**20} kB\n".encode() for name, size in facts.items())
+    real = builtins.open
+
+    def opened(name, *args, **kwargs):
+        return io.BytesIO(lines) if name == "/proc/meminfo" else real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", opened)
+    assert memory.available("cpu") == 7 * memory.GIB
+
+
+class Full:
+    """A Recipe that needs more bytes than a machine has addresses for."""
+
+    def __init__(self, *_) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("what", ["the machine's", "Python's", "a GPU's", "a loader's"])
+def test_memory_that_runs_out_is_told_in_words(monkeypatch, tmp_path, what):
+    errors = {"Python's": MemoryError(), "a GPU's": torch.cuda.OutOfMemoryError("CUDA out of memory")}
+    errors["a loader's"] = ValueError("model 'x': cannot be loaded (CUDA out of memory); fetch it again")
+    errors["a loader's"].__cause__ = errors["a GPU's"]
+
+    def recipe_of(*_):
+        raise errors[what]
+
+    monkeypatch.setattr(recipe, "Recipe", Full if what == "the machine's" else recipe_of)
+    result = CliRunner().invoke(cli.app, ["extract", "star", "--out", str(tmp_path / "out")])
+    told = " ".join(result.output.split())
+    assert result.exit_code == 2 and "saferope: memory: ran out on cpu" in told, told
+    assert "fetch it again" not in told and "Try --quantise" in told and told.count("transformer, frozen") == 2, (
+        "the plan, before and in the error"
+    )
+
+
+def test_other_errors_are_no_lack_of_memory(monkeypatch, tmp_path):
+    def recipe_of(*_):
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr(recipe, "Recipe", recipe_of)
+    result = CliRunner().invoke(cli.app, ["extract", "star", "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, RuntimeError) and str(result.exception) == "shapes"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..console import say
 from ..settings import CALIBRATE, EXTRACT, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
 from .common import Device, Out, command, load, progress_bars
+
+if TYPE_CHECKING:
+    from ..making.recipe import Recipe
+    from ..making.train import Teller
 
 BEFORE_HEADS = (MODEL, PROMPTS, EXTRACT)
 CPU = "cpu"
@@ -76,8 +81,8 @@ def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
 
 
 @contextmanager
-def _recipe(settings: Settings, out: Path, device: str, training: bool = False):
-    """The recipe of a loaded model, with progress bars; before it loads, the memory plan is printed and checked."""
+def _recipe(settings: Settings, out: Path, device: str, training: bool = False) -> Iterator[Recipe]:
+    """The recipe of a loaded model, with progress bars. Before it loads, the memory plan is printed; a large one is warned of."""
     from .. import processes
     from ..making import memory
     from ..making.recipe import Recipe
@@ -86,14 +91,14 @@ def _recipe(settings: Settings, out: Path, device: str, training: bool = False):
     device = processes.own_device(device)
     plan = memory.plan_for(settings, device, training)
     if processes.is_main():
-        say("\n".join(plan.lines()), err=True)
-    memory.require_room(plan, device)
-    with alone(out), progress_bars() as progress:
+        doubt = memory.doubt(plan, device)
+        say("\n".join(plan.lines() + ([f"warning: {doubt}"] if doubt else [])), err=True)
+    with memory.running_out(plan, device), alone(out), progress_bars() as progress:
         yield Recipe(load(settings, device), settings, out, progress)
 
 
 @contextmanager
-def _losses(folder: Path | None):
+def _losses(folder: Path | None) -> Iterator[Teller]:
     """What is told every step's entry: TensorBoard's writer, or nobody."""
     if folder is None:
         yield lambda entry: None

@@ -1,4 +1,4 @@
-"""What will be resident, counted before anything is loaded, from the model's own shapes.
+"""What will be resident, counted before anything is loaded, from the model's own shapes. A count warns, it refuses nothing.
 
 Activations are not estimated: the transformer is built from fake tensors, which have shapes and no data, run once, and what
 autograd keeps for the backward pass is added up. Counted for one block of either kind, then multiplied.
@@ -6,11 +6,11 @@ autograd keeps for the backward pass is added up. Counted for one block of eithe
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8, "torchao-int8": 8, "torc
 WORKSPACE = 0.1  # of the rest: kernels' scratch space and fragmentation
 GIB = 2**30
 _WIDTH = 24  # R + S of the stand-in for a rotation; hardly matters
+_WAYS_OUT = "Try --quantise, --checkpointing, fewer --passes-of or a smaller --resolution"
 
 
 @dataclass(frozen=True)
@@ -120,18 +121,40 @@ def available(device: str) -> int:
     """Free bytes of a GPU, or of this machine's memory."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available  # with what the system gives up when asked, such as cached files
 
 
-def require_room(plan: Plan, device: str) -> None:
-    """ValueError with the plan and ways out where it cannot fit."""
+def doubt(plan: Plan, device: str) -> str | None:
+    """A warning with ways out where the plan is for more than is free now; None where it is not.
+
+    No error: the count was never held against real weights, and memory that is taken now may be given back.
+    """
     free = available(device)
-    if plan.peak > free:
+    if plan.peak <= free:
+        return None
+    return (
+        f"memory: got {free / GIB:.1f} GiB free on {device}, expected {plan.peak / GIB:.1f} by a count that was not measured "
+        f"on real weights; it may run out. {_WAYS_OUT}"
+    )
+
+
+@contextmanager
+def running_out(plan: Plan, device: str) -> Iterator[None]:
+    """Memory that runs out, of a GPU or of this machine, is told as a ValueError with the plan and ways out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, ValueError) as error:
+        if not (_ran_out(error) or _ran_out(error.__cause__)):  # a loader tells of it in a ValueError
+            raise
         table = "\n".join(plan.lines())
         raise ValueError(
-            f"memory: got {free / GIB:.1f} GiB free on {device}, expected {plan.peak / GIB:.1f}; try --quantise, "
-            f"--checkpointing, fewer --passes-of or a smaller --resolution\n{table}"
-        )
+            f"memory: ran out on {device}, expected room for this plan; what is done is kept. {_WAYS_OUT}\n{table}"
+        ) from error
+
+
+def _ran_out(error: BaseException | None) -> bool:
+    """torch raises its own error on a GPU, and for a CPU a RuntimeError that only its allocator's name tells apart."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager
@@ -194,13 +217,13 @@ def _kept(config: dict, doubles: int, singles: int, text: int, image: int, batch
     return total[0]
 
 
-def _stand_in(config: dict):
+def _stand_in(config: dict) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
     """A hook that keeps what the rotation of every head keeps, without its data-dependent choice of tokens."""
     heads, width = config["num_attention_heads"], config["attention_head_dim"]
     basis = torch.zeros(heads, width, min(width, _WIDTH))
     generator = torch.zeros(heads, *2 * [basis.shape[-1]], requires_grad=True)
 
-    def hook(_module, _args, output: Tensor) -> Tensor:
+    def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         x = output.transpose(1, 2)
         vectors = wide(x)
         with exact(x):
