@@ -15,15 +15,20 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import typer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from saferope_core import load_concepts
 from training import cli
+from training.commands.common import told as in_a_line
+from training.flux.encoders import EmbeddingCache
 from training.making.recipe import Recipe
 from training.settings import Settings
 from training.stages import LOCK, RECORD, alone, save_tensors
@@ -187,6 +192,32 @@ def test_what_a_kill_amid_a_write_leaves_goes_with_the_next(tmp_path):
         save_tensors(path, tensors)
     assert {name.name for name in tmp_path.iterdir()} == {path.name, LOCK}
     assert torch.equal(load_file(path)["x"], tensors["x"])
+
+
+@contextmanager
+def full(size: int = 2048):
+    """No file of this process can grow beyond `size` bytes: the system refuses the write, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_in_the_cache_of_embeddings_is_told_in_a_line(tmp_path, capsys):
+    """safetensors has an error of its own, which is no OSError and ended in a traceback."""
+    cache, states, pooled = EmbeddingCache(tmp_path / "cache", "f", 24), torch.zeros(2, 24, 64), torch.zeros(2, 64)
+    with full(), pytest.raises(SafetensorError):
+        save_file({"states": states}, tmp_path / "negative control")
+    with full(), pytest.raises(OSError, match=r"could not be written .*; is the disk full") as error:
+        cache.write(["a", "b"], states, pooled)
+    assert cache.read(["a"]) is None and not list(cache.folder.iterdir()), "nothing is half-written"
+    with pytest.raises(typer.Exit), in_a_line():
+        raise error.value
+    assert str(cache.path("a")) in told(capsys.readouterr().err)
+    cache.write(["a", "b"], states, pooled)
+    assert cache.read(["a", "b"]) is not None
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_a_line():
