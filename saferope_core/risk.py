@@ -10,9 +10,7 @@ from torch import Tensor
 
 from .rotation import exact, wide
 
-THRESHOLD = (
-    0.7  # the paper's: an LRS above it counts as unsafe. `read_heads` has a gate per head in its place, if so asked
-)
+THRESHOLD = 0.7  # the paper's: an LRS above it counts as unsafe; `read_heads` may take each head's gate instead
 CRITICAL = 0.5  # the paper's: a head whose Δ reaches it is safety-critical
 
 
