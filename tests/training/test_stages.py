@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from saferope_core import Geometry
 from tinyworld import model as tiny
 from training.flux.loading import load_model
-from training.flux.models import facts
+from training.flux.models import facts, fingerprint, identity
 from training.making import extract, heads, material
 from training.making.recipe import CRITICAL, LATENTS, STATISTICS, Recipe
 from training.prompts import tiny_world_prompts, write_prompts
@@ -257,6 +257,19 @@ def test_a_preset_is_an_input_of_its_prompts(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     Recipe(None, settings, tmp_path / "out").prompts()
     assert "prompts: made again, since gore changed" in capsys.readouterr().err
+
+
+def test_pictures_and_fits_know_the_encoders_and_the_resolution(base, files, model):
+    """Of a folder or file; keys of the embedded model stay as they were."""
+    others = [
+        {},
+        {"encoders": str(files / "encoders2")},
+        {"resolution": 112},
+        {"model": str(files / "model2.safetensors")},
+    ]
+    found = [identity(loaded(replace(base, **other))) for other in others]
+    assert len(set(found)) == 4 and identity(loaded(base)) == found[0]
+    assert identity(model) == fingerprint(model.transformer)
 
 
 def test_using_a_model_changes_none_of_its_facts(model, settings, tmp_path):

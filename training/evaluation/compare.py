@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import processes
-from ..flux.models import Model, fingerprint
+from ..flux.models import Model, identity
 from ..plots import Point, pareto
 from ..prompts.prompt_sets import NEIGHBOURS, PromptSet
 from ..scores import KEPT, SHOWN, Absent, Metric
@@ -42,7 +42,7 @@ def compare(
     Where there is nothing to search on, or nothing that tells what is shown, all strengths are reported.
     """
     methods, notes = list(comparison.methods), []
-    weights = fingerprint(model.transformer)
+    weights = identity(model)
     if comparison.search:
         place = out / "search"
         search = Evaluation(model, comparison.search, methods, comparison.metrics, place, batch, weights)

@@ -17,7 +17,7 @@ from torch import Tensor
 from saferope_core.files import require_no_link, write_text
 
 from .. import processes
-from ..flux.models import TINYWORLD, Model, encode, fingerprint
+from ..flux.models import TINYWORLD, Model, encode, identity
 from ..flux.sample import sample
 from ..pictures import comparison_grid
 from ..prompts.lines import json_line
@@ -45,7 +45,7 @@ class Evaluation:
     metrics: Sequence[Metric]
     out: Path
     batch: int = BATCH
-    weights: str = ""  # digest of the model's, where it is known already
+    weights: str = ""  # the model's `identity`, where it is known already
 
     def chunks(self) -> list[tuple[PromptSet, int]]:
         """Sets and first prompts of all chunks, in a fixed order."""
@@ -87,7 +87,7 @@ Keys = Callable[[Method, PromptSet, int], str]
 
 def _keys(e: Evaluation) -> Keys:
     """Names all that decides a chunk's pictures."""
-    model, weights = e.model, e.weights or fingerprint(e.model.transformer)
+    model, weights = e.model, e.weights or identity(e.model)
     painter = [model.name == TINYWORLD, model.steps, model.guidance, model.latent_side, model.text_length, weights]
 
     def key(method: Method, asked: PromptSet, first: int) -> str:

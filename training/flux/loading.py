@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from .folder import INDEX, TRANSFORMER, fetch, first_line, load_part, read_json,
 from .models import GUIDANCE, TINYWORLD, Model, from_pipeline
 from .plausible import require_plausible
 from .quantise import in_place, is_torchao, quantisation_config, require_library, require_quantised
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
 
 RESOLUTION = 512  # pixels: statistics and rotations do not depend on resolution, time and memory do
 _ENCODERS = ("text_encoder", "text_encoder_2")
@@ -141,7 +145,7 @@ def _tiny_world(device: str, quantise: str | None, encoders: str | None, resolut
     return from_pipeline(TINYWORLD, pipe, model.TEXT_LENGTH, render.SIZE // 8, model.GUIDANCE, model.STEPS)
 
 
-def _assemble(name: str, folder: Path, transformer, resolution: int) -> Model:
+def _assemble(name: str, folder: Path, transformer: FluxTransformer2DModel, resolution: int) -> Model:
     """The pipeline around a loaded transformer; the text encoders wait until they are asked for."""
     from diffusers import FluxPipeline
 
@@ -165,7 +169,9 @@ def _assemble(name: str, folder: Path, transformer, resolution: int) -> Model:
     return from_pipeline(name, pipe, length, side, found.guidance, found.steps, source)
 
 
-def _from_folder(folder: Path, name: str, quantise: str | None, device: str, dtype: torch.dtype):
+def _from_folder(
+    folder: Path, name: str, quantise: str | None, device: str, dtype: torch.dtype
+) -> FluxTransformer2DModel:
     from diffusers import FluxTransformer2DModel
 
     _folder_config(folder, name)
@@ -192,7 +198,7 @@ def _folder_config(folder: Path, name: str) -> dict:
     return config
 
 
-def _from_file(path: Path, quantise: str | None, device: str, dtype: torch.dtype):
+def _from_file(path: Path, quantise: str | None, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
     """The transformer of a .safetensors or .gguf file; its configuration comes from the file, never from the hub."""
     from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
 

@@ -12,15 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from saferope_core import Geometry, token_kinds
 
+from ..stages import sha256_of
 from .attach import geometry_of
 from .encoders import EmbeddingCache, EncoderSource
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
 
 TINYWORLD = "tinyworld"
 GUIDANCE = 3.5  # FLUX.1-dev's default
@@ -38,7 +42,7 @@ class Model:
     """
 
     name: str
-    pipe: object
+    pipe: FluxPipeline
     geometry: Geometry
     text_length: int
     latent_side: int
@@ -87,7 +91,7 @@ Edit = Callable[[Sequence[str], Text], Text]
 
 def from_pipeline(
     name: str,
-    pipe,
+    pipe: FluxPipeline,
     text_length: int,
     latent_side: int,
     guidance: float = GUIDANCE,
@@ -204,6 +208,15 @@ def facts(model: Model) -> dict[str, object]:
         "guidance": model.guidance,
         "vae": [fingerprint(vae), vae.config.scaling_factor, vae.config.shift_factor],
     }
+
+
+def identity(model: Model) -> str:
+    """sha256 of all that decides a model's pictures beside its sampler: its `facts`.
+
+    Of a pipeline that came with its encoders, as the embedded one does, the transformer's fingerprint alone: there is no other.
+    """
+    known = facts(model)
+    return str(known["transformer"]) if model.source is None else sha256_of(known)
 
 
 def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int, int] | None]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ class Material:
 
 
 Teller = Callable[[dict], None]
+Latents = tuple[Tensor, Tensor | None, Tensor]  # at their times, the clean ones behind them, the noise
 
 
 class Diverged(ValueError):
@@ -190,7 +191,9 @@ def _image_basis(heads: CriticalHeads) -> str:
     return "image_k" if "image_k" in heads.basis else "k"
 
 
-def _gradients(model, rotation, material, settings, step: int, phase: str) -> tuple[float, float]:
+def _gradients(
+    model: Model, rotation: TrainableRotation, material: Material, settings: Settings, step: int, phase: str
+) -> tuple[float, float]:
     """Leaves the gradients of one batch's mean loss in the weights; returns that loss and the mean squared error."""
     index, times, seeds, spared = _batch(material, settings, step, phase)
     mine = torch.arange(settings.batch)[processes.index() :: processes.count()]
@@ -216,7 +219,7 @@ def _gradients(model, rotation, material, settings, step: int, phase: str) -> tu
     return loss, error
 
 
-def _loss(rotated: Tensor, base: Tensor, latents, settings, phase) -> tuple[Tensor, Tensor]:
+def _loss(rotated: Tensor, base: Tensor, latents: Latents, settings: Settings, phase: str) -> tuple[Tensor, Tensor]:
     """Every prompt's loss, and its mean squared difference between rotated and base velocity; both [B]."""
     error = velocity_matching_loss(rotated, base)
     if phase == UNLEARN:
@@ -226,7 +229,9 @@ def _loss(rotated: Tensor, base: Tensor, latents, settings, phase) -> tuple[Tens
     return settings.preserve_weight * kept, error.detach()
 
 
-def _batch(material: Material, settings, step: int, phase: str) -> tuple[Tensor, Tensor, list[int], Tensor | None]:
+def _batch(
+    material: Material, settings: Settings, step: int, phase: str
+) -> tuple[Tensor, Tensor, list[int], Tensor | None]:
     """Which prompts [B], at which times [B], from noise of which seeds, and which tokens [B, L] are spared.
 
     Unsafe prompts come at 1 (fresh noise) or at one of the visited times, drawn for the whole batch; benign pictures at any
@@ -245,7 +250,9 @@ def _batch(material: Material, settings, step: int, phase: str) -> tuple[Tensor,
     return index, torch.full((size,), t), seeds, material.subjects[index] & blind[:, None]
 
 
-def _latents(model, material: Material, index, times, seeds, phase) -> tuple[Tensor, Tensor | None, Tensor]:
+def _latents(
+    model: Model, material: Material, index: Tensor, times: Tensor, seeds: Sequence[int], phase: str
+) -> Latents:
     """Latents [B, L, C] at their times, the clean ones behind them (None in unlearning), and the noise."""
     start = seeded_noise(model, seeds)
     if phase == UNLEARN:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import processes
 from ..evaluation.methods import Method, baseline, baselines, concept_file, fit_baseline
-from ..flux.models import TINYWORLD, Model, fingerprint
+from ..flux.models import TINYWORLD, Model, identity
 from ..making.recipe import Recipe
 from ..prompts.sources import prompts_for
 from ..scores import Absent
@@ -93,7 +93,7 @@ def fitted_baselines(
         raise ValueError(f"baselines: got {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
     from ..baselines.task import task_of
 
-    task, weights = task_of(prompts_for(settings)), fingerprint(model.transformer)
+    task, weights = task_of(prompts_for(settings)), identity(model)
     chosen = names or list(known)
     fit = partial(fit_baseline, model=model, task=task, slug=slug, folder=folder, weights=weights, progress=progress)
     processes.share_out([partial(fit, name, known[name]) for name in chosen])
