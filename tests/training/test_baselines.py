@@ -13,8 +13,9 @@ from torch.nn.functional import cosine_similarity
 from training.baselines import BASELINES, des, erase_anything, esd, lora, nag, rand, safree, sld, uce
 from training.baselines.task import task_of
 from training.baselines.teacher import erased, erasing_lessons, trajectories
+from training.flux.identity import fingerprint
 from training.flux.loading import load_model
-from training.flux.models import encode, fingerprint, seeded_noise, velocity
+from training.flux.models import encode, seeded_noise, velocity
 from training.flux.sample import sample
 from training.prompts import tiny_world_prompts
 from training.stages import save_tensors

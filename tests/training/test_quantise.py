@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from saferope_core import BLOCK_TYPES, CriticalHeads
 from tinyworld import model as tiny
 from training.flux import quantise
+from training.flux.identity import fingerprint, plain_tensors
 from training.flux.loading import load_model
-from training.flux.models import encode, fingerprint, noise, plain_tensors, velocity
+from training.flux.models import encode, noise, velocity
 from training.flux.plausible import gains
 from training.making import material, train
 from training.prompts import tiny_world_prompts

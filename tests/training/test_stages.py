@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from saferope_core import Geometry
 from tinyworld import model as tiny
+from training.flux.identity import facts, fingerprint, identity
 from training.flux.loading import load_model
-from training.flux.models import facts, fingerprint, identity
 from training.making import extract, heads, material
 from training.making.recipe import CRITICAL, LATENTS, STATISTICS, Recipe
 from training.prompts import tiny_world_prompts, write_prompts

@@ -9,7 +9,8 @@ import torch
 
 from saferope_core import Protection, Ranks, critical_heads, load_concepts, read_heads, save_concepts
 from training.flux.attach import attached
-from training.flux.models import encode, fingerprint, noise, velocity
+from training.flux.identity import fingerprint
+from training.flux.models import encode, noise, velocity
 from training.making import extract, material, recipe, train
 from training.making.rotation import TrainableRotation
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import processes
-from ..flux.models import Model, identity
+from ..flux.identity import identity
+from ..flux.models import Model
 from ..plots import Point, pareto
 from ..prompts.prompt_sets import NEIGHBOURS, PromptSet
 from ..scores import KEPT, SHOWN, Absent, Metric

@@ -17,7 +17,8 @@ from torch import Tensor
 from saferope_core.files import require_no_link, write_text
 
 from .. import processes
-from ..flux.models import TINYWORLD, Model, encode, identity
+from ..flux.identity import identity
+from ..flux.models import TINYWORLD, Model, encode
 from ..flux.sample import sample
 from ..pictures import comparison_grid
 from ..prompts.lines import json_line

@@ -5,23 +5,21 @@ Latents are packed, `[B, L, C]`, in model space; t runs from 1 (pure noise) to 0
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from saferope_core import Geometry, token_kinds
 
-from ..stages import sha256_of
 from .attach import geometry_of
 from .encoders import EmbeddingCache, EncoderSource
+from .identity import encoders_fingerprint
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -175,50 +173,6 @@ def with_cache(model: Model, folder: Path) -> Model:
     return replace(model, cache=EmbeddingCache(folder, encoders_fingerprint(model), model.text_length))
 
 
-def encoders_fingerprint(model: Model) -> str:
-    """sha256 over the text encoders and tokenizers; those that are not loaded stay on disk."""
-    if model.cache is not None:
-        return model.cache.fingerprint
-    if model.source is not None:
-        return model.source.fingerprint()
-    pipe = model.pipe
-    parts = [fingerprint(part) for part in (pipe.text_encoder, pipe.text_encoder_2)]
-    words = [_words(tokenizer) for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
-    return hashlib.sha256("".join(parts + words).encode()).hexdigest()
-
-
-def _words(tokenizer: Any) -> str:
-    """A fast tokenizer as JSON, less what it keeps of its last call."""
-    known = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps(known | {"truncation": None, "padding": None}, sort_keys=True)
-
-
-def facts(model: Model) -> dict[str, object]:
-    """All of a model that decides what is made with it, for JSON: digests of its parts, and its sizes and numbers.
-
-    Its name and its sampling steps are not among them: making a concept asks for neither.
-    """
-    vae = model.pipe.vae
-    return {
-        "transformer": fingerprint(model.transformer),
-        "axes": list(model.transformer.config.axes_dims_rope),  # RoPE's, which the weights do not show
-        "encoders": encoders_fingerprint(model),
-        "text_length": model.text_length,
-        "latent_side": model.latent_side,
-        "guidance": model.guidance,
-        "vae": [fingerprint(vae), vae.config.scaling_factor, vae.config.shift_factor],
-    }
-
-
-def identity(model: Model) -> str:
-    """sha256 of all that decides a model's pictures beside its sampler: its `facts`.
-
-    Of a pipeline that came with its encoders, as the embedded one does, the transformer's fingerprint alone: there is no other.
-    """
-    known = facts(model)
-    return str(known["transformer"]) if model.source is None else sha256_of(known)
-
-
 def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int, int] | None]) -> dict[str, Tensor]:
     """Bool [B, L] over T5's tokens for each kind: SUBJECT (touching the characters of the span), other WORDS, PADDING.
 
@@ -305,23 +259,3 @@ def encode_pictures(model: Model, pictures: Tensor) -> Tensor:
         raw = vae.encode(pictures.to(model.device, vae.dtype)).latent_dist.mode()
     latents = (raw.float() - vae.config.shift_factor) * vae.config.scaling_factor
     return model.pipe._pack_latents(latents, *latents.shape)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of a module's parameters and buffers, quantised ones included."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        for part in plain_tensors(tensor):
-            digest.update(f"{name} {part.dtype} {tuple(part.shape)};".encode())
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def plain_tensors(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors that hold a tensor's data: itself, or a quantised wrapper's values, scales and so on."""
-    if hasattr(tensor, "__tensor_flatten__"):  # torchao's
-        names, _ = tensor.__tensor_flatten__()
-        return [part for name in names for part in plain_tensors(getattr(tensor, name))]
-    if hasattr(tensor, "quant_type") and hasattr(tensor, "as_tensor"):  # GGUF's
-        return [tensor.as_tensor()]
-    return [tensor]

@@ -18,6 +18,7 @@ from saferope_core.files import require_no_link, sweep, write_text
 
 from .. import plots, processes, prompts
 from ..flux import models
+from ..flux.identity import facts
 from ..flux.models import Model
 from ..prompts.sources import origins, prompts_for
 from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
@@ -29,7 +30,7 @@ PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors",
 CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"
 LOG, CURVE, CONFIG, EMBEDDINGS = "log.jsonl", "losses.png", "config.json", "embeddings"
 _REPORTED = 20  # losses of this many last steps are averaged for the file's record
-# The facts of a model (`models.facts`) that decide a stage's products, beside the files that it reads. Forward passes ask for
+# The facts of a model (`flux.identity`) that decide a stage's products, beside the files that it reads. Forward passes ask for
 # all but the VAE, also those of training, which embeds the prompts itself. The versions of libraries are no input: they
 # change last bits, and the record names them.
 _FORWARD = ("transformer", "axes", "encoders", "text_length", "latent_side", "guidance")
@@ -71,7 +72,7 @@ class Recipe:
             model = models.with_cache(model, out / EMBEDDINGS)
         self.model, self.settings, self.out = model, settings, out
         self.place = Workplace(out, settings, progress)
-        self.known = models.facts(model) if model is not None else {}
+        self.known = facts(model) if model is not None else {}
         weights = self.known.get("transformer", "")
         self.config = {"settings": asdict(settings), "model_sha256": weights, "versions": versions()}
         with alone(out, within=True):
@@ -113,8 +114,8 @@ class Recipe:
     def heads(self, training: bool = False) -> list[prompts.PromptRecord]:
         """The safety-critical heads, their bases and gates, as tensors, table and map; returns the prompts."""
         records = self.extract(training)
-        products, facts = (CRITICAL, TABLE, MAP), self._facts(HEADS)
-        self.place.stage(HEADS, (STATISTICS,), products, lambda report: self._read_heads(), facts)
+        products, needs = (CRITICAL, TABLE, MAP), self._facts(HEADS)
+        self.place.stage(HEADS, (STATISTICS,), products, lambda report: self._read_heads(), needs)
         return records
 
     def _read_heads(self) -> None:
@@ -138,13 +139,13 @@ class Recipe:
 
         self.place.stage(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), make_latents, self._latents_facts(records))
         path, sources = out / f"{s.concept}.safetensors", (PROMPT_FILE, CRITICAL, LATENTS)
-        facts = self._facts(TRAIN)
-        digest = sha256_of(self.place.inputs(TRAIN, sources, facts))
+        needs = self._facts(TRAIN)
+        digest = sha256_of(self.place.inputs(TRAIN, sources, needs))
 
         def make(report: Report) -> None:
             self._learn(path, records, train.State(out / STATE, digest), report, tell)
 
-        self.place.stage(TRAIN, sources, (path.name, LOG, CURVE), make, facts)
+        self.place.stage(TRAIN, sources, (path.name, LOG, CURVE), make, needs)
         return path
 
     def _learn(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .. import processes
 from ..evaluation.methods import Method, baseline, baselines, concept_file, fit_baseline
-from ..flux.models import TINYWORLD, Model, identity
+from ..flux.identity import identity
+from ..flux.models import TINYWORLD, Model
 from ..making.recipe import Recipe
 from ..prompts.sources import prompts_for
 from ..scores import Absent
