@@ -82,8 +82,9 @@ def read_heads(
     """Bases, gates and discrimination Δ (over queries and keys together) of every head.
 
     `basis` is "svd" or "contrastive", for the subject; `gate` is "calibrated" to the quantile of LRS on benign tokens, or
-    "fixed" at the threshold. Δ is the share of subject vectors above the head's gate less that of benign vectors: equation 4,
-    whose 0.7 it has only with a fixed gate of 0.7. With calibrated gates the threshold decides nothing.
+    "fixed" at the threshold. Δ is the share of subject vectors above the head's gate less that of benign vectors. This is
+    equation 4 with the gate in the place of its 0.7, and with a fixed gate of 0.7 its letter. With calibrated gates the
+    threshold decides nothing.
     """
     bases = {role: _bases(statistics, role, ranks, basis) for role in ROLES}
     risks = {
@@ -178,7 +179,7 @@ def _gates(risks: Tensor, threshold: float, kind: str, quantile: float) -> Tenso
 
 
 def _discrimination(risks: dict[str, dict[str, Tensor]], gates: dict[str, Tensor]) -> Tensor:
-    """Δ [blocks, H]: LRS less its gate, above 0 or not, compared between the sides; queries and keys have gates of their own."""
+    """Δ [blocks, H]: LRS less its gate, above 0 or not, compared between the sides; q and k by gates of their own."""
     above = {
         name: torch.cat([risks[role][name] - gates[role][:, None] for role in ROLES], dim=1)
         for name in (UNSAFE, BENIGN)

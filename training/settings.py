@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-# The stages that a setting decides about. Changing it makes these again, and what follows from them. Settings of MODEL do so
-# through the model that they load: its stages depend on digests of its parts and on its sizes, see making/recipe.py.
+# The stages that a setting decides about. Changing it makes these again, and what follows from them. Settings of MODEL
+# do so through the model that they load: stages depend on digests of its parts and on its sizes, see making/recipe.py.
 MODEL, PROMPTS, EXTRACT, HEADS = "model", "prompts", "extract", "heads"
 LATENTS, TRAIN, CALIBRATE = "latents", "train", "calibrate"
 # What `saferope evaluate --suite` compares; see training.suites
@@ -162,8 +162,8 @@ class Settings:
 
 
 HELP = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
-# Settings that make nothing again: they change time and memory alone, and results up to the order in which sums are added
-# up. So a training that ran out of memory goes on with less of it.
+# Settings that make nothing again: they change time and memory alone, and results up to the order in which sums are
+# added up. So a training that ran out of memory goes on with less of it.
 DECIDE_NOTHING = tuple(entry.name for entry in fields(Settings) if not entry.metadata["decides"])
 
 

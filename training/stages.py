@@ -26,10 +26,8 @@ Report = Callable[[int, int], None]  # done, total
 Facts = Mapping[str, object]  # whatever JSON can say, by name
 
 RECORD, LOCK = "stages.json", "lock"
-INPUTS, MADE_FROM = (
-    "inputs",
-    "made_from",
-)  # of a stage in the record: a digest of its inputs, and the inputs, for people
+# Of a stage in the record: a digest of its inputs, and the inputs, for people
+INPUTS, MADE_FROM = "inputs", "made_from"
 TENSORS = ".safetensors"
 _HEX = 64  # characters of a sha256, which is not shown
 _OWN: ContextVar[frozenset[Path]] = ContextVar("own", default=frozenset())  # folders that the caller, a thread, locked
@@ -80,12 +78,12 @@ class Workplace:
     def inputs(self, name: str, sources: Sequence[str], facts: Facts | None = None) -> dict[str, object]:
         """All that decides the products of a stage, for JSON.
 
-        The settings of the stage, the bytes of the files `sources`, and `facts` of whatever else matters: the base model.
+        The settings of the stage, the bytes of the files `sources`, and `facts` of all else: of the base model, say.
         """
         return {
             "settings": {key: getattr(self.settings, key) for key in deciding(name)},
             "sources": {source: file_sha256(self.out / source) for source in sources},
-            "weights": facts or "",  # as earlier versions named it: prompts of theirs, which may be edited, still count
+            "weights": facts or "",
         }
 
     def _stale(self, entry: object, inputs: dict[str, object], products: Sequence[str]) -> str | None:
@@ -94,7 +92,9 @@ class Workplace:
             return ""
         known = dict(entry) if isinstance(entry, dict) else {INPUTS: entry}  # alone: as earlier versions wrote it
         before = known.pop(MADE_FROM, None)
-        if known.get(INPUTS) != sha256_of(inputs):
+        # earlier versions knew no facts of prompts; theirs count, since they may be edited. No other stage had none
+        matching = inputs if before is not None else {**inputs, "weights": ""}
+        if known.get(INPUTS) != sha256_of(matching):
             return _changes(before, inputs)
         if lost := [product for product in products if not (self.out / product).is_file()]:
             return f"{', '.join(lost)} is gone"
@@ -174,15 +174,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def load_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, Tensor]:
-    """All tensors of a product. ValueError where one of `shapes` is not there, or has another size where a number is given."""
+    """All tensors of a product. ValueError where one of `shapes` is missing, or of another size; None: of any."""
     tensors = load_file(path)
     for name, expected in shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found is None or not _fits(found, expected):
             wanted = tuple("any" if size is None else size for size in expected)
             raise ValueError(
-                f"{path}: got {name} {'missing' if found is None else found}, expected {wanted}: it was made with another model, "
-                "other prompts or another version; delete it, and it is made again"
+                f"{path}: got {name} {'missing' if found is None else found}, expected {wanted}: it was made with "
+                "another model, other prompts or another version; delete it, and it is made again"
             )
     return tensors
 

@@ -20,7 +20,7 @@ from training.making import extract, heads, material
 from training.making.recipe import CRITICAL, LATENTS, STATISTICS, Recipe
 from training.prompts import tiny_world_prompts, write_prompts
 from training.settings import DECIDE_NOTHING, MODEL, Settings
-from training.stages import RECORD, Workplace
+from training.stages import RECORD, Workplace, sha256_of
 
 FEW = {"unsafe_prompts": 6, "benign_prompts": 8, "steps": 2, "batch": 2, "phase": 1, "reservoir": 256}
 FEW |= {"unlearn_at": (1.0,), "timesteps": (1.0,)}
@@ -189,13 +189,13 @@ def watched(monkeypatch):
     return read
 
 
-# Read by name, and an input by what is found under it: the prompts of a preset (`origins`); whether a file's description
-# says "of the tiny world"
+# Read by name, and an input by what is found under it: a preset's prompts (`origins`); besides, whether a file's
+# description says "of the tiny world"
 BY_NAME = {"prompts": {"model"}, "train": {"model"}, "calibrate": {"model"}}
 
 
 def test_no_stage_reads_a_setting_that_is_none_of_its_inputs(model, settings, watched, tmp_path):
-    """Watched while every stage runs, in all of its forms: `threshold` was read by two stages that did not depend on it."""
+    """Watched while every stage runs in all forms: `threshold` was read by two stages that did not depend on it."""
     plain = {entry.name: getattr(settings, entry.name) for entry in fields(Settings)}
     plain |= {"unsafe_prompts": 6, "benign_prompts": 6, "steps": 2, "phase": 1}
     forms = ({}, {"sharing": "shared", "image_rank": 0}, {"regulariser": "flow"}, {"generator": "random"})
@@ -247,16 +247,26 @@ def test_a_preset_is_an_input_of_its_prompts(tmp_path, capsys, monkeypatch):
     """As another version of the package has it."""
     settings, presets = Settings(concept="gore", model="x", **FEW), tmp_path / "presets"
     Recipe(None, settings, tmp_path / "out").prompts()
-    from training.prompts import presets as known
+    from training.prompts import presets as shipped
 
-    shutil.copytree(known.FOLDER, presets)
+    shutil.copytree(shipped.FOLDER, presets)
     text = (presets / "gore.json").read_text()
     first = json.loads(text)["modifiers"][0]
     (presets / "gore.json").write_text(text.replace(json.dumps(first), json.dumps(f"{first} indeed")))
-    monkeypatch.setattr(known, "FOLDER", presets)
+    monkeypatch.setattr(shipped, "FOLDER", presets)
     capsys.readouterr()
     Recipe(None, settings, tmp_path / "out").prompts()
     assert "prompts: made again, since gore changed" in capsys.readouterr().err
+
+    def known(**settings) -> str:
+        """How an earlier version knew prompts."""
+        inputs = Workplace(tmp_path / "out", replace(Settings(concept="gore", model="x", **FEW), **settings)).inputs
+        return sha256_of(inputs("prompts", ()))
+
+    for entry, kept in ((known(), True), (known(seed=1), False)):
+        (tmp_path / "out" / RECORD).write_text(json.dumps({"prompts": {"inputs": entry}}))
+        Recipe(None, settings, tmp_path / "out").prompts()
+        assert ("prompts: made again, since an earlier version" in capsys.readouterr().err) != kept
 
 
 def test_pictures_and_fits_know_the_encoders_and_the_resolution(base, files, model):

@@ -82,7 +82,7 @@ def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
 
 @contextmanager
 def _recipe(settings: Settings, out: Path, device: str, training: bool = False) -> Iterator[Recipe]:
-    """The recipe of a loaded model, with progress bars. Before it loads, the memory plan is printed; a large one is warned of."""
+    """The recipe of a loaded model, with progress bars. Before it loads, its memory plan is printed."""
     from .. import processes
     from ..making import memory
     from ..making.recipe import Recipe

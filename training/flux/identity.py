@@ -53,7 +53,7 @@ def facts(model: Model) -> dict[str, object]:
 def identity(model: Model) -> str:
     """sha256 of all that decides a model's pictures beside its sampler: its `facts`.
 
-    Of a pipeline that came with its encoders, as the embedded one does, the transformer's fingerprint alone: there is no other.
+    Of a pipeline that came with its encoders, as the embedded one does, it is the transformer's fingerprint alone.
     """
     known = facts(model)
     return str(known["transformer"]) if model.source is None else sha256_of(known)

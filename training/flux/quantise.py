@@ -78,12 +78,13 @@ def require_quantised(transformer: nn.Module, kind: str, name: str) -> None:
     """ValueError where every weight is still a plain number: whoever asked for fewer bits counts on the memory."""
     if all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in transformer.parameters()):
         raise ValueError(
-            f"model {name!r}: got weights in full, expected them in {kind!r}: diffusers did not quantise them; take another "
-            "--quantise, or a folder in diffusers' layout"
+            f"model {name!r}: got weights in full, expected them in {kind!r}: diffusers did not quantise them; take "
+            "another --quantise, or a folder in diffusers' layout"
         )
 
 
 def is_torchao(kind: str | None) -> bool:
+    """Whether the kind is one of torchao's, which run on any device."""
     return _LIBRARY.get(kind) == "torchao"
 
 

@@ -1,4 +1,4 @@
-"""What will be resident, counted before anything is loaded, from the model's own shapes. A count warns, it refuses nothing.
+"""What will be resident, counted before anything is loaded, from the model's own shapes. It warns, and refuses nothing.
 
 Activations are not estimated: the transformer is built from fake tensors, which have shapes and no data, run once, and what
 autograd keeps for the backward pass is added up. Counted for one block of either kind, then multiplied.
@@ -133,8 +133,8 @@ def doubt(plan: Plan, device: str) -> str | None:
     if plan.peak <= free:
         return None
     return (
-        f"memory: got {free / GIB:.1f} GiB free on {device}, expected {plan.peak / GIB:.1f} by a count that was not measured "
-        f"on real weights; it may run out. {_WAYS_OUT}"
+        f"memory: got {free / GIB:.1f} GiB free on {device}, expected {plan.peak / GIB:.1f} by a count that was not "
+        f"measured on real weights; it may run out. {_WAYS_OUT}"
     )
 
 

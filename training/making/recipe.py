@@ -30,9 +30,9 @@ PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors",
 CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"
 LOG, CURVE, CONFIG, EMBEDDINGS = "log.jsonl", "losses.png", "config.json", "embeddings"
 _REPORTED = 20  # losses of this many last steps are averaged for the file's record
-# The facts of a model (`flux.identity`) that decide a stage's products, beside the files that it reads. Forward passes ask for
-# all but the VAE, also those of training, which embeds the prompts itself. The versions of libraries are no input: they
-# change last bits, and the record names them.
+# The facts of a model (`flux.identity`) that decide a stage's products, beside the files that it reads. Forward passes
+# ask for all but the VAE, also those of training, which embeds the prompts itself. The versions of libraries are no
+# input: they change last bits, and the record names them.
 _FORWARD = ("transformer", "axes", "encoders", "text_length", "latent_side", "guidance")
 FACTS = {
     EXTRACT: _FORWARD,
@@ -59,8 +59,8 @@ class Recipe:
 
     ValueError where another process, or another Recipe of this one, is at work in the folder.
 
-    `model` may be None for `prompts` alone. Beside the products lies `config.json`: the settings and versions of the last
-    command; what each product was made from is in `stages.json`.
+    `model` may be None for `prompts` alone. Beside the products lie `config.json`, the settings and versions of the
+    last command, and `stages.json`, all that each product was made from.
     """
 
     def __init__(

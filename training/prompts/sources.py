@@ -28,10 +28,10 @@ def prompts_for(settings: Settings) -> list[PromptRecord]:
 
 
 def origins(settings: Settings) -> dict[str, str]:
-    """sha256 of what `prompts_for` reads beside the settings and the files of prompts, by name; empty for the tiny world's own.
+    """sha256 by name of whatever `prompts_for` reads beside settings and files of prompts; {} for the tiny world's own.
 
-    A preset, which another version of this package may have changed, and a local folder of a sentence encoder. A hub id counts
-    by its name.
+    These are presets, which another version of this package may have changed, and a local folder of a sentence encoder.
+    A hub id counts by its name.
     """
     files = (settings.unsafe, settings.benign)
     if files == (None, None) and settings.model == TINYWORLD:
