@@ -24,7 +24,9 @@ from comfy.patcher_extension import PatcherInjection
 
 from .audit import WRAPPER_KEY, query_layer
 
-HANDLES = "saferope_handles"  # on a ModelPatcher: its own hooks; a clone starts without
+HANDLES = (
+    "saferope_handles"  # on a ModelPatcher: takes off its own hooks, at the latest when it is gone; a clone has none
+)
 NO_BACKWARD = -1  # torch's number of the backward pass that this thread is in
 HOSTS = ("torch", "comfy", "contextlib", "functools")  # packages that run a network on somebody else's behalf
 
@@ -58,12 +60,23 @@ def _watch(patcher: Any) -> None:
     _release(patcher)
     hook = _refusing(weakref.ref(patcher))
     handles = [module.register_forward_pre_hook(hook) for module in _entrances(patcher.model.diffusion_model)]
-    setattr(patcher, HANDLES, handles)
+    setattr(patcher, HANDLES, weakref.finalize(patcher, _take_off, handles))
 
 
 def _release(patcher: Any) -> None:
-    """Takes off this patcher's own hooks alone: ComfyUI tells clones that they are loaded which never were."""
-    for handle in vars(patcher).pop(HANDLES, ()):
+    """Takes off this patcher's own hooks alone: ComfyUI tells clones that they are loaded which never were.
+
+    A clone that is dropped leaves ComfyUI with its parent as the loaded model, without telling it. So a guarded parent
+    watches from now on; where another clone is loaded instead, `_in_force` lets that one run.
+    """
+    vars(patcher).pop(HANDLES, lambda: None)()
+    parent = getattr(patcher, "parent", None)
+    if parent is not None and parent.injections.get(WRAPPER_KEY) and HANDLES not in vars(parent):
+        _watch(parent)
+
+
+def _take_off(handles: list) -> None:
+    for handle in handles:
         handle.remove()
 
 
@@ -81,13 +94,17 @@ def _entrances(network: Any) -> list[torch.nn.Module]:
 
 
 def _refusing(owner: weakref.ref) -> Callable:
-    def hook(module, args):
-        if torch.compiler.is_compiling():  # leaves no trace in a graph, so that none holds on to a model or goes stale
-            return
+    def refused() -> bool:
         patcher = owner()
         if patcher is None or any(model is patcher.model for model in _forwards.models):
-            return
-        if torch._C._current_graph_task_id() == NO_BACKWARD and _in_force(patcher):  # checkpoints are computed again
+            return False
+        return torch._C._current_graph_task_id() == NO_BACKWARD and _in_force(patcher)  # checkpoints are computed again
+
+    # asked once for a graph, while it is traced: no graph holds on to a model, and one that is refused is not made
+    refused_in_graph = torch.compiler.assume_constant_result(refused)
+
+    def hook(module, args):
+        if refused_in_graph() if torch.compiler.is_compiling() else refused():
             raise RuntimeError(
                 f"SafeRoPE: {_caller()} runs the network of a protected model outside of a protected forward, so this "
                 "picture would not be protected. Expected: every pass goes through ComfyUI's own sampling, with the "

@@ -79,20 +79,23 @@ class AttentionPatch:
         require_hook(self.protection.geometry, block, q, k, pe, options, self._now.network)
         if block not in self.protected or not self._now.acting:
             return {}
+        if self.positive_only:
+            kinds, run = options["cond_or_uncond"], options.get(self._run_key)
+            if run is None:  # outside of a sampling run nobody vouches for the numbers
+                require_usual(None)
+            _require_chunks(q, run.pictures, kinds)
         text, own = options[TEXT_END][0], self._owns(options)
         turned = {role: self._rotate(x, role, block, text, own) for role, x in (("q", q), ("k", k))}
         if self.watching:
             return {}
         if self.positive_only:
-            if self._run_key not in options:  # outside of a sampling run nobody vouches for the numbers
-                require_usual(None)
-            kinds = options["cond_or_uncond"]
             turned = {role: _in_chunks(kinds, x, turned[role]) for role, x in (("q", q), ("k", k))}
         return turned
 
     def around_sampling(self, executor: Callable, noise: Any, latent: Any, sampler: Any, sigmas: Any, *args, **kwargs):
         """OUTER_SAMPLE wrapper: gives the run a memory of its own, checks that its forwards came by, keeps their record."""
-        guider, run = executor.class_obj, _Run(Run(self.protection.geometry) if self.recorder else None)
+        guider = executor.class_obj
+        run = _Run(Run(self.protection.geometry) if self.recorder else None, pictures=len(noise))
         start_notices()
         if self.positive_only:
             require_usual(guider)
@@ -191,15 +194,15 @@ class AttentionPatch:
 class _Run:
     """What one sampling run has shown of the model it samples."""
 
-    def __init__(self, record: Run | None = None) -> None:
-        self.forwards, self.record = 0, record
+    def __init__(self, record: Run | None = None, pictures: int = 0) -> None:
+        self.forwards, self.record, self.pictures = 0, record, pictures
         self.acted = False  # a forward lay in the range of steps
         self.whole = False  # a forward has gone through every protected block
         self.compiled = False  # the patch may be, or was, called in blocks whose queries nobody saw being made
 
     def blank(self, model: Any, x: torch.Tensor, sigma: torch.Tensor, options: dict) -> Forward | None:
-        """An empty record for a forward of this run; None where nobody keeps one."""
-        if self.record is None:
+        """An empty record for a forward of this run; None where nobody keeps one, or rows are not told apart by prompts."""
+        if self.record is None or len(x) != self.pictures * len(options["cond_or_uncond"]):
             return None
         patch = model.diffusion_model.patch_size
         rows, columns = ((side + patch // 2) // patch for side in x.shape[-2:])  # as ComfyUI's Flux counts them
@@ -264,6 +267,16 @@ def patched(model: Any, patch: AttentionPatch | ListeningPatch) -> Any:
 def _transformer_options(args: tuple, kwargs: dict) -> dict:
     """From the arguments of apply_model after x and t: c_concat, c_crossattn, control, transformer_options."""
     return kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
+
+
+def _require_chunks(q: torch.Tensor, pictures: int, kinds: list[int]) -> None:
+    """Raise RuntimeError unless q [B, H, L, D] has a row for every picture and conditioning, as `_in_chunks` parts them."""
+    if q.shape[0] != pictures * len(kinds):
+        raise RuntimeError(
+            f"SafeRoPE Apply is set to conditionings = positive only, but the model was called with {q.shape[0]} rows for "
+            f"{len(kinds)} prompts of {pictures} pictures: another node takes the prompts apart, and the positive one could "
+            "go unprotected. Remove the node that wraps the model's function, or set conditionings to all."
+        )
 
 
 def _in_chunks(kinds: list[int], x: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:

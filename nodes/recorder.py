@@ -12,6 +12,7 @@ from typing import Any
 import comfy.model_management
 import comfy.samplers
 import torch
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -24,6 +25,7 @@ USUAL = {
     "positive",
     "negative",
 }  # what CFGGuider and BasicGuider name their conditionings; others number them otherwise
+HOST = ("comfy", "comfy_extras")  # packages of ComfyUI's own: its wrappers keep the order
 KEPT = 64  # runs; ComfyUI may keep as many samplers' outputs, and each record is some hundred kilobytes
 
 
@@ -106,16 +108,30 @@ class Recorder:
 def require_usual(guider: Any) -> None:
     """Raise RuntimeError unless POSITIVE is this guider's number for its positive prompt, and for no other.
 
-    The numbers are those of the list that `predict_noise` hands over; a guider with its own may have them in any order.
+    The numbers are those of the list that CFGGuider hands over in `predict_noise`. A guider with a method of its own, or a
+    function of another pack in its place, may have them in any order. guider: None where a node calls the model by itself.
     """
-    predict = getattr(getattr(guider, "predict_noise", None), "__func__", None)
-    if predict is not comfy.samplers.CFGGuider.predict_noise or not _conditionings(guider) <= USUAL:
-        who = "a node that calls the model by itself" if guider is None else type(guider).__name__
+    others = ["a node that calls the model by itself"] if guider is None else _others(guider)
+    if others or not _conditionings(guider) <= USUAL:
+        who = others[0] if others else type(guider).__name__
         raise RuntimeError(
             f"SafeRoPE Apply is set to conditionings = positive only, but this model is run by {who}, which may number its "
             f"prompts in another way ({', '.join(sorted(_conditionings(guider)))}): the positive one could go unprotected. "
             "Expected KSampler, CFG Guider or Basic Guider. Use one of them, or set conditionings to all."
         )
+
+
+def _others(guider: Any) -> list[str]:
+    """What decides about the order of the prompts in place of ComfyUI's CFGGuider."""
+    usual, options = comfy.samplers.CFGGuider, guider.model_options
+    for name in ("outer_predict_noise", "predict_noise"):
+        if getattr(getattr(guider, name, None), "__func__", None) is not getattr(usual, name, None):
+            return [type(guider).__name__]
+    found = [options.get("sampler_calc_cond_batch_function")]
+    for kind in (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH):
+        found += get_all_wrappers(kind, options, is_model_options=True)
+    homes = [getattr(each, "__module__", None) or type(each).__module__ for each in found if each is not None]
+    return [f"a function of {home}" for home in homes if home.split(".")[0] not in HOST]
 
 
 def _conditionings(guider: Any) -> set[str]:

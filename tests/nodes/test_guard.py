@@ -7,6 +7,7 @@ paint the unprotected picture, bit for bit, where the guard alone is left out.
 
 import copy
 import gc
+import importlib
 import itertools
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -322,14 +323,57 @@ def test_a_compiled_block_is_guarded(apply, core, make_flux, make_concept, run, 
     torch._dynamo.reset()
 
 
-def test_the_guard_breaks_no_graph(guarded):
-    """What is traced of it is nothing: a graph neither stops at it nor holds on to the model that was loaded."""
+def test_the_guard_breaks_no_graph(pack, guarded):
+    """What is traced of it in a protected forward is nothing: a graph neither stops at it nor holds on to a model."""
     import comfy.model_management
+
+    guard = importlib.import_module(f"{pack.__name__}.nodes.guard")
 
     comfy.model_management.load_model_gpu(guarded)
     layer = guarded.model.diffusion_model.single_blocks[0].linear1
     assert layer._forward_pre_hooks
     torch._dynamo.reset()
-    traced = torch._dynamo.explain(lambda x: layer(x) + 1)(torch.ones(1, 2, 256))
+    with guard.protected_forward(guarded.model):
+        traced = torch._dynamo.explain(lambda x: layer(x) + 1)(torch.ones(1, 2, 256))
     assert (traced.graph_count, traced.graph_break_count) == (1, 0)
     torch._dynamo.reset()
+
+
+def over_the_compiled_network(network, *args):
+    return over_the_network(torch.compile(network, backend="eager"), *args)
+
+
+def over_the_network_compiled(network, *args):
+    return torch.compile(over_the_network, backend="eager")(network, *args)
+
+
+def over_the_blocks_compiled(network, *args):
+    return torch.compile(over_the_blocks, backend="eager")(network, *args)
+
+
+@pytest.mark.parametrize("forward", [over_the_compiled_network, over_the_network_compiled, over_the_blocks_compiled])
+def test_a_loop_that_compiles_for_itself_is_refused(apply, core, make_flux, make_concept, forward):
+    """Its graph is traced outside of a protected forward: the hooks inside refuse it while it is traced."""
+    size = core.Geometry(1, 1, 2, 128)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=OUTSIDE):
+        own_loop(apply(make_flux(size), [make_concept(size)], 1.0), forward)
+    torch._dynamo.reset()
+
+
+def test_a_clone_that_is_dropped_leaves_its_parent_guarded(flux, guarded, run):
+    """ComfyUI makes the parent the loaded model when a clone is gone, and tells nobody."""
+    import comfy.model_management
+
+    def loaded_for_a_moment(model):
+        clone = model.clone()
+        comfy.model_management.load_model_gpu(clone)
+        return clone.model.diffusion_model
+
+    x, ((text, extra),) = latent(), prompt()
+    for network in (loaded_for_a_moment(guarded), loaded_for_a_moment(guarded.clone())):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=OUTSIDE):
+            over_the_network(network, x, torch.ones(1), text, extra["pooled_output"])
+    plain = own_loop(flux)  # control: the unprotected clone runs, and as ever
+    run(guarded, prompt())
+    assert torch.equal(own_loop(flux), plain)

@@ -106,3 +106,46 @@ def test_positive_only_is_refused_where_a_node_calls_the_model_by_itself(comfy, 
     with torch.inference_mode(), pytest.raises(RuntimeError, match=f"{REFUSED} a node that calls the model by itself"):
         comfy.samplers.calc_cond_batch(base, list(conds.values()), latent(), torch.ones(1), options)
     positive_only.cleanup()
+
+
+def split(apply_model, given):
+    """A function wrapper that calls the model for one prompt after the other, as nodes for little memory do."""
+    count = len(given["cond_or_uncond"])
+    parts = {name: value.chunk(count) for name, value in given["c"].items() if torch.is_tensor(value)}
+    rest = {name: value for name, value in given["c"].items() if name not in parts}
+    rows = zip(given["input"].chunk(count), given["timestep"].chunk(count), strict=True)
+    calls = [(x, t, {name: value[i] for name, value in parts.items()} | rest) for i, (x, t) in enumerate(rows)]
+    return torch.cat([apply_model(x, t, **more) for x, t, more in calls])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_positive_only_is_refused_where_prompts_are_taken_apart(apply, flux, concept, run, batch):
+    """Two pictures of one prompt look like one picture of two prompts. All rows turned alike need no telling apart."""
+    model = apply(flux, [concept], 1.0, conditionings="positive only")
+    model.set_model_unet_function_wrapper(split)
+    prompts, noise = (prompt(), prompt(seed=1)), latent(batch=batch)
+    with pytest.raises(RuntimeError, match="another node takes the prompts apart"):
+        run(model, *prompts, noise=noise, cfg=3.0)
+    whole = apply(flux, [concept], 1.0)
+    wrapped = whole.clone()
+    wrapped.set_model_unet_function_wrapper(split)
+    found, wanted = (run(each, *prompts, noise=noise, cfg=3.0) for each in (wrapped, whole))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+def swapped(given):
+    import comfy.samplers
+
+    rows = given["model"], given["conds"][::-1], given["input"], given["sigma"], given["model_options"]
+    return comfy.samplers._calc_cond_batch(*rows)[::-1]
+
+
+def test_positive_only_is_refused_where_another_function_orders_the_prompts(comfy, guided, positive_only, flux):
+    from comfy.patcher_extension import WrappersMP
+
+    by_function, by_wrapper = positive_only.clone(), positive_only.clone()
+    by_function.model_options["sampler_calc_cond_batch_function"] = swapped
+    by_wrapper.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "other", lambda executor, *args: executor(*args))
+    for model in (by_function, by_wrapper):
+        with pytest.raises(RuntimeError, match=rf"{REFUSED} a function of .*test_guiders"):
+            guided(usual(comfy, model)["CFGGuider"])
