@@ -84,6 +84,12 @@ class Concept:
         """R, the dimension of the unsafe subspace of every head."""
         return self.basis_q.shape[-1] - self.reach
 
+    @property
+    def places(self) -> Tensor:
+        """A number for every head, int64 [N], ascending: the head's place among all heads of the geometry."""
+        block_type, block, head = self.heads.long().unbind(1)
+        return (block_type * self.geometry.double_blocks + block) * self.geometry.heads + head
+
     def acts(self, stream: str) -> str:
         """The roles of a stream, "text" or "image", whose vectors turn."""
         return self.acts_on_image or self.acts_on if stream == "image" else self.acts_on

@@ -139,7 +139,7 @@ def _mean_squared_cosine(a: Tensor, b: Tensor) -> Tensor:
 def _common(first: Concept, second: Concept, stream: str, role: str) -> tuple[Tensor, Tensor]:
     """Rows, in each concept, of the heads in which both turn the vectors of this stream and role."""
     here, there = _turned(first, stream, role), _turned(second, stream, role)
-    places, others = _places(first)[here], _places(second)[there]
+    places, others = first.places[here], second.places[there]
     both = torch.isin(places, others)
     return here[both], there[torch.searchsorted(others, places[both])]
 
@@ -148,10 +148,3 @@ def _turned(concept: Concept, stream: str, role: str) -> Tensor:
     """Rows of the heads in which a concept turns the vectors of this stream and role."""
     turns = moving_heads(concept, stream) if concept.strength and role in concept.acts(stream) else torch.zeros(0)
     return turns.nonzero()[:, 0]
-
-
-def _places(concept: Concept) -> Tensor:
-    """A number for every head [N], ascending as the heads are."""
-    block_type, block, head = concept.heads.long().unbind(1)
-    geometry = concept.geometry
-    return (block_type * geometry.double_blocks + block) * geometry.heads + head

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from saferope_core import Protection, fixed_generator, held_strengths, strength_notes
+from saferope_core import Protection, fixed_generator, held_strengths, orthonormal, strength_notes
 
 ROLE, BLOCK = "k", ("single", 1)
 SWIRL = 2.1  # radians at strength 1, as the bundled swirl: three times as much is a whole turn
@@ -118,3 +118,42 @@ def test_other_concepts_do_not_share_what_is_allowed(make_concept):
     ]
     others += [dataclasses.replace(concept, acts_on="q")]
     assert held_strengths([concept, *others], [1.0] * 4) == (1.0,) * 4
+
+
+def halved(concept):
+    """What a float16 file gives back of it."""
+    fields = ("basis_q", "basis_k", "generator_text", "generator_image")
+    changed = {name: getattr(concept, name).half().float() for name in fields}
+    changed |= {name: orthonormal(changed[name]) for name in ("basis_q", "basis_k")}
+    return dataclasses.replace(concept, slug="half", **changed)
+
+
+@pytest.mark.parametrize("kind", ["float16", "other angles", "some heads", "one stream"])
+def test_near_copies_and_parts_are_held_as_copies(make_concept, kind):
+    concept = turning(make_concept, SWIRL)
+    rows = {name: getattr(concept, name)[:2] for name in ("heads", "basis_q", "basis_k")}
+    rows |= {f"generator_{stream}": getattr(concept, f"generator_{stream}")[:2] for stream in ("text", "image")}
+    copy = {
+        "float16": halved(concept),
+        "other angles": dataclasses.replace(concept, slug="b", generator_text=concept.generator_text * 0.999),
+        "some heads": dataclasses.replace(concept, slug="b", **rows),
+        "one stream": dataclasses.replace(concept, slug="b", generator_image=concept.generator_image * 0),
+    }[kind]
+    held = held_strengths([concept, copy], [1.2, 1.2])
+    assert sum(held) * SWIRL == pytest.approx(math.pi, rel=1e-3)
+    assert len(strength_notes([concept, copy], [1.2, 1.2])) == 2
+
+
+def test_concepts_of_their_own_and_parts_without_a_common_head_are_not_held(make_concept):
+    concept, other = turning(make_concept, SWIRL), turning(make_concept, SWIRL, "other")
+    assert held_strengths([concept, other], [1.2, 1.2]) == (1.2, 1.2)
+    names = ("heads", "basis_q", "basis_k", "generator_text", "generator_image")
+    first, second = (
+        dataclasses.replace(concept, **{name: getattr(concept, name)[rows] for name in names})
+        for rows in (slice(2), slice(2, None))
+    )
+    assert held_strengths([first, second], [1.2, 1.2]) == (1.2, 1.2)
+    away = dataclasses.replace(
+        concept, slug="away", generator_text=-concept.generator_text, generator_image=-concept.generator_image
+    )
+    assert held_strengths([concept, away], [1.2, 1.2]) == (1.2, 1.2), "the opposite does not add up"

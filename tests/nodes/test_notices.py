@@ -68,7 +68,8 @@ def test_strength_0_is_what_was_asked_for(said, concept, doubles):
 
 def test_a_product_past_half_a_turn_is_told_once_each(said, gentle):
     """Load 2 x Apply 1.5, as 3 x 2.1 rad."""
-    other = dataclasses.replace(gentle, slug="other", strength=0.5, basis_k=gentle.basis_k.flip(0))
+    bases = {"basis_q": gentle.basis_q.flip(0), "basis_k": gentle.basis_k.flip(0)}
+    other = dataclasses.replace(gentle, slug="other", strength=0.5, **bases)
     (one,) = said([dataclasses.replace(gentle, strength=2.0), other], 1.5)
     assert "concept 'gentle': strength 3 acts as 1.5." in one
     assert said([gentle], 1.4) == []
@@ -87,6 +88,9 @@ def test_a_second_node_may_not_turn_a_concept_past_half_a_turn(apply, flux, gent
         ValueError, match="'gentle' is turned by another SafeRoPE Apply before this one in the same steps"
     ):
         apply(once, [gentle], 1.0)
+    for part in ({"streams": "text"}, {"blocks": "d0-1"}):
+        with pytest.raises(ValueError, match="turned by another SafeRoPE Apply"):
+            apply(once, [gentle], 1.0, **part)
     for other in ({"strength": 0.4}, {"strength": 0.0}):
         apply(once, [gentle], **other)
     apply(once, [concept], 1.0)

@@ -305,9 +305,10 @@ def test_a_concept_that_acts_twice_turns_twice_as_far():
     row = with_nodes({"7": again, "4": node("KSampler", model=("7", 0))})
     twice = combined({"concept": STAR})
     pinned = combined({"sha256": PIN}) | {"2": node("SafeRoPE_LoadConcept", concept=STAR, sha256=PIN)}
-    for prompt in (row, twice, pinned):
-        assert verdicts(prompt) == everywhere(True)
+    for prompt in (twice, pinned):
+        assert verdicts(prompt) == everywhere(True), "ComfyUI holds copies in one Apply together"
         assert verdicts(prompt, Required(full=True)) == everywhere(False)
+    assert verdicts(row) == everywhere(False)
     assert verdicts(combined(), Required(full=True)) == everywhere(True)
     assert verdicts(SAFE["merged, both protected"], Required(full=True)) == everywhere(True), (
         "side by side, not in a row"

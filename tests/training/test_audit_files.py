@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -186,3 +187,10 @@ def test_the_page_shows_what_the_command_prints(monkeypatch):
     _, told = audit(BUNDLED.relative_to(root))
     page = (root / "docs" / "audit.md").read_text(encoding="utf-8")
     assert "".join(f"    {line}\n" for line in told.splitlines()) in page
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(Unreadable, match="expected a regular file"):
+        read(tmp_path / "pipe.json")

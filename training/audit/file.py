@@ -8,12 +8,14 @@ of ComfyUI wrote it into harmless places, and no value that counts may be one.
 from __future__ import annotations
 
 import json
+import os
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, BinaryIO
 
 MAX_TEXT = 16 * 2**20  # bytes of one workflow; the largest of ComfyUI's own blueprints has 0.2 MiB
@@ -39,7 +41,9 @@ class Documents:
 
 def read(path: Path) -> Documents:
     """The workflow in a file. Raises Unreadable for whatever is none, OSError where there is no such file."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise Unreadable("is a pipe, a device or the like, expected a regular file")
         head = file.read(12)
         if head.startswith(PNG):
             file.seek(len(PNG))
@@ -52,6 +56,11 @@ def read(path: Path) -> Documents:
             f"is larger than {MAX_TEXT} bytes, expected a workflow (JSON), or a PNG or WEBP made by ComfyUI"
         )
     return sorted_out(loads(text))
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A pipe would wait for a writer for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def sorted_out(value: Any) -> Documents:

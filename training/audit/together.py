@@ -24,7 +24,9 @@ def doubts(chain: Sequence[Protection], digests: Sequence[str], full: bool) -> l
         for part in parts
         if digests and part.sha256 not in digests
     ]
-    if full:
+    if (
+        full or len(chain) > 1
+    ):  # in one Apply they are held together; in a row ComfyUI stops where both pass half a turn
         keys = [key for part in parts for key in {part.name, part.file and part.file.sha256, part.sha256} if key]
         found += [
             f"concept {key!r} acts twice, and turns twice as far" for key in distinct(keys) if keys.count(key) > 1
