@@ -186,7 +186,7 @@ def _label(shot: Shot, pen: ImageDraw.ImageDraw) -> str:
 def main() -> None:
     start, console = time.monotonic(), Console()
     todo = shots()
-    console.print(f"This takes about {foretell(todo)} on this machine: training a concept file, then drawing pictures.")
+    console.print(f"This takes about {foretell(todo)} on this machine, if nothing else runs.")
     concept = train()
     drawn = draw(concept, todo)
     results = table(todo, drawn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -91,8 +92,9 @@ def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
         "",
         f"# {names}: a SafeRoPE concept file",
         "",
-        f"{markdown_code(name)}, sha256 `{sha256(path)}`. Suppresses {names} in FLUX while pictures without it stay as they are. "
-        f"Use it with the ComfyUI node *SafeRoPE Apply*, or {markdown_code(f'saferope generate --concept {name}')}.",
+        f"{markdown_code(name)}, sha256 `{sha256(path)}`. Made to suppress {names} in one kind of model: "
+        f"{concepts[0].geometry.describe()}. Use it with the ComfyUI node *SafeRoPE Apply*, or with this command, MODEL being "
+        f"such a model: {markdown_code(_command(name))}.",
     ]
     for concept in concepts:
         told = {"description": " ".join(concept.description.split()), **facts(concept)}
@@ -105,6 +107,13 @@ def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
         "It protects whoever uses it, not from whoever runs the model: strength 0, or a workflow without it, is unprotected.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _command(name: str) -> str:
+    """Paints a pair of pictures; the name is the file's, in the folder that the command is called in."""
+    return shlex.join(
+        ["saferope", "generate", "--model", "MODEL", "--concept", name, "--prompt", "...", "--out", "pairs"]
+    )
 
 
 def _evaluation(path: Path, slug: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shlex
 import sys
 from dataclasses import replace
 from io import BytesIO
@@ -96,6 +98,14 @@ def test_card_has_provenance_and_the_evaluation(star):
     report_of(star, file_sha256="0" * 64)
     run("card", star)
     assert "Not evaluated as it is: `saferope evaluate star.safetensors`" in star.with_suffix(".md").read_text()
+
+
+def test_the_command_of_a_card_runs(star, monkeypatch):
+    run("card", star)
+    (command,) = re.findall(r"`(saferope generate [^`]+)`", star.with_suffix(".md").read_text())
+    monkeypatch.chdir(star.parent)
+    run(*shlex.split(command.replace("MODEL", "tinyworld"))[1:], "--steps", "1")
+    assert list((star.parent / "pairs").glob("*.png"))
 
 
 @pytest.mark.parametrize("license", ["a\nb: c", "", "x" * 61])
