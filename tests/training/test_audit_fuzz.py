@@ -186,7 +186,7 @@ def all_paths(prompt, key):
 
 
 def expected(prompt, pin, full):
-    """By listing every path. Concepts 1 and 2 are files of one name, so that two Applies in a row are not whole."""
+    """By listing every path. Concepts 1 and 2 are files of one name, so that two Applies in a row may turn too far."""
 
     def acts(key):
         given = prompt[key]["inputs"]
@@ -207,7 +207,7 @@ def expected(prompt, pin, full):
         steps = [[step for step in path if acts(step)] for path in paths]
         safe = all(any(holds(step, pinned) for step in path) for path in paths for pinned in {False, pin})
         safe &= not pin or all(prompt[step]["inputs"]["concept"][0] == "1" for path in steps for step in path)
-        safe &= not full or max(map(len, steps)) < 2
+        safe &= max(map(len, steps)) < 2
         answers.append(safe and not any(strange(prompt[step]["class_type"]) for path in paths for step in path))
     takers = [kind for entry in prompt.values() if strange(kind := entry["class_type"]) and KINDS[kind]]
     return bool(answers) and all(answers) and not takers
