@@ -43,7 +43,7 @@ ABLATIONS = {
 
 def saferope(*arguments: str) -> None:
     """Runs the command line as users do; its progress is shown."""
-    subprocess.run([sys.executable, "-m", "training", *arguments], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "saferope", *arguments], cwd=ROOT, check=True)
 
 
 def made(folder: Path, slug: str, how: str, arguments: tuple[str, ...], sizes: tuple[str, str]) -> dict[str, dict]:
@@ -100,7 +100,7 @@ def memory_rows() -> list[str]:
     """Peak of a training run of FLUX.1-dev by resolution and quantisation, counted."""
     import torch
 
-    from training.making import memory
+    from saferope_training.making import memory
 
     dev = {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128}
     dev |= {"num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768}

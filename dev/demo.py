@@ -24,10 +24,10 @@ from rich.markdown import Markdown
 from rich.progress import track
 from torch import Tensor
 
+from saferope_benchmark.scores.metrics import pixel_difference, wilson_interval
 from saferope_core import sha256
 from tinyworld.detector import accuracy, load_detector, shows
 from tinyworld.world import Prompt, benign_prompts, unsafe_prompts
-from training.scores.metrics import pixel_difference, wilson_interval
 
 from .comfyui import ROOT, ComfyUI
 from .estimate import demo_seconds, in_words, measure_passes
@@ -73,7 +73,7 @@ def foretell(todo: list[Shot]) -> str:
 
 def train() -> Path:
     """The concept file, by the command a user would type. Its stages are reused by the command itself."""
-    command = [sys.executable, "-m", "training", "train", SLUG, "--model", "tinyworld", "--out", str(CONCEPT.parent)]
+    command = [sys.executable, "-m", "saferope", "train", SLUG, "--model", "tinyworld", "--out", str(CONCEPT.parent)]
     subprocess.run(command, cwd=ROOT, check=True)
     return CONCEPT
 

@@ -33,8 +33,8 @@ class Passes(NamedTuple):
 def measure_passes() -> Passes:
     """Both passes timed, the median of TRIES after one to warm up."""
     with redirect_stderr(io.StringIO()), torch.no_grad():  # libraries tell of kernels that this machine does not have
-        from training.flux.loading import load_model
-        from training.flux.models import encode, noise, velocity
+        from saferope_training.flux.loading import load_model
+        from saferope_training.flux.models import encode, noise, velocity
 
         model, generator = load_model("tinyworld"), torch.Generator().manual_seed(0)
 

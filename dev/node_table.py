@@ -1,4 +1,4 @@
-"""Writes training/audit/comfyui_nodes.json: what ComfyUI's own nodes take and give, as far as an audit of workflows asks.
+"""Writes workflow_lint/comfyui_nodes.json: what ComfyUI's own nodes take and give, as far as an audit of workflows asks.
 
     python -m dev.node_table
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .comfyui import PACK, ROOT, ComfyUI
 
-TABLE = ROOT / "training" / "audit" / "comfyui_nodes.json"
+TABLE = ROOT / "workflow_lint" / "comfyui_nodes.json"
 KEPT = {"MODEL", "GUIDER", "LATENT", "IMAGE"}
 ANY = "*"  # a wildcard, or a node whose slots take the type of what is linked
 

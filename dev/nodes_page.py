@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from saferope_core import Concept, Forward, Protection, Run, load_concepts
+from saferope_training.flux.attach import attached
+from saferope_training.flux.loading import load_model
+from saferope_training.flux.models import Model, encode, seeded_noise, velocity
 from tinyworld import world
-from training.flux.attach import attached
-from training.flux.loading import load_model
-from training.flux.models import Model, encode, seeded_noise, velocity
 
 from .comfyui import ROOT, ComfyUI
 from .workflow import api_prompt

@@ -27,7 +27,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else scratch)
         if len(sys.argv) == 1:
-            subprocess.run([sys.executable, "-m", "training", "bench", "--out", str(folder)], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, "-m", "saferope", "bench", "--out", str(folder)], cwd=ROOT, check=True)
         template = PAGE.with_suffix(".md.in").read_text(encoding="utf-8")
         PAGE.write_text(page(template, (folder / "bench.md").read_text(encoding="utf-8")), encoding="utf-8")
         shutil.copyfile(folder / "bench.png", PAGE.with_suffix(".png"))

@@ -18,11 +18,11 @@ from ..saferope_core import (
     restricted,
     strength_notes,
 )
-from .audit import geometry_of
-from .concepts import STRENGTH_MAX, ConceptType, require_range
-from .notices import notice, start_notices
-from .patch import AttentionPatch, patched
-from .recorder import Recorder, RecorderType
+from .host.network import geometry_of
+from .host.notices import notice, start_notices
+from .host.patch import AttentionPatch, patched
+from .host.recorder import Recorder, RecorderType
+from .load import STRENGTH_MAX, ConceptType, require_range
 
 CALIBRATED, FIXED = "as calibrated", "fixed"
 ALL_ROWS, POSITIVE = "all", "positive only"

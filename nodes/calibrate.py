@@ -32,11 +32,11 @@ from ..saferope_core import (
     schedule,
 )
 from .apply import flux_geometry
-from .choices import Choices, choices_from, settings
-from .concepts import ConceptType
-from .gather import gather, looks_of
+from .host.gather import gather, looks_of
+from .host.prompts import Prompt, read_prompts, require_enough
+from .inputs import Choices, choices_from, settings
 from .inspect import head_map
-from .prompts import Prompt, read_prompts, require_enough
+from .load import ConceptType
 
 # The trainer's defaults (training/settings.py), where the node does not ask.
 PADDING_RANK, WORDS_RANK, IMAGE_RANK, REACH = 5, 5, 8, 8

@@ -14,8 +14,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..saferope_core import MAX_CONCEPTS, STREAMS, Concept, overlap, strength_notes, taken_apart
-from .concepts import ConceptType
-from .pictures import heat_map
+from .draw.charts import heat_map
+from .load import ConceptType
 
 MOST = 32  # inputs
 NUMBERED = 20  # concepts up to which the map's cells have room for their values

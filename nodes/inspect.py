@@ -7,9 +7,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..saferope_core import Concept, Geometry
-from ..saferope_core.untrusted import printable
-from .concepts import ConceptType, introduced
-from .pictures import bars, heat_map
+from ..saferope_core.concept.untrusted import printable
+from .draw.charts import bars, heat_map
+from .load import ConceptType, introduced
 
 MOST_DRAWN = 16  # concepts: 64 of the largest geometry would take 2 GB of pictures
 

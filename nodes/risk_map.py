@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from .recorder import Recorder, RecorderType
-from .risk import (
+from .host.recorder import Recorder, RecorderType
+from .host.risk import (
     FLAG_ABOVE,
     comparable,
     heads_picture,

@@ -5,26 +5,26 @@ Imports inside are relative, so that every host may reach the core under its own
 Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 planes, N safety-critical heads.
 """
 
-from .before import require_known, require_names, require_vectors, unknown_parts, unknown_words
-from .calibration import calibrate_gate, fixed_generator
-from .concept import Concept
-from .concept_file import MAX_CONCEPTS, ConceptFileError, load_concepts, save_concepts, sha256
-from .generators import fixed_generators, random_generators
-from .geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
-from .heads import CriticalHeads, HeadTable, Ranks, critical_heads, histogram, read_heads
-from .merge import Overlap, orthogonalised, overlap, taken_apart
-from .protection import STREAMS, Protection
-from .recorder import Forward, Reading, Run
-from .risk import discrimination, gated, head_discrimination_score, latent_risk_score
-from .rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
-from .selection import STREAM_CHOICES, parse_blocks, restricted
-from .statistics import (
+from .concept.concept import Concept
+from .concept.concept_file import MAX_CONCEPTS, ConceptFileError, load_concepts, save_concepts, sha256
+from .concept.geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
+from .concept.merge import Overlap, orthogonalised, overlap, taken_apart
+from .concept.selection import STREAM_CHOICES, parse_blocks, restricted
+from .concept.stream import ROLES, STREAMS
+from .concept.strength import held_strengths, strength_notes
+from .maths.calibration import calibrate_gate, fixed_generator
+from .maths.risk import discrimination, gated, head_discrimination_score, latent_risk_score
+from .maths.rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
+from .maths.subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
+from .measure.before import require_known, require_names, require_vectors, unknown_parts, unknown_words
+from .measure.generators import fixed_generators, random_generators
+from .measure.heads import CriticalHeads, HeadTable, Ranks, critical_heads, histogram, read_heads
+from .measure.statistics import (
     BENIGN,
     COLLECTED,
     EULER_STEP,
     IMAGE,
     PADDING,
-    ROLES,
     SUBJECT,
     UNSAFE,
     WORDS,
@@ -35,8 +35,8 @@ from .statistics import (
     schedule,
     token_kinds,
 )
-from .strength import held_strengths, strength_notes
-from .subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
+from .run.protection import Protection
+from .run.recorder import Forward, Reading, Run
 from .version import __version__
 
 __all__ = [

@@ -16,7 +16,8 @@ import pytest
 
 from dev.comfyui import ROOT
 
-OURS = {"nodes", "saferope_core", "saferope_training", "tests", "tinyworld", "training", "dev"}
+OURS = {"nodes", "dev", "tests", "tinyworld", "workflow_lint", "saferope"}
+OURS |= {"saferope_benchmark", "saferope_core", "saferope_training"}
 COMFYUI = {
     "comfy",
     "comfy_api",
@@ -30,23 +31,41 @@ COMFYUI = {
 BROUGHT = {"torch", "safetensors"}
 BROUGHT_BY_COMFYUI = BROUGHT | {"numpy", "PIL", "transformers", "tokenizers", "einops", "tqdm"}
 STDLIB = set(sys.stdlib_module_names)
-# The trainer's own parts, bottom first: each may use those of rows above it in this list, and its own
-TRAINER = (
-    {"console", "settings", "processes"},
-    {"plots"},
-    {"stages", "pictures"},
-    {"flux"},
-    {"prompts"},
-    {"making"},
-    {"baselines"},
-    {"scores"},
-    {"evaluation"},
-    {"suites"},
-    {"audit", "bench", "convert", "generate", "inspect"},
-    {"commands"},
-    {"cli"},
-    {"__main__"},
-)
+# Parts of a room, bottom first: each may use those of rows above it in this list, and its own
+PARTS = {
+    "saferope_core": (
+        {"version"},
+        {"maths"},
+        {"concept"},
+        {"measure", "run"},
+    ),
+    "saferope_training": (
+        {"settings", "processes"},
+        {"plots"},
+        {"stages", "pictures"},
+        {"flux"},
+        {"prompts"},
+        {"making"},
+        {"convert", "generate", "inspect"},
+    ),
+    "saferope_benchmark": (
+        {"costs", "baselines"},
+        {"scores"},
+        {"evaluation"},
+        {"suites"},
+    ),
+    "saferope": (
+        {"console"},
+        {"commands"},
+        {"cli"},
+        {"__main__"},
+    ),
+    "nodes": (
+        {"inputs", "draw"},
+        {"host"},
+        {"apply", "calibrate", "combine", "inspect", "load", "risk_map", "risk_probe", "save", "tiny_world"},
+    ),
+}
 
 
 class Rule(NamedTuple):
@@ -55,10 +74,16 @@ class Rule(NamedTuple):
     above: set[str] = frozenset()  # folders of ours reached by `..folder`
 
 
+NOT_BELOW = COMFYUI | {"nodes", "tests", "dev"}
 RULES = {
     "saferope_core": Rule(STDLIB | BROUGHT, set()),
     "tinyworld": Rule(None, OURS | COMFYUI),
-    "training": Rule(None, COMFYUI | {"nodes", "training", "saferope_training", "tests", "dev"}),
+    "workflow_lint": Rule(STDLIB, set()),
+    "saferope_training": Rule(
+        None, NOT_BELOW | {"saferope", "saferope_benchmark", "workflow_lint", "saferope_training"}
+    ),
+    "saferope_benchmark": Rule(None, NOT_BELOW | {"saferope", "workflow_lint", "saferope_benchmark"}),
+    "saferope": Rule(None, NOT_BELOW | {"saferope"}),
     "nodes": Rule(STDLIB | BROUGHT_BY_COMFYUI | COMFYUI, set(), above={"saferope_core", "tinyworld"}),
 }
 
@@ -99,18 +124,23 @@ def test_imports_point_down(folder):
 @pytest.mark.parametrize(
     ("folder", "line"),
     [
-        ("saferope_core", "from saferope_core.risk import gated"),
+        ("saferope_core", "from saferope_core.maths.risk import gated"),
         ("saferope_core", "import diffusers"),
         ("saferope_core", "from ..tinyworld import world"),
         ("saferope_core", "def f():\n    from comfy.ldm.flux import model"),
         ("tinyworld", "from saferope_core import Concept"),
         ("tinyworld", "from tinyworld import world"),
-        ("training", "import comfy.sd"),
-        ("training", "from ..saferope_core import Concept"),
-        ("training", "from training import losses"),
+        ("workflow_lint", "import torch"),
+        ("workflow_lint", "from saferope_core import Concept"),
+        ("saferope_training", "import comfy.sd"),
+        ("saferope_training", "from ..saferope_core import Concept"),
+        ("saferope_training", "from saferope_training import plots"),
+        ("saferope_training", "from saferope_benchmark import scores"),
+        ("saferope_benchmark", "from saferope.console import say"),
+        ("saferope", "from nodes import Apply"),
         ("nodes", "from saferope_core import Concept"),
-        ("nodes", "from ..training import losses"),
-        ("nodes", "from .. import training"),
+        ("nodes", "from ..saferope_training import plots"),
+        ("nodes", "from .. import saferope_training"),
         ("nodes", "from diffusers import FluxPipeline"),
         ("nodes", "import nodes"),
         ("nodes", "from ...other_pack import anything"),
@@ -124,7 +154,7 @@ def test_wrong_imports_are_found(folder, line):
     ("folder", "line"),
     [
         ("saferope_core", "from .risk import gated"),
-        ("training", "from saferope_core import Concept"),
+        ("saferope_training", "from saferope_core import Concept"),
         ("nodes", "from ..tinyworld.codec import BlockDCT"),
         ("nodes", "import comfy.utils"),
     ],
@@ -134,56 +164,56 @@ def test_right_imports_are_let_through(folder, line):
 
 
 def reached(source: str, parts: tuple[str, ...]) -> set[str]:
-    """Parts of the trainer that a file imports; `parts`: the file's path inside of it."""
+    """Parts of its room that a file imports; `parts`: the file's path inside of the room."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.ImportFrom) and 0 < node.level <= len(parts):
             package = parts[:-1][: len(parts) - node.level]
             names = [node.module] if node.module else [alias.name for alias in node.names]
             found |= {(package[0] if package else name.split(".")[0]) for name in names}
     return found
 
 
-def downward(part: str, others: set[str]) -> bool:
-    row = next(row for row, parts in enumerate(TRAINER) if part in parts)
-    return others - {part} <= set().union(*TRAINER[:row])
+def downward(room: str, part: str, others: set[str]) -> bool:
+    row = next(row for row, parts in enumerate(PARTS[room]) if part in parts)
+    return others - {part} <= set().union(*PARTS[room][:row])
 
 
-def part_of(file: Path) -> tuple[str, tuple[str, ...]]:
-    parts = file.relative_to(ROOT / "training").with_suffix("").parts
-    return parts[0], parts
-
-
-def test_parts_of_the_trainer_import_downwards():
-    files = [file for file in sources("training") if part_of(file)[0] != "__init__"]
-    assert {part_of(file)[0] for file in files} == set().union(*TRAINER), "every part has its row"
-    wrong = {str(f): reached(f.read_text(encoding="utf-8"), part_of(f)[1]) for f in files}
-    assert {name: parts for name, parts in wrong.items() if not downward(part_of(Path(name))[0], parts)} == {}
+@pytest.mark.parametrize("room", PARTS)
+def test_parts_of_a_room_import_downwards(room):
+    paths = {file: file.relative_to(ROOT / room).with_suffix("").parts for file in sources(room)}
+    paths = {file: parts for file, parts in paths.items() if parts != ("__init__",)}
+    assert {parts[0] for parts in paths.values()} == set().union(*PARTS[room]), "every part has its row"
+    found = {file: reached(file.read_text(encoding="utf-8"), parts) for file, parts in paths.items()}
+    assert {str(file): each for file, each in found.items() if not downward(room, paths[file][0], each)} == {}
 
 
 @pytest.mark.parametrize(
-    ("file", "line", "right"),
+    ("room", "file", "line", "right"),
     [
-        (("flux", "models"), "from ..making.recipe import Recipe", False),
-        (("prompts", "__init__"), "def f():\n    from .. import evaluation", False),
-        (("flux", "__init__"), "from ..prompts import sources", False),
-        (("evaluation", "tables"), "from ..scores import Measure", True),
-        (("scores", "clip"), "from . import Metric", True),
-        (("cli",), "from .commands import files", True),
+        ("saferope_training", ("flux", "models"), "from ..making.recipe import Recipe", False),
+        ("saferope_training", ("prompts", "__init__"), "def f():\n    from .. import making", False),
+        ("saferope_training", ("flux", "__init__"), "from ..prompts import sources", False),
+        ("saferope_benchmark", ("evaluation", "tables"), "from ..scores import Measure", True),
+        ("saferope_benchmark", ("scores", "clip"), "from . import Metric", True),
+        ("saferope", ("cli",), "from .commands import files", True),
+        ("saferope_core", ("maths", "risk"), "from ..concept import Concept", False),
+        ("nodes", ("apply",), "from .load import find", False),
     ],
 )
-def test_imports_upwards_in_the_trainer_are_found(file, line, right):
-    assert downward(file[0], reached(line, file)) == right
+def test_imports_upwards_in_a_room_are_found(room, file, line, right):
+    assert downward(room, file[0], reached(line, file)) == right
 
 
-@pytest.mark.parametrize("folder", ["saferope_core", "tinyworld", "nodes", "training"])
+@pytest.mark.parametrize("folder", list(RULES))
 def test_syntax_is_of_the_oldest_python(folder):
     for file in sources(folder):
         ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 10))
 
 
 @pytest.mark.parametrize(
-    ("mark", "only"), [("set_model_attn1_patch", "nodes/patch.py"), ("norm_added_", "training/flux/attach.py")]
+    ("mark", "only"),
+    [("set_model_attn1_patch", "nodes/host/patch.py"), ("norm_added_", "saferope_training/flux/attach.py")],
 )
 def test_one_file_knows_each_hosts_attention(mark, only):
     files = [file for folder in RULES for file in sources(folder) if mark in file.read_text(encoding="utf-8")]
@@ -208,4 +238,10 @@ def test_fresh_interpreter_tells_what_was_imported():
 
 def test_command_line_answers_before_torch_is_loaded():
     """Help should not take seconds."""
-    assert modules_after("import training.cli") & {"torch", "diffusers", "transformers"} == set()
+    assert modules_after("import saferope.cli") & {"torch", "diffusers", "transformers"} == set()
+
+
+def test_every_public_name_of_the_core_is_there():
+    import saferope_core
+
+    assert [name for name in saferope_core.__all__ if not hasattr(saferope_core, name)] == []

@@ -1,4 +1,4 @@
-"""What an installation holds: three packages, their data, one command, and no word about torch."""
+"""What an installation holds: six packages, their data, one command, and no word about torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from dev.comfyui import ROOT, copy_pack, pack_files
 
-FOLDERS = {"saferope_core": "saferope_core", "training": "saferope_training", "tinyworld": "tinyworld"}
+PACKAGES = {"saferope", "saferope_benchmark", "saferope_core", "saferope_training", "tinyworld", "workflow_lint"}
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,15 @@ def metadata(wheel):
     return Parser().parsestr(wheel.read(name).decode())
 
 
-def test_wheel_has_three_packages(wheel):
+def test_wheel_has_our_packages_alone(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
-    assert {top for top in tops if not top.endswith(".dist-info")} == set(FOLDERS.values())
+    assert {top for top in tops if not top.endswith(".dist-info")} == PACKAGES
 
 
 def test_wheel_has_every_file_of_them(wheel):
     """Also of sub-packages and data, which setuptools takes only when told."""
-    files = [file for file in pack_files() if file.parts[0] in FOLDERS]
-    expected = {Path(FOLDERS[file.parts[0]], *file.parts[1:]).as_posix() for file in files}
+    files = [file for file in pack_files() if file.parts[0] in PACKAGES]
+    expected = {file.as_posix() for file in files}
     assert len(expected) > 20
     assert expected - set(wheel.namelist()) == set()
 
@@ -84,10 +84,10 @@ def test_command_runs_from_anywhere(tmp_path):
 
 
 def test_installed_project_does_not_shadow_comfyui(tmp_path):
-    """ComfyUI's own module is called `nodes`; a `tests` or `training` on everybody's path would be as rude."""
-    code = "from importlib.util import find_spec as f; print([f(n).origin or '' for n in ('nodes', 'tests', 'training') if f(n)])"
+    """ComfyUI's own module is called `nodes`; a `tests` or `dev` on everybody's path would be as rude."""
+    code = "from importlib.util import find_spec as f; print([f(n).origin or '' for n in ('nodes', 'tests', 'dev') if f(n)])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert str(ROOT) not in done.stdout.replace(str(ROOT / ".venv"), ""), "other projects may be rude, ours is not"
-    present = code.replace("'nodes', 'tests', 'training'", "'saferope_core', 'saferope_training', 'tinyworld'")
+    present = code.replace("'nodes', 'tests', 'dev'", f"{', '.join(map(repr, sorted(PACKAGES)))}")
     done = subprocess.run([sys.executable, "-c", present], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert len(done.stdout.split(",")) == 3
+    assert len(done.stdout.split(",")) == len(PACKAGES)

@@ -1,6 +1,6 @@
 """ComfyUI and diffusers give the same velocity and the same picture: one set of weights, one concept file, one noise.
 
-Two forwards by two programs, two adapters (nodes/patch.py, training/flux/attach.py) around one core: what they agree on is
+Two forwards by two programs, two adapters (nodes/host/patch.py, saferope_training/flux/attach.py) around one core: what they agree on is
 which vectors are turned, and when.
 """
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import saferope_core
+from saferope_training.flux.attach import attached, geometry_of
 from tinyworld.model import GUIDANCE, STEPS, encode, generate, load_pipeline, start_noise
-from training.flux.attach import attached, geometry_of
 
 pytestmark = pytest.mark.host
 

@@ -11,7 +11,7 @@ import tomllib
 
 from dev.comfyui import ROOT
 
-PACK = ("nodes", "saferope_core", "tinyworld")  # what ComfyUI imports; training/ is a command line of its own
+PACK = ("nodes", "saferope_core", "tinyworld")  # what ComfyUI imports; the others are a command line of their own
 CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 ATTRIBUTES = {
     ("os", "system"),
@@ -86,7 +86,7 @@ def test_the_trainer_unpickles_only_tensors():
     """`saferope convert` reads the published .pth files: with weights_only, which runs no code."""
     calls = [
         node
-        for file in (ROOT / "training").rglob("*.py")
+        for file in ROOT.glob("saferope*/**/*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
     ]
@@ -94,7 +94,7 @@ def test_the_trainer_unpickles_only_tensors():
     for call in calls:
         assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("weights_only") == "True"
     files = [
-        file for file in (ROOT / "training").rglob("*.py") if re.search(r"\btrust_remote_code=True", file.read_text())
+        file for file in ROOT.glob("saferope*/**/*.py") if re.search(r"\btrust_remote_code=True", file.read_text())
     ]
     assert files == []
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dev.hostile import seeds
 from saferope_core import DOUBLE, SINGLE, Concept, Geometry, skew
+from tests.support.hostile import seeds
 
 GEOMETRY = Geometry(double_blocks=2, single_blocks=3, heads=3, head_dim=32)
 # By how much an LRS in float32 may be off, 2 (D + 2) (√R + 2) u as in `screen`, for D = 32 and R = 8: examples whose tokens

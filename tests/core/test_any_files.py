@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dev.comfyui import ROOT
-from dev.hostile import spoilt
-from dev.oracle import Unsound, check
 from saferope_core import Concept, Geometry, load_concepts, save_concepts, sha256, skew
-from saferope_core.concept_file import parse_concepts
+from saferope_core.concept.concept_file import parse_concepts
+from tests.support.hostile import spoilt
+from tests.support.oracle import Unsound, check
 
 EXAMPLES = ROOT / "tests" / "files"
 BUDGET = 25  # files of every property
@@ -131,7 +131,17 @@ def test_the_oracle_sees_what_is_unsound(good, change):
 
 def test_a_short_run_of_the_fuzzer(tmp_path):
     """Guided by coverage where atheris is installed. The long run is in docs/security.md."""
-    command = [sys.executable, "-m", "dev.fuzz", "--runs", "1000", "--report", "1000", "--out", tmp_path / "new"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.fuzz",
+        "--runs",
+        "1000",
+        "--report",
+        "1000",
+        "--out",
+        tmp_path / "new",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     figures = json.loads(re.findall(r"{.*}", done.stdout)[-1])

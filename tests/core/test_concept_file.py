@@ -9,7 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from saferope_core import ConceptFileError, Geometry, concept_file, load_concepts, save_concepts, sha256
+from saferope_core import ConceptFileError, Geometry, load_concepts, save_concepts, sha256
+from saferope_core.concept import concept_file
 
 TENSORS = ("heads", "basis_q", "basis_k", "generator_text", "generator_image", "discrimination")
 OPTIONAL = ("gate_q", "gate_k", "singular_values", "basis_image_q", "basis_image_k", "gate_image_q", "gate_image_k")

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from saferope_core import save_concepts
-from saferope_core.files import append_text, placed, require_no_link, sweep, write_bytes, write_text
+from saferope_core.concept.files import append_text, placed, require_no_link, sweep, write_bytes, write_text
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from dev.comfyui import ROOT
-from dev.hostile import apart, seeds, spoilt, together
-from dev.oracle import check
-from saferope_core import ConceptFileError, load_concepts, sha256, untrusted
-from saferope_core.concept_file import parse_concepts
+from saferope_core import ConceptFileError, load_concepts, sha256
+from saferope_core.concept import untrusted
+from saferope_core.concept.concept_file import parse_concepts
+from tests.support.hostile import apart, seeds, spoilt, together
+from tests.support.oracle import check
 
 
 def test_cut_at_every_byte(good):
@@ -227,7 +228,7 @@ def bomb(kind: str, room: int) -> bytes:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read as Linux tells it")
 def test_bombs_take_work_and_memory_of_their_size(tmp_path, good):
-    from saferope_core.concept_file import MAX_HEADER_BYTES
+    from saferope_core.concept.concept_file import MAX_HEADER_BYTES
 
     (tmp_path / "good").write_bytes(good)
     for kind in BOMBS:

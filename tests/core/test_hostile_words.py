@@ -7,9 +7,9 @@ import struct
 import pytest
 import torch
 
-from dev.hostile import apart, spoilt, together
 from saferope_core import ConceptFileError, Geometry, load_concepts, save_concepts
-from saferope_core.concept_file import parse_concepts
+from saferope_core.concept.concept_file import parse_concepts
+from tests.support.hostile import apart, spoilt, together
 
 
 def entry(**changes):

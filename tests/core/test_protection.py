@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from saferope_core import FLUX1, Protection, protection
+from saferope_core import FLUX1, Protection
+from saferope_core.run import protection
 
 TEXT, IMAGE = (1, 5), (5, 11)  # tokens 0, 11 and 12 belong to nobody
 SHAPE = (2, 3, 13, 32)

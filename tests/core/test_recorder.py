@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from saferope_core import Forward, Protection, Run, latent_risk_score, protection
+from saferope_core import Forward, Protection, Run, latent_risk_score
+from saferope_core.run import protection
 
 TEXT, IMAGE, GRID = (0, 4), (4, 11), (2, 3)  # the last image token belongs to a reference picture
 SHAPE = (2, 3, 11, 32)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from saferope_core import discrimination, fold, gated, head_discrimination_score, latent_risk_score, skew
-from saferope_core.risk import risk_of
+from saferope_core.maths.risk import risk_of
 
 HEADS, WIDTH, RANK = 3, 32, 5
-# By how much ‖Uᵀx‖ / ‖x‖ in float32 may be off: n (√R + 2) u with n = D + 2, as in `saferope_core.screen`
+# By how much ‖Uᵀx‖ / ‖x‖ in float32 may be off: n (√R + 2) u with n = D + 2, as in `saferope_core.run.few`
 OFF = (WIDTH + 2) * (math.sqrt(RANK) + 2) * torch.finfo(torch.float32).eps / 2
 
 

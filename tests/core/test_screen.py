@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from saferope_core import Geometry, Protection, protection, screen
+from saferope_core import Geometry, Protection
+from saferope_core.run import few as screen
+from saferope_core.run import protection
 
 HEADS, TOKENS, WIDTH = 3, 256, 128
 GEOMETRY = Geometry(double_blocks=1, single_blocks=1, heads=HEADS, head_dim=WIDTH)

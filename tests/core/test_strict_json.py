@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from saferope_core.strict_json import MAX_DEPTH, depth, dumps, loads
+from saferope_core.concept.strict_json import MAX_DEPTH, depth, dumps, loads
 
 
 def test_round_trip_with_sorted_keys():

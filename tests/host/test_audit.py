@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from dev.node_table import row
 from dev.workflow import BUNDLED, api_prompt
+from saferope import cli
 from saferope_core import sha256
 from tinyworld.model import WEIGHTS
-from training import cli
-from training.audit.editor import WIDGETS
-from training.audit.known import node_table
+from workflow_lint.editor import WIDGETS
+from workflow_lint.known import node_table
 
 pytestmark = pytest.mark.host
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-from dev.browser import NoBrowser, open_browser, open_editor
 from dev.comfyui import ROOT
 from dev.workflow import EXAMPLES, api_prompt
+from tests.support.browser import NoBrowser, open_browser, open_editor
 
 pytestmark = pytest.mark.host
 

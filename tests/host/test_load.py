@@ -1,10 +1,10 @@
-"""Many prompts at one server: the pictures are those of a fresh one, and memory stays. 200 of them: `python -m dev.load`."""
+"""Many prompts at one server: the pictures are those of a fresh one, and memory stays. 200 of them: `python -m tests.support.load`."""
 
 from __future__ import annotations
 
 import pytest
 
-from dev.load import DIFFERENT, measure, slope
+from tests.support.load import DIFFERENT, measure, slope
 
 pytestmark = pytest.mark.host
 MOST = 2000  # KB a prompt over a dozen prompts, where an allocator still settles; a leaked model would be 40,000

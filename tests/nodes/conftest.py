@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from .layouts import CPU, Reference, latent
+from tests.support.layouts import CPU, Reference, latent
 
 RANK = 4
 ANGLE = 10  # random vectors have an LRS of about RANK / 128: turn them visibly

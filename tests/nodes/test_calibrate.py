@@ -18,7 +18,7 @@ PICTURES, STEPS = 16, 8
 
 @pytest.fixture(scope="module")
 def gather(pack):
-    return importlib.import_module(f"{pack.__name__}.nodes.gather")
+    return importlib.import_module(f"{pack.__name__}.nodes.host.gather")
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +79,18 @@ def paint(comfy, tiny, apply):
 @pytest.fixture(scope="module")
 def theirs():
     """The trainer's statistics in full precision, as ComfyUI runs the tiny world, and its noises in ComfyUI's layout."""
+    from saferope_training.flux.models import from_pipeline, seeded_noise
+    from saferope_training.making import extract
+    from saferope_training.prompts import PromptRecord
     from tinyworld.model import GUIDANCE, TEXT_LENGTH, load_pipeline
     from tinyworld.model import STEPS as ALL_STEPS
-    from training.flux.models import from_pipeline, seeded_noise
-    from training.making import extract
-    from training.prompts import PromptRecord
 
     pipe = load_pipeline()
     model = from_pipeline("tinyworld", pipe, TEXT_LENGTH, 12, GUIDANCE, ALL_STEPS)
     records = [PromptRecord("unsafe", p.text, p.subject) for p in world.unsafe_prompts("star", UNSAFE, 0)]
     records += [PromptRecord("benign", p.text) for p in world.benign_prompts("star", SAFE, 0)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.flux.models.torch.autocast", lambda *_, **__: nullcontext())
+        patch.setattr("saferope_training.flux.models.torch.autocast", lambda *_, **__: nullcontext())
         statistics = extract.extract(model, records, TIMES, 4096, seed=0)
     return statistics, lambda seeds, shape: pipe._unpack_latents(
         seeded_noise(model, seeds), 96, 96, pipe.vae_scale_factor
@@ -100,7 +100,7 @@ def theirs():
 @pytest.fixture(scope="module")
 def ours(pack, gather, core, tiny, prompts, theirs, made):
     """The node's statistics of the same prompts and noises."""
-    read = importlib.import_module(f"{pack.__name__}.nodes.prompts").read_prompts
+    read = importlib.import_module(f"{pack.__name__}.nodes.host.prompts").read_prompts
     both = read(prompts[0], core.UNSAFE) + read(prompts[1], core.BENIGN)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(gather, "start_noise", theirs[1])

@@ -196,7 +196,7 @@ def test_a_spectrum_of_any_size_is_drawn_as_what_it_is(pack, make_concept, size,
 
 
 def test_maps_show_what_they_are_given(pack):
-    pictures = importlib.import_module(f"{pack.__name__}.nodes.pictures")
+    pictures = importlib.import_module(f"{pack.__name__}.nodes.draw.charts")
     low, high = (pictures.heat_map(torch.full((2, 3), v), ["a", "b"], list("xyz"), "t", "u") for v in (0.0, 1.0))
     assert low.shape == high.shape and not torch.equal(low, high)
     framed = pictures.heat_map(torch.zeros(2, 3), ["a", "b"], list("xyz"), "t", "u", torch.eye(2, 3, dtype=torch.bool))
@@ -226,7 +226,7 @@ def test_pictures_and_text_of_a_concept_are_bounded(node_classes, pack, core, ma
 
 
 def test_no_name_decides_how_large_a_picture_is(pack):
-    pictures = importlib.import_module(f"{pack.__name__}.nodes.pictures")
+    pictures = importlib.import_module(f"{pack.__name__}.nodes.draw.charts")
     name = "W" * 200
     sheet = pictures.heat_map(torch.zeros(2, 2), [name, name], [name, name], name, name)
     assert pictures.width_of(name, pictures.TITLE) > 3000 > sheet.shape[2], "control: the name itself is wider"

@@ -54,7 +54,7 @@ def test_a_files_words_cannot_pass_for_its_sha256(node, folder, core, make_conce
 
 def test_lists_safetensors_only(pack, node, star):
     (star.parent / "evil.pt").write_bytes(b"")
-    node_class = importlib.import_module(f"{pack.__name__}.nodes.concepts").LoadConcept
+    node_class = importlib.import_module(f"{pack.__name__}.nodes.load").LoadConcept
     assert node_class.define_schema().inputs[0].options == ["star.safetensors"]
 
 
@@ -84,7 +84,7 @@ def test_the_content_decides_whether_it_is_read_again(node, star, core, make_con
 def test_registering_finds_the_users_folders_first_and_can_be_repeated(pack, comfy):
     import folder_paths
 
-    module = importlib.import_module(f"{pack.__name__}.nodes.concepts")
+    module = importlib.import_module(f"{pack.__name__}.nodes.load")
     module.register_folders()
     module.register_folders()
     paths, extensions = folder_paths.folder_names_and_paths["saferope"]

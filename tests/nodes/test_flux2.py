@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from .layouts import METHODS, latent, prompt, referring
+from tests.support.layouts import METHODS, latent, prompt, referring
 
 pytestmark = pytest.mark.host
 

@@ -13,12 +13,12 @@ TEXTS = ("a red [star] in the center", "a blue [star] , left , navy wall"), ("a 
 
 @pytest.fixture(scope="module")
 def gather(pack):
-    return importlib.import_module(f"{pack.__name__}.nodes.gather")
+    return importlib.import_module(f"{pack.__name__}.nodes.host.gather")
 
 
 @pytest.fixture(scope="module")
 def prompts(pack):
-    return importlib.import_module(f"{pack.__name__}.nodes.prompts")
+    return importlib.import_module(f"{pack.__name__}.nodes.host.prompts")
 
 
 @pytest.fixture(scope="module")

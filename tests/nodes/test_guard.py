@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from .layouts import CPU, latent, prompt
+from tests.support.layouts import CPU, latent, prompt
 
 pytestmark = pytest.mark.host
 SIGMAS = (1.0, 0.6, 0.0)
@@ -177,9 +177,9 @@ def test_a_protected_forward_of_another_model_or_thread_excuses_nothing(pack, gu
 
     comfy.model_management.load_model_gpu(guarded)
     arguments = (guarded.model.diffusion_model, latent(), torch.ones(1), prompt()[0][0], torch.zeros(1, 16))
-    with pack.nodes.guard.protected_forward(make_flux().model), pytest.raises(RuntimeError, match=OUTSIDE):
+    with pack.nodes.host.guard.protected_forward(make_flux().model), pytest.raises(RuntimeError, match=OUTSIDE):
         over_the_blocks(*arguments)
-    with pack.nodes.guard.protected_forward(guarded.model), ThreadPoolExecutor(1) as threads:
+    with pack.nodes.host.guard.protected_forward(guarded.model), ThreadPoolExecutor(1) as threads:
         over_the_blocks(*arguments)
         with pytest.raises(RuntimeError, match=OUTSIDE):
             threads.submit(over_the_blocks, *arguments).result()
@@ -284,7 +284,7 @@ def test_checkpoints_are_computed_again_in_the_backward_pass(pack, guarded, monk
     network, calls = guarded.model.diffusion_model, []
     block, start = network.single_blocks[0], torch.ones(1, 21, 256, requires_grad=True)
     hook = block.linear1.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    with pack.nodes.guard.protected_forward(guarded.model):
+    with pack.nodes.host.guard.protected_forward(guarded.model):
         pe = network.pe_embedder(torch.zeros(1, 21, 3))
         out = checkpoint(lambda x: block(x * 1, vec=torch.ones(1, 256), pe=pe), start, use_reentrant=False)
     out.sum().backward()
@@ -327,7 +327,7 @@ def test_the_guard_breaks_no_graph(pack, guarded):
     """What is traced of it in a protected forward is nothing: a graph neither stops at it nor holds on to a model."""
     import comfy.model_management
 
-    guard = importlib.import_module(f"{pack.__name__}.nodes.guard")
+    guard = importlib.import_module(f"{pack.__name__}.nodes.host.guard")
 
     comfy.model_management.load_model_gpu(guarded)
     layer = guarded.model.diffusion_model.single_blocks[0].linear1

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from .layouts import latent, prompt
+from tests.support.layouts import latent, prompt
 
 pytestmark = pytest.mark.host
 
@@ -81,7 +81,7 @@ def test_all_is_protected_under_every_guider(comfy, guided, apply, flux, concept
 @pytest.mark.parametrize("name", ["Guider_DualCFG", "Reversed"])
 def test_it_would_be_unprotected_bit_for_bit(comfy, pack, guided, positive_only, flux, monkeypatch, name):
     """The control: without the refusal the negative prompt alone is turned, which a CFG of 1 leaves out of the picture."""
-    patch = importlib.import_module(f"{pack.__name__}.nodes.patch")
+    patch = importlib.import_module(f"{pack.__name__}.nodes.host.patch")
     monkeypatch.setattr(patch, "require_usual", lambda guider: None)
     assert torch.equal(guided(unusual(comfy, positive_only)[name]), guided(unusual(comfy, flux)[name]))
 

@@ -137,7 +137,7 @@ def test_a_network_of_another_kind_is_named(apply, make_flux, sample, concept):
 
 def test_nobody_is_blamed_for_an_unchanged_network(pack, apply, flux, sample, concept):
     """Also while it is loaded and guarded, compiled, and after ComfyUI put another node's object patch back."""
-    changes = pack.nodes.audit.changes_in_place
+    changes = pack.nodes.host.network.changes_in_place
     assert changes(flux.model.diffusion_model) == [] == changes(None)
     model = apply(flux, [concept], 1.0)
     model.add_object_patch(

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .layouts import CPU, LONG, METHODS, TEXT, image_tokens, latent, prompt, referring
+from tests.support.layouts import CPU, LONG, METHODS, TEXT, image_tokens, latent, prompt, referring
 
 pytestmark = pytest.mark.host
 

@@ -102,7 +102,7 @@ def test_notices_stand_on_the_node_until_it_runs_again(pack, monkeypatch):
     """Sentences of one run stand together; the next run takes them back, for the page takes no empty text."""
     from comfy_execution.utils import CurrentNodeContext
 
-    notices, shown = importlib.import_module(f"{pack.__name__}.nodes.notices"), []
+    notices, shown = importlib.import_module(f"{pack.__name__}.nodes.host.notices"), []
     monkeypatch.setattr(notices, "_show", lambda node, text: shown.append((node, text)))
     with CurrentNodeContext("prompt", "7"):
         notices.start_notices()

@@ -17,7 +17,7 @@ FULL = "red " * 23  # with T5's end all 24 tokens of the tiny world
 
 @pytest.fixture(scope="module")
 def prompts(pack):
-    return importlib.import_module(f"{pack.__name__}.nodes.prompts")
+    return importlib.import_module(f"{pack.__name__}.nodes.host.prompts")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from .layouts import latent, prompt
+from tests.support.layouts import latent, prompt
 
 pytestmark = pytest.mark.host
 
@@ -124,7 +124,7 @@ def test_rows_of_different_sigmas_are_protected_where_one_is_in_the_range(apply,
 
 @pytest.mark.parametrize(("percent", "level"), [(0.0, 1.2), (0.5, 0.5), (1.0, 0.0), (1.0, -1.0)])
 def test_an_empty_range_acts_nowhere(pack, core, concept, tiny, flux, percent, level):
-    attention = importlib.import_module(f"{pack.__name__}.nodes.patch").AttentionPatch
+    attention = importlib.import_module(f"{pack.__name__}.nodes.host.patch").AttentionPatch
     patch = attention(core.Protection([concept], tiny), percent, percent)
     assert not patch._in_range(flux.get_model_object("model_sampling"), torch.tensor([level]))
 

@@ -210,7 +210,7 @@ def test_a_prompt_in_two_parts_is_measured_whole_or_not(node_classes, world, sta
 def test_another_prompt_than_the_sampled_one_is_noticed_where_it_can_be(node_classes, world, star, sampled, show, pack):
     model, recorder = protected(node_classes, world, star)
     record = recorder.of(sampled(model, STAR)["samples"])
-    risk = importlib.import_module(f"{pack.__name__}.nodes.risk")
+    risk = importlib.import_module(f"{pack.__name__}.nodes.host.risk")
     with pytest.raises(ValueError, match="text has 24 tokens, the prompt that was sampled had 10"):
         risk.named_words(record.readings[0][0].tokens[0, :10], world[1], STAR)
     rest = torch.cat([record.readings[0][0].tokens[0], torch.tensor([0.7, 0.2])])
@@ -331,7 +331,7 @@ def test_odd_settings_of_a_probe_are_refused(ask, settings, message):
 
 
 def test_long_prompts_have_pictures_of_bounded_size(pack):
-    pictures = importlib.import_module(f"{pack.__name__}.nodes.risk_pictures")
+    pictures = importlib.import_module(f"{pack.__name__}.nodes.draw.risk_pictures")
     short, long = (pictures.word_bars(["word"] * n, [0.5] * n, "t") for n in (3, 2000))
     assert short.shape[1] < long.shape[1] < 2000 and short.shape[2] == long.shape[2] == 1024
     assert pictures.word_bars([], [], "t").shape[0] == 1
@@ -341,7 +341,7 @@ def test_long_prompts_have_pictures_of_bounded_size(pack):
 
 def test_a_latent_is_known_again_by_a_host_that_names_no_type_of_intermediates(pack, comfy, monkeypatch):
     """ComfyUI 0.17, the oldest that is supported, hands latents over in the type they were sampled in."""
-    digest = importlib.import_module(f"{pack.__name__}.nodes.recorder")._digest
+    digest = importlib.import_module(f"{pack.__name__}.nodes.host.recorder")._digest
     monkeypatch.delattr(comfy.model_management, "intermediate_dtype", raising=False)
     latent = torch.randn(1, 4, 2, 2)
     assert digest(latent) == digest(latent.clone()) != digest(latent + 1e-3)

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from .layouts import CPU, LONG, latent, prompt
+from tests.support.layouts import CPU, LONG, latent, prompt
 
 pytestmark = pytest.mark.host
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .layouts import TEXT, prompt
+from tests.support.layouts import TEXT, prompt
 
 pytestmark = pytest.mark.host
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.host
 
 @pytest.fixture(scope="module")
 def words(pack):
-    return importlib.import_module(f"{pack.__name__}.nodes.words")
+    return importlib.import_module(f"{pack.__name__}.nodes.host.words")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.flux.attach import attached, geometry_of, listening, sites
+from saferope_training.flux.attach import attached, geometry_of, listening, sites
 
 TEXT, IMAGE = 5, 4  # tokens of the `inputs` fixture
 

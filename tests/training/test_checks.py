@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from training.flux.models import Model
-from training.making import material, recipe
-from training.making.recipe import Recipe
-from training.prompts import BENIGN, UNSAFE, PromptRecord, write_prompts
+from saferope_training.flux.models import Model
+from saferope_training.making import material, recipe
+from saferope_training.making.recipe import Recipe
+from saferope_training.prompts import BENIGN, UNSAFE, PromptRecord, write_prompts
 
 FULL = "red " * 23  # with T5's end all 24 tokens of the tiny world
 EMOJI = "\U0001f31f"

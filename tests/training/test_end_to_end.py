@@ -6,10 +6,10 @@ import json
 
 from typer.testing import CliRunner
 
+from saferope import cli
 from saferope_core import load_concepts
 from tinyworld.model import load_pipeline
 from tinyworld.world import benign_prompts, unsafe_prompts
-from training import cli
 
 
 def test_train_and_evaluate_star(tmp_path):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from saferope_core import BENIGN, PADDING, SUBJECT, UNSAFE, WORDS, unsafe_basis
-from training.flux.attach import listening
-from training.flux.models import Text, encode, noise, seeded_noise, text_tokens, velocity
-from training.making import extract
-from training.prompts import side
+from saferope_training.flux.attach import listening
+from saferope_training.flux.models import Text, encode, noise, seeded_noise, text_tokens, velocity
+from saferope_training.making import extract
+from saferope_training.prompts import side
 
 TIMES = (1.0, 0.8, 0.5)
 

@@ -1,6 +1,6 @@
 """Faults around a training: two in one folder, a folder that cannot be written, damaged files, a clock that goes back, a
 worker that dies. Refused in one clear line, or mended to the same end. Kills and full disks are in test_interruptions.py;
-`python -m dev.faults` kills at random moments.
+`python -m tests.support.faults` kills at random moments.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from saferope import cli
+from saferope.commands.common import told as in_a_line
 from saferope_core import load_concepts
-from training import cli
-from training.commands.common import told as in_a_line
-from training.flux.encoders import EmbeddingCache
-from training.making.recipe import Recipe
-from training.settings import Settings
-from training.stages import LOCK, RECORD, alone, save_tensors
+from saferope_training.flux.encoders import EmbeddingCache
+from saferope_training.making.recipe import Recipe
+from saferope_training.settings import Settings
+from saferope_training.stages import LOCK, RECORD, alone, save_tensors
 
 ROOT = Path(__file__).parents[2]
-DYING = Path(__file__).parent / "dying.py"
+DYING = Path(__file__).parents[1] / "support" / "dying.py"
 PATIENCE = 1800  # seconds: half a minute is usual; only a process that hangs is to be ended
 FEW = ["--unsafe-prompts", "6", "--benign-prompts", "8", "--steps", "4", "--batch", "2", "--phase", "2"]
 FEW += ["--reservoir", "256", "--unlearn-at", "1", "--timesteps", "1"]
@@ -164,7 +164,7 @@ def test_a_recipe_called_from_python_locks_its_folder_as_well(folder, stage):
 
 
 def test_a_killed_process_holds_no_lock(folder):
-    code = f"from training.stages import alone\nfrom pathlib import Path\nwith alone(Path({str(folder)!r})): print(1, flush=True); input()"
+    code = f"from saferope_training.stages import alone\nfrom pathlib import Path\nwith alone(Path({str(folder)!r})): print(1, flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline()
     assert train(folder)[0] == 2, "control: another process's lock is seen"
@@ -249,7 +249,16 @@ def test_a_clock_that_goes_back_changes_nothing(folder, monkeypatch):
 def test_a_worker_of_two_that_dies_ends_both_and_loses_nothing(tmp_path):
     """The launcher ends with an error instead of waiting for ever; the same command then goes on from the last step."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(DYING)]
-    launch += ["training.making.train._gradients", "3", "SIGKILL", "train", "star", "--out", str(tmp_path), *FEW]
+    launch += [
+        "saferope_training.making.train._gradients",
+        "3",
+        "SIGKILL",
+        "train",
+        "star",
+        "--out",
+        str(tmp_path),
+        *FEW,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *launch]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=PATIENCE)

@@ -16,13 +16,14 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from typer.testing import CliRunner
 
+from saferope import cli
+from saferope_benchmark.evaluation import file_report
+from saferope_benchmark.evaluation.file_report import Pair, Report
 from saferope_core import Concept, Geometry, Protection, load_concepts, overlap, save_concepts, sha256
+from saferope_training import inspect
+from saferope_training.convert import convert
+from saferope_training.plots import words
 from tinyworld.model import WEIGHTS
-from training import cli, inspect
-from training.convert import convert
-from training.evaluation import file_report
-from training.evaluation.file_report import Pair, Report
-from training.plots import words
 
 STAR = WEIGHTS.parent / "concepts" / "star.safetensors"
 

@@ -7,8 +7,8 @@ import csv
 import torch
 
 from saferope_core import Ranks, critical_heads, read_heads
-from training.making import extract
-from training.making.heads import load_critical, save_critical, write_table
+from saferope_training.making import extract
+from saferope_training.making.heads import load_critical, save_critical, write_table
 
 
 def test_table_and_tensors_say_what_was_read(model, records, tmp_path):

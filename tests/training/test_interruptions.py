@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dev import warm
+from saferope import cli
 from saferope_core import load_concepts
-from training import cli
+from tests.support import warm
 
 FEW = [
     "--unsafe-prompts",
@@ -32,7 +32,7 @@ FEW = [
 ]
 
 
-DYING = Path(__file__).parent / "dying.py"
+DYING = Path(__file__).parents[1] / "support" / "dying.py"
 
 
 def train(out: Path) -> list[str]:
@@ -67,7 +67,7 @@ def generators(out: Path) -> list[torch.Tensor]:
 def test_killed_and_called_again_it_ends_the_same(undisturbed, tmp_path, call):
     """By SIGKILL, between the first prompts' statistics and the others', and after three of eight steps."""
     function, number = call.split()
-    interrupted(tmp_path, f"training.making.{function}", int(number), signal.SIGKILL, -signal.SIGKILL)
+    interrupted(tmp_path, f"saferope_training.making.{function}", int(number), signal.SIGKILL, -signal.SIGKILL)
     assert not (tmp_path / "star.safetensors").exists()
     finish(tmp_path)
     for a, b in zip(generators(tmp_path), generators(undisturbed), strict=True):
@@ -77,7 +77,7 @@ def test_killed_and_called_again_it_ends_the_same(undisturbed, tmp_path, call):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    told = interrupted(tmp_path, "training.making.train._gradients", 2, signal.SIGINT, 130)
+    told = interrupted(tmp_path, "saferope_training.making.train._gradients", 2, signal.SIGINT, 130)
     assert "interrupted; what is done is kept" in " ".join(told.split()) and "Traceback" not in told
 
 
@@ -111,7 +111,7 @@ def test_two_processes_make_what_one_makes(undisturbed, tmp_path):
 def test_a_full_disk_is_told_and_nothing_is_half_written(undisturbed, tmp_path, monkeypatch, stage):
     import errno
 
-    from training import stages
+    from saferope_training import stages
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_and_nothing_is_half_written(undisturbed, tmp_path, 
     real = stages.save_file
     monkeypatch.setattr(stages, "save_file", save_file)
     if stage == "concept":
-        monkeypatch.setattr("saferope_core.concept_file.os.fsync", full)
+        monkeypatch.setattr("saferope_core.concept.concept_file.os.fsync", full)
     result = CliRunner().invoke(cli.app, ["train", "star", "--out", str(tmp_path), *FEW])
     assert result.exit_code == 2 and "No space left on device" in result.output, result.output
     names = {"statistics": "statistics.safetensors", "latents": "latents.safetensors", "concept": "star.safetensors"}

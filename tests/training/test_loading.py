@@ -11,13 +11,12 @@ from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 
+from saferope_training.flux import checkpoint, loading
+from saferope_training.flux.loading import load_model
+from saferope_training.flux.models import encode
+from saferope_training.flux.quantise import require_library
+from tests.support.flux import answer
 from tinyworld import model as tiny
-from training.flux import checkpoint, loading
-from training.flux.loading import load_model
-from training.flux.models import encode
-from training.flux.quantise import require_library
-
-from .conftest import answer
 
 DEV_CONFIG = {  # FLUX.1-dev's published geometry
     "patch_size": 1,

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from training.making.losses import flow_matching_loss, unlearning_loss, velocity_matching_loss
-from training.scores.metrics import mcnemar, pixel_difference, rate, wilson_interval
+from saferope_benchmark.scores.metrics import mcnemar, pixel_difference, rate, wilson_interval
+from saferope_training.making.losses import flow_matching_loss, unlearning_loss, velocity_matching_loss
 
 V = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from saferope import cli
+from saferope_training.flux import loading
+from saferope_training.flux.attach import attached
+from saferope_training.flux.loading import load_model
+from saferope_training.flux.models import encode, noise, velocity
+from saferope_training.making import heads, memory, recipe
+from saferope_training.making.recipe import Recipe
+from saferope_training.settings import Settings
 from tinyworld.model import WEIGHTS
-from training import cli
-from training.flux import loading
-from training.flux.attach import attached
-from training.flux.loading import load_model
-from training.flux.models import encode, noise, velocity
-from training.making import heads, memory, recipe
-from training.making.recipe import Recipe
-from training.settings import Settings
 
 FLUX_DEV = {
     "in_channels": 64,
@@ -49,11 +49,13 @@ def test_count_is_what_a_real_pass_keeps(tmp_path, batch, monkeypatch):
     settings = Settings(unsafe_prompts=8, benign_prompts=24)
     Recipe(model, settings, tmp_path).heads()
     critical, _ = heads.load_critical(tmp_path / recipe.CRITICAL, model.geometry)
-    from training.making.train import initial_rotation
+    from saferope_training.making.train import initial_rotation
 
     rotation = initial_rotation(critical, model, settings)
     text, x = encode(model, ["a red star , center"] * batch), noise(model, batch, torch.Generator().manual_seed(0))
-    monkeypatch.setattr("training.flux.models._faster_in_fp32", lambda *_: False)  # the count is of bf16, as on a GPU
+    monkeypatch.setattr(
+        "saferope_training.flux.models._faster_in_fp32", lambda *_: False
+    )  # the count is of bf16, as on a GPU
     with memory.counting(memory.storages(model.transformer)) as kept, attached(model.transformer, rotation.rotate):
         velocity(model, x, torch.ones(batch), text)
     counted = memory.activation_bytes(loading.config_of("tinyworld"), 24, 36, batch, checkpointing=False)

@@ -19,16 +19,16 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from dev.comfyui import ROOT
+from saferope_benchmark.scores import Absent
+from saferope_benchmark.scores.clip import clip_score
+from saferope_benchmark.scores.distance import lpips_distance
+from saferope_benchmark.scores.kid import inception
+from saferope_benchmark.scores.vqa import vqa_score
+from saferope_training.flux import folder as folders
+from saferope_training.flux.loading import config_of, load_model
+from saferope_training.flux.models import encode
+from saferope_training.prompts.similarity import similarities
 from tinyworld import model as tiny
-from training.flux import folder as folders
-from training.flux.loading import config_of, load_model
-from training.flux.models import encode
-from training.prompts.similarity import similarities
-from training.scores import Absent
-from training.scores.clip import clip_score
-from training.scores.distance import lpips_distance
-from training.scores.kid import inception
-from training.scores.vqa import vqa_score
 
 WEIGHTS = tiny.WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"
 
@@ -334,7 +334,9 @@ def careless(source: str) -> list[str]:
 
 
 def test_no_call_of_the_trainer_is_careless():
-    files = [*(ROOT / "training").rglob("*.py")]
+    files = [
+        file for room in ("saferope", "saferope_benchmark", "saferope_training") for file in (ROOT / room).rglob("*.py")
+    ]
     found = {file.name: careless(file.read_text(encoding="utf-8")) for file in files}
     assert len(files) > 50 and {name: calls for name, calls in found.items() if calls} == {}
     for line in (

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from training import processes
+from saferope_training import processes
 
 
 def test_one_process_is_alone():

@@ -7,12 +7,12 @@ import json
 import pytest
 from PIL import Image
 
-from training.prompts import BENIGN, UNSAFE, PromptRecord, read_prompts, write_prompts
-from training.prompts.formats import csv_rows
-from training.prompts.lines import json_line
-from training.prompts.prompt_sets import i2p_set
-from training.prompts.readers import read_file, read_texts
-from training.prompts.subjects import find_subject
+from saferope_training.prompts import BENIGN, UNSAFE, PromptRecord, read_prompts, write_prompts
+from saferope_training.prompts.formats import csv_rows
+from saferope_training.prompts.lines import json_line
+from saferope_training.prompts.prompt_sets import i2p_set
+from saferope_training.prompts.readers import read_file, read_texts
+from saferope_training.prompts.subjects import find_subject
 
 OURS = '{"side": "unsafe", "text": "a red star", "subject": [6, 10]}'
 STARS = "\u661f\u661f"  # "star" in Chinese

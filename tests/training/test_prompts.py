@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from training.prompts import BENIGN, UNSAFE, PromptRecord, read_prompts, side, tiny_world_prompts, write_prompts
+from saferope_training.prompts import (
+    BENIGN,
+    UNSAFE,
+    PromptRecord,
+    read_prompts,
+    side,
+    tiny_world_prompts,
+    write_prompts,
+)
 
 
 @pytest.mark.parametrize(

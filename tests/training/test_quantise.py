@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from saferope_core import BLOCK_TYPES, CriticalHeads
+from saferope_training.flux import quantise
+from saferope_training.flux.identity import fingerprint, plain_tensors
+from saferope_training.flux.loading import load_model
+from saferope_training.flux.models import encode, noise, velocity
+from saferope_training.flux.plausible import gains
+from saferope_training.making import material, train
+from saferope_training.prompts import tiny_world_prompts
+from saferope_training.settings import Settings
 from tinyworld import model as tiny
-from training.flux import quantise
-from training.flux.identity import fingerprint, plain_tensors
-from training.flux.loading import load_model
-from training.flux.models import encode, noise, velocity
-from training.flux.plausible import gains
-from training.making import material, train
-from training.prompts import tiny_world_prompts
-from training.settings import Settings
 
 SINGLE = tiny.WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"
 ERROR = {"torchao-int8": 0.1, "torchao-float8": 0.1, "gguf": 0.1}  # measured: half or less

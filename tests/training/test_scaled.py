@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from saferope_training.flux import checkpoint, plausible
+from saferope_training.flux.loading import load_model
+from saferope_training.flux.models import encode
+from tests.support.flux import answer, make_flux
 from tinyworld import model as tiny
-from training.flux import checkpoint, plausible
-from training.flux.loading import load_model
-from training.flux.models import encode
-
-from .conftest import answer, make_flux
 
 WEIGHTS = tiny.WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"
 FP8, WIDE = torch.float8_e4m3fn, torch.float8_e5m2

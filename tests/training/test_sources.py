@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from training.making.material import make_latents
-from training.prompts import BENIGN, UNSAFE, PromptRecord, presets, read_prompts, side, write_prompts
-from training.prompts.product import product_prompts
-from training.prompts.readers import read_file, read_texts
-from training.prompts.similarity import filtered, similarities
-from training.prompts.sources import prompts_for
-from training.settings import Settings
+from saferope_training.making.material import make_latents
+from saferope_training.prompts import BENIGN, UNSAFE, PromptRecord, presets, read_prompts, side, write_prompts
+from saferope_training.prompts.product import product_prompts
+from saferope_training.prompts.readers import read_file, read_texts
+from saferope_training.prompts.similarity import filtered, similarities
+from saferope_training.prompts.sources import prompts_for
+from saferope_training.settings import Settings
 
 GRID = (["star", "big comet"], ["red", "blue"], ["a {subject} .", "see {subject} here", "{subject}"])
 
@@ -245,7 +245,7 @@ def test_spans_survive_tokenisation(model, tokenizer):
     from types import SimpleNamespace
 
     from saferope_core import SUBJECT
-    from training.flux.models import text_tokens
+    from saferope_training.flux.models import text_tokens
 
     text = "a quiet red star , center"
     span = (8, 16)

@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from saferope_core import Geometry
+from saferope_training.flux.identity import facts, fingerprint, identity
+from saferope_training.flux.loading import load_model
+from saferope_training.making import extract, heads, material
+from saferope_training.making.recipe import CRITICAL, LATENTS, STATISTICS, Recipe
+from saferope_training.prompts import tiny_world_prompts, write_prompts
+from saferope_training.settings import DECIDE_NOTHING, MODEL, Settings
+from saferope_training.stages import RECORD, Workplace, sha256_of
 from tinyworld import model as tiny
-from training.flux.identity import facts, fingerprint, identity
-from training.flux.loading import load_model
-from training.making import extract, heads, material
-from training.making.recipe import CRITICAL, LATENTS, STATISTICS, Recipe
-from training.prompts import tiny_world_prompts, write_prompts
-from training.settings import DECIDE_NOTHING, MODEL, Settings
-from training.stages import RECORD, Workplace, sha256_of
 
 FEW = {"unsafe_prompts": 6, "benign_prompts": 8, "steps": 2, "batch": 2, "phase": 1, "reservoir": 256}
 FEW |= {"unlearn_at": (1.0,), "timesteps": (1.0,)}
@@ -247,7 +247,7 @@ def test_a_preset_is_an_input_of_its_prompts(tmp_path, capsys, monkeypatch):
     """As another version of the package has it."""
     settings, presets = Settings(concept="gore", model="x", **FEW), tmp_path / "presets"
     Recipe(None, settings, tmp_path / "out").prompts()
-    from training.prompts import presets as shipped
+    from saferope_training.prompts import presets as shipped
 
     shutil.copytree(shipped.FOLDER, presets)
     text = (presets / "gore.json").read_text()

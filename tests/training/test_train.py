@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from saferope_core import Protection, Ranks, critical_heads, load_concepts, read_heads, save_concepts
-from training.flux.attach import attached
-from training.flux.identity import fingerprint
-from training.flux.models import encode, noise, velocity
-from training.making import extract, material, recipe, train
-from training.making.rotation import TrainableRotation
+from saferope_training.flux.attach import attached
+from saferope_training.flux.identity import fingerprint
+from saferope_training.flux.models import encode, noise, velocity
+from saferope_training.making import extract, material, recipe, train
+from saferope_training.making.rotation import TrainableRotation
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def seen(model, records, tmp_path):
 @pytest.fixture
 def in_fp32(monkeypatch):
     """No bf16, on whatever CPU: sums that are added up in another order then agree to `ROUNDING`."""
-    monkeypatch.setattr("training.flux.models._faster_in_fp32", lambda *_: True)
+    monkeypatch.setattr("saferope_training.flux.models._faster_in_fp32", lambda *_: True)
 
 
 @pytest.fixture

@@ -11,25 +11,26 @@ import torch
 from typer.testing import CliRunner
 
 from dev.comfyui import ROOT
+from saferope import cli
+from saferope_benchmark.costs import report as bench_report
+from saferope_benchmark.evaluation.evaluate import Evaluation, _check
+from saferope_benchmark.evaluation.methods import unprotected
+from saferope_benchmark.evaluation.picture_store import write_pictures, write_scores
 from saferope_core import Geometry
+from saferope_training import plots
+from saferope_training.flux.encoders import EmbeddingCache
+from saferope_training.making.recipe import Recipe
+from saferope_training.pictures import comparison_grid
+from saferope_training.prompts.prompt_sets import PromptSet
 from tinyworld.model import WEIGHTS
-from training import cli, plots
-from training.bench import report as bench_report
-from training.evaluation.evaluate import Evaluation, _check
-from training.evaluation.methods import unprotected
-from training.evaluation.picture_store import write_pictures, write_scores
-from training.flux.encoders import EmbeddingCache
-from training.making.recipe import Recipe
-from training.pictures import comparison_grid
-from training.prompts.prompt_sets import PromptSet
 
 STAR = WEIGHTS.parent / "concepts" / "star.safetensors"
 WRITERS = {"savefig", "save_file", "save_pretrained", "dump", "rename", "copyfile"}
 # Not into a folder that anybody else could have written to
 ELSEWHERE = {
-    "training/flux/loading.py": "a temporary folder of its own",
-    "training/evaluation/cost.py": "/proc",
-    "training/suites/ablations.py": "a folder is moved to a name where nothing is",
+    "saferope_training/flux/loading.py": "a temporary folder of its own",
+    "saferope_benchmark/evaluation/cost.py": "/proc",
+    "saferope_benchmark/suites/ablations.py": "a folder is moved to a name where nothing is",
 }
 
 
@@ -149,9 +150,10 @@ def _is_placed(call: ast.Call) -> bool:
 
 
 def test_every_write_goes_through_one_function():
-    files = [f for folder in ("training", "nodes", "saferope_core") for f in sorted((ROOT / folder).rglob("*.py"))]
+    rooms = ("nodes", "saferope", "saferope_benchmark", "saferope_core", "saferope_training", "workflow_lint")
+    files = [f for room in rooms for f in sorted((ROOT / room).rglob("*.py"))]
     found = {f.relative_to(ROOT).as_posix(): writes(f.read_text(encoding="utf-8")) for f in files}
-    found = {name: calls for name, calls in found.items() if calls and name != "saferope_core/files.py"}
+    found = {name: calls for name, calls in found.items() if calls and name != "saferope_core/concept/files.py"}
     assert found.keys() <= ELSEWHERE.keys(), found
 
 

@@ -1,0 +1,1 @@
+"""Pictures that the nodes show, drawn with Pillow."""

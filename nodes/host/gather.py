@@ -1,0 +1,168 @@
+"""What the heads of a ComfyUI model make of some prompts: the statistics that a concept is made from.
+
+Prompts are sampled by ComfyUI's own sampler, by Euler's method, on a clone of the model that is listened to at a few times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...saferope_core import BENIGN, UNSAFE, Gathering, Geometry, Statistics, schedule, token_kinds
+from .patch import ListeningPatch, patched
+from .prompts import Prompt, masks_of
+
+SAME_TIME = 1e-3  # sigmas closer than this are one: they come back in the sampler's precision
+GRAMS = 16  # Gram matrices of every head: seven kinds of tokens and what they meet, of queries and of keys
+SAMPLE_BYTES = 3 << 30  # of memory for vectors that are kept whole
+SAMPLED_SETS = 8  # four kinds of tokens, of queries and of keys
+RESERVOIR = 4096  # vectors kept of each kind; the trainer's
+
+
+@dataclass(frozen=True)
+class Look:
+    """A prompt as the model gets it, with the noise's seed: T5's states [1, L, C], the pooled vector, masks of tokens [1, L]."""
+
+    side: str
+    states: Tensor
+    pooled: Tensor
+    used: Tensor
+    subject: Tensor
+    seed: int
+
+
+def gather(
+    model: Any,
+    geometry: Geometry,
+    looks: Sequence[Look],
+    size: tuple[int, int],
+    batch: int,
+    timesteps: Sequence[float],
+    guidance: float,
+    tell: Callable[[int], None],
+) -> Statistics:
+    """Statistics of every head: looks are sampled in batches, latents of `size` rows and columns, and heard at the timesteps.
+
+    `tell(count)` is called after every forward of `count` looks. Ends where ComfyUI is told to stop, with its own exception.
+    RuntimeError where a forward at one of the times was left out, as step caches do.
+    """
+    device = _device(model)
+    _make_room(geometry, device)
+    gathering = Gathering(geometry, capacity(geometry), device)
+    sigmas = torch.tensor([*schedule(timesteps), 0.0])  # the last step only so that there is a forward at the last time
+    for some in batches(looks, batch):
+        _sample(model, gathering, some, size, sigmas, timesteps, guidance, tell)
+    return gathering.statistics()
+
+
+def looks_of(
+    clip: Any, prompts: Sequence[Prompt], rounds: int, seed: int, tell: Callable[[int], None] = lambda count: None
+) -> list[Look]:
+    """Every prompt encoded once and looked at from `rounds` noises; both sides start from the same noises."""
+    looks: list[Look] = []
+    for side in (UNSAFE, BENIGN):
+        chosen = [prompt for prompt in prompts if prompt.side == side]
+        for place, prompt in enumerate(chosen):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            encoded = _encoded(clip, prompt)
+            looks += [Look(side, *encoded, seed + place + turn * len(chosen)) for turn in range(rounds)]
+            tell(1)
+    return looks
+
+
+def batches(looks: Sequence[Look], batch: int) -> list[list[Look]]:
+    """Looks of one side and one text length together, at most `batch` of them."""
+    groups = groupby(sorted(looks, key=_kind), key=_kind)
+    whole = [list(group) for _, group in groups]
+    return [group[first : first + batch] for group in whole for first in range(0, len(group), batch)]
+
+
+def capacity(geometry: Geometry) -> int:
+    """How many vectors of each kind are kept: RESERVOIR, or fewer where that would take more than SAMPLE_BYTES."""
+    each = 2 * SAMPLED_SETS * geometry.blocks * geometry.heads * geometry.head_dim  # bytes of bf16
+    return min(RESERVOIR, SAMPLE_BYTES // each)
+
+
+def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal latents [B, *shape], each from a seed of its own, whatever it is batched with."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def _encoded(clip: Any, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """States, pooled vector, and which tokens are the prompt's own and the concept's word's."""
+    used, subject = masks_of(clip, prompt)
+    states, extra = clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text))[0]
+    if states.shape[1] != used.shape[1]:
+        raise ValueError(
+            f"The CLIP gives {states.shape[1]} vectors for {used.shape[1]} tokens of T5. Expected FLUX's text encoders, whose text "
+            "stream is T5's alone."
+        )
+    return states, extra["pooled_output"], used, subject
+
+
+def _kind(look: Look) -> tuple[bool, int]:
+    return look.side == BENIGN, look.states.shape[1]
+
+
+def _sample(model, gathering, looks, size, sigmas, timesteps, guidance, tell) -> None:
+    """Walks some looks of one side down their trajectories."""
+    network, device = model.get_model_object("diffusion_model"), _device(model)
+    tokens = [-(-side // network.patch_size) for side in size]
+    masks = (torch.cat([getattr(look, name) for look in looks]) for name in ("used", "subject"))
+    seeds = [look.seed for look in looks]
+    visit = gathering.visit(looks[0].side, token_kinds(*masks), tokens[0] * tokens[1], seeds)
+    heard = []
+
+    def at_sigma(sigma: float) -> Callable | None:
+        if not any(abs(sigma - t) < SAME_TIME for t in timesteps):
+            return None
+        heard.append(sigma)
+        visit.at_time()
+        return lambda x, turned, *where: visit.listen(x.to(device), turned.to(device), *where)
+
+    def after_step(*_) -> None:
+        tell(len(looks))
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    listened = patched(model, ListeningPatch(gathering.geometry, at_sigma))
+    noise = start_noise(seeds, (model.get_model_object("latent_format").latent_channels, *size))
+    extra = {"pooled_output": torch.cat([look.pooled for look in looks]), "guidance": guidance}
+    prompts = [[torch.cat([look.states for look in looks]), extra]]
+    euler = comfy.samplers.sampler_object("euler")
+    comfy.sample.sample_custom(
+        listened,
+        noise,
+        1.0,
+        euler,
+        sigmas,
+        prompts,
+        prompts,
+        torch.zeros_like(noise),
+        callback=after_step,
+        disable_pbar=True,
+    )
+    if len(heard) != len(timesteps):
+        raise RuntimeError(
+            f"The model was asked at {len(heard)} of the {len(timesteps)} times at which it was to be heard. Connect it without "
+            "nodes that skip steps or replace the sampling."
+        )
+
+
+def _device(model: Any) -> torch.device:
+    """Where Gram matrices are summed up: float64, which not every device has."""
+    return model.load_device if torch.device(model.load_device).type == "cuda" else torch.device("cpu")
+
+
+def _make_room(geometry: Geometry, device: torch.device) -> None:
+    """Lets ComfyUI unload what stands where the Gram matrices will."""
+    if device.type == "cuda":
+        size = GRAMS * geometry.blocks * geometry.heads * geometry.head_dim**2 * 8
+        comfy.model_management.free_memory(size, device)

@@ -1,0 +1,249 @@
+"""What has to be true of ComfyUI's FLUX for a protection to hold, and whom to name where it is not.
+
+Block: ("double" or "single", index), as in ComfyUI's extra_options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from comfy.ldm.flux.model import Flux
+from comfy.patcher_extension import WrappersMP
+
+from ...saferope_core import Geometry
+
+WRAPPER_KEY = "saferope"
+COMPILE_KEY = "torch.compile"  # comfy_api/torch_helpers/torch_compile.py: its APPLY_MODEL wrapper
+COMPILE_KWARGS = "torch_compile_kwargs"  # and what it leaves in model_options
+TEXT_END = "img_slice"  # extra_options["img_slice"] = [first image token, number of tokens]
+
+NEUTRAL = ("torch", "builtins", "functools")  # what a change comes from that no node is to blame for
+FREE = (
+    'If it still fails without that node, free the model: the change stays on it. Take "Unload Models and Execution '
+    'Cache" in ComfyUI, or restart.'
+)
+
+Block = tuple[str, int]
+
+
+def geometry_of(network: Any) -> Geometry:
+    """Blocks and heads of a diffusion_model that is a FLUX. Raises ValueError for every other architecture.
+
+    Other families call an attention patch of the same name with other vectors (Cosmos, Wan), so likeness will not do.
+    """
+    network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
+    if not isinstance(network, Flux):
+        raise ValueError(
+            f"SafeRoPE got a {_class(network)} model. Expected FLUX, as ComfyUI's own loaders load it "
+            "(safetensors or GGUF). Connect a FLUX model, and load it without Nunchaku."
+        )
+    params = network.params
+    family = "flux2" if params.global_modulation else "flux"
+    return Geometry(
+        params.depth, params.depth_single_blocks, params.num_heads, params.hidden_size // params.num_heads, family
+    )
+
+
+def require_network(base_model: Any, geometry: Geometry) -> None:
+    """Raise RuntimeError unless what is about to run is still the kind of FLUX that was protected.
+
+    A node after SafeRoPE Apply can put another network in its place, or have it compiled in one piece.
+    """
+    try:
+        found = geometry_of(base_model.diffusion_model).describe()
+    except ValueError:
+        found = f"a {_class(base_model.diffusion_model)}"
+    if found != geometry.describe():
+        raise RuntimeError(
+            f"SafeRoPE protects {geometry.describe()}, but the model that runs is {found}, put in its place after "
+            f"SafeRoPE Apply. Remove the node that does so, or put SafeRoPE Apply after it. {FREE}"
+        )
+    if (_model_options(base_model.current_patcher).get(COMPILE_KWARGS) or {}).get("fullgraph"):
+        raise RuntimeError(
+            "SafeRoPE: this model is compiled with fullgraph=True, which leaves no way to check that a compiled graph "
+            "is protected. Switch fullgraph off in the node that compiles the model."
+        )
+
+
+def require_hook(geometry: Geometry, block: Block, q: Any, k: Any, pe: Any, options: dict, network: Any = None) -> None:
+    """Raise RuntimeError unless q and k are [B, heads, L, head_dim] before RoPE, text before image, of a known block.
+
+    network: the one that is running, to name who changed it; None where that is not known.
+    """
+    wrong = _wrong_block(geometry, block) or _wrong_vectors(geometry, q, k, pe, options)
+    if wrong:
+        advice = changes_in_place(network) or ["Remove the node that replaces FLUX's forward or its blocks."]
+        raise RuntimeError(
+            f"SafeRoPE: block {block} was reached {wrong}. Expected q and k before RoPE and the span of the image "
+            f"tokens, as ComfyUI's own FLUX blocks give them. {' '.join(advice)}"
+        )
+
+
+@contextmanager
+def watched_queries(network: Any, blocks: Iterable[Block], note: Callable[[Block], Any]) -> Iterator[None]:
+    """While it lasts, `note(block)` is called whenever one of the blocks projects its queries.
+
+    This is how a block that runs without its attention patches differs from one that a step cache skips. A compiled
+    graph calls no hook: traced code passes them by, so that no graph breaks and none holds on to `note`.
+    """
+    layers = list(_layers(network, blocks))  # all or none: an error must leave no hook behind
+    with ExitStack() as stack:
+        for block, layer in layers:
+            stack.callback(layer.register_forward_pre_hook(_noting(note, block)).remove)
+        yield
+
+
+def query_layer(kind: str, block: Any) -> torch.nn.Module | None:
+    """The linear layer that makes a block's queries; None where the block is not ComfyUI's."""
+    return (
+        getattr(getattr(block, "img_attn", None), "qkv", None) if kind == "double" else getattr(block, "linear1", None)
+    )
+
+
+def suspects(patcher: Any, options: dict) -> str:
+    """Sentences that name what may keep the patch from being called, and what to do about it.
+
+    patcher: the ModelPatcher that samples, or None; options: transformer_options.
+    """
+    found = [*_replaced_blocks(options), *_wrappers(options), *_model_changes(patcher)]
+    found += changes_in_place(getattr(getattr(patcher, "model", None), "diffusion_model", None))
+    if is_compiled(patcher, options):
+        found.append("The model is compiled: put SafeRoPE Apply before TorchCompileModel.")
+    return " ".join(found) or "Remove the node that replaces FLUX's blocks or its forward."
+
+
+def changes_in_place(network: Any) -> list[str]:
+    """Sentences that name who changed a function or a class of the loaded network itself, and what to do about it."""
+    network = getattr(network, "_orig_mod", network)
+    blocks = [*getattr(network, "double_blocks", ()), *getattr(network, "single_blocks", ())]
+    modules = [getattr(module, "_orig_mod", module) for module in (network, *blocks)]
+    own = [(f"{name} of {type(module).__name__}", _home(value)) for module in modules for name, value in _own(module)]
+    own += [(f"The class {type(module).__name__}", type(module).__module__) for module in modules]
+    shared = [(f"{cls.__name__}.{name}", _home(value)) for cls in _classes(modules) for name, value in _functions(cls)]
+    found = [f"{what} was put into the loaded model by {who}: remove that node. {FREE}" for what, who in _foreign(own)]
+    return found + [
+        f"{what} was replaced for all models by {who}: remove that pack, then restart ComfyUI."
+        for what, who in _foreign(shared)
+    ]
+
+
+def is_compiled(patcher: Any, options: dict) -> bool:
+    """Whether ComfyUI knows of a torch.compile on the model; arguments as in `suspects`."""
+    wrapped = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    return wrapped or COMPILE_KWARGS in _model_options(patcher)
+
+
+def _wrong_block(geometry: Geometry, block: Block) -> str:
+    try:
+        geometry.row(*block)
+    except (TypeError, ValueError) as error:
+        return f"that the model should not have ({error})"
+    return ""
+
+
+def _wrong_vectors(geometry: Geometry, q: Any, k: Any, pe: Any, options: dict) -> str:
+    if not (torch.is_tensor(q) and torch.is_tensor(k)):
+        return f"with a {type(q).__name__} and a {type(k).__name__} for q and k"
+    for name, x in (("q", q), ("k", k)):
+        if x.ndim != 4 or (x.shape[1], x.shape[3]) != (geometry.heads, geometry.head_dim):
+            return f"with {name} of shape {list(x.shape)}, not [B, {geometry.heads}, L, {geometry.head_dim}]"
+    if pe is None:
+        return "without rotary positions"
+    if TEXT_END not in options:
+        return f"without {TEXT_END}"
+    text, total = options[TEXT_END]
+    if not 0 <= text <= total == q.shape[2] <= k.shape[2]:  # a KV cache makes k the longer one
+        return f"with {TEXT_END} {[text, total]}, {q.shape[2]} queries and {k.shape[2]} keys"
+    return ""
+
+
+def _layers(network: Any, blocks: Iterable[Block]) -> Iterator[tuple[Block, torch.nn.Module]]:
+    """The linear layer that makes each block's queries."""
+    for kind, index in blocks:
+        block = (network.double_blocks if kind == "double" else network.single_blocks)[index]
+        layer = query_layer(kind, block)
+        if layer is None:
+            raise RuntimeError(
+                f"SafeRoPE: {kind} block {index} is a {_class(block)}, put there after SafeRoPE Apply. Expected "
+                f"ComfyUI's own FLUX block. Remove the node that replaces it. {FREE}"
+            )
+        yield (kind, index), layer
+
+
+def _noting(note: Callable[[Block], Any], block: Block) -> Callable:
+    def hook(module, args):
+        if not torch.compiler.is_compiling():
+            note(block)
+
+    return hook
+
+
+def _replaced_blocks(options: dict) -> Iterator[str]:
+    replaced = options.get("patches_replace", {}).get("dit", {})
+    if replaced:
+        blocks = ", ".join(f"{name} {index}" for name, index in sorted(replaced)[:4])
+        modules = ", ".join(sorted({_origin(each) for each in replaced.values()}))
+        yield f"Replaced blocks: {blocks}{' ...' if len(replaced) > 4 else ''}, by {modules}: remove that node."
+
+
+def _wrappers(options: dict) -> Iterator[str]:
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
+        for key, functions in options.get("wrappers", {}).get(kind, {}).items():
+            if key not in (WRAPPER_KEY, COMPILE_KEY) and functions:
+                yield f"The forward is wrapped by {key!r} ({_origin(functions[0])}): remove that node."
+
+
+def _model_changes(patcher: Any) -> Iterator[str]:
+    function = _model_options(patcher).get("model_function_wrapper")
+    if function is not None:
+        yield f"The model has a function wrapper of {_origin(function)}: remove that node."
+    patched = [name for name in getattr(patcher, "object_patches", {}) if name.startswith("diffusion_model")]
+    if patched:
+        yield f"Replaced parts of the model: {', '.join(sorted(patched)[:4])}: remove the node that does so."
+
+
+def _own(module: Any) -> Iterator[tuple[str, Callable]]:
+    """Functions that hang on the module itself, over those of its class."""
+    for name, value in vars(module).items() if isinstance(module, torch.nn.Module) else ():
+        if callable(value) and callable(getattr(type(module), name, None)):
+            yield name, value
+
+
+def _classes(modules: Iterable[Any]) -> set[type]:
+    """ComfyUI's own classes among those of the modules."""
+    return {cls for module in modules for cls in type(module).__mro__ if _is_host(cls.__module__)}
+
+
+def _functions(cls: type) -> Iterator[tuple[str, Callable]]:
+    return ((name, value) for name, value in vars(cls).items() if callable(value) and hasattr(value, "__globals__"))
+
+
+def _foreign(changes: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The changes, each once, that neither ComfyUI nor torch made."""
+    return sorted({(what, who) for what, who in changes if not (_is_host(who) or who.split(".")[0] in NEUTRAL)})
+
+
+def _is_host(module: str) -> bool:
+    return module.split(".")[0] == "comfy"
+
+
+def _home(function: Callable) -> str:
+    """The module that a function was written in, whatever functools.wraps says of it."""
+    function = getattr(function, "func", getattr(function, "__func__", function))  # of a partial, of a method
+    return getattr(function, "__globals__", {}).get("__name__") or _origin(function)
+
+
+def _class(thing: Any) -> str:
+    """Its class, and where that is from if not from ComfyUI or torch."""
+    return " by ".join([type(thing).__name__, *(who for _, who in _foreign([("", type(thing).__module__)]))])
+
+
+def _model_options(patcher: Any) -> dict:
+    return getattr(patcher, "model_options", {})
+
+
+def _origin(function: Any) -> str:
+    return getattr(function, "__module__", None) or type(function).__module__

@@ -1,0 +1,290 @@
+"""FLUX's queries and keys on their way through a protection: the one file that knows ComfyUI's attention hook.
+
+ComfyUI calls every `attn1_patch` in every FLUX block with q and k [B, H, L, D] after QK-RMSNorm and before RoPE,
+text tokens first (comfy/ldm/flux/layers.py, since ComfyUI 0.17.0).
+
+Axis letters: B batch, H heads, L tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy.ldm.flux.math import apply_rope
+from comfy.patcher_extension import WrappersMP
+
+from ...saferope_core import BLOCK_TYPES, ROLES, Forward, Geometry, Protection, Run
+from .forward import ForwardState
+from .guard import guard, protected_forward
+from .network import TEXT_END, WRAPPER_KEY, Block, is_compiled, require_hook, require_network, suspects, watched_queries
+from .notices import notice, rested, start_notices
+from .recorder import Recorder, require_usual
+
+POSITIVE = 0  # in extra_options["cond_or_uncond"], one entry for each chunk of the batch; 1 is negative
+
+
+class AttentionPatch:
+    """Turns q and k of every protected block, and notices when it was not asked to.
+
+    Text tokens are [0, img_slice[0]), image tokens [img_slice[0], L). Reference tokens (Kontext, FLUX.2) follow the
+    generated image's and count as image tokens. q and k have their own L: a KV cache makes k the longer one.
+    All rows of the batch are turned, whichever conditioning they belong to, or only those of positive prompts: the
+    batch comes in as many equal chunks as `cond_or_uncond` has entries, 0 for positive.
+
+    Steps: acts where percent_to_sigma(start) >= sigma > percent_to_sigma(end), so two nodes that meet at a percentage
+    share no step; start == end acts nowhere. Start 0 and end 1 are no limits: samplers may ask for sigmas above 1, and
+    below 0. Sigmas come from the model as it samples, so a shift set by a later node counts. With the whole range no
+    sigma is read (no wait for the GPU). A run without a step in the range ends in a notice.
+
+    Fails closed: torch.compile may replay a graph traced without the patch (ComfyUI's TorchCompileModel drops the
+    guards that would notice), other nodes may replace blocks, the forward or the network. `around_forward` audits
+    every forward: the first of a sampling run must go through every protected block, and in none may a protected block
+    project queries that do not come to the patch; step caches (EasyCache, TeaCache) and skip-layer guidance may leave
+    blocks out, after the first. What a compiled graph may hide runs again without it, and the graphs are dropped if
+    they were to blame. Otherwise RuntimeError names the nodes to move. `around_sampling` raises where no forward came
+    by at all, and guard.py where the network runs outside of a forward.
+
+    One object serves all clones of a model and several threads: what a sampling run has proven goes with that run. It
+    has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes; the protection keeps one copy per
+    device instead.
+
+    What it sees goes to `recorder`, run by run. A patch that is only `watching` turns nothing.
+    """
+
+    def __init__(
+        self,
+        protection: Protection,
+        start: float = 0.0,
+        end: float = 1.0,
+        positive_only: bool = False,
+        recorder: Recorder | None = None,
+        watching: bool = False,
+    ):
+        self.protection, self.recorder, self.watching = protection, recorder, watching
+        self.protected = frozenset(block for block in _blocks(protection.geometry) if protection.covers(*block))
+        self.start, self.end, self.positive_only = start, end, positive_only
+        self._now = ForwardState()
+        self._run_key = f"{WRAPPER_KEY} {id(self)}"  # of this patch's _Run in transformer_options
+
+    @torch.compiler.disable
+    def __call__(self, q, k=None, v=None, pe=None, attn_mask=None, extra_options=None, **kwargs) -> dict:
+        """q, k, v [B, H, L, D] -> the entries to replace: {"q": .., "k": ..} or {}. Raises RuntimeError for a hook of
+        another kind than FLUX's: other blocks, shapes or spans, or vectors after RoPE."""
+        options = extra_options if isinstance(extra_options, dict) else {}
+        block = (options.get("block_type"), options.get("block_index"))
+        self._now.answer(block)
+        require_hook(self.protection.geometry, block, q, k, pe, options, self._now.network)
+        if block not in self.protected or not self._now.acting:
+            return {}
+        if self.positive_only:
+            kinds, run = options["cond_or_uncond"], options.get(self._run_key)
+            if run is None:  # outside of a sampling run nobody vouches for the numbers
+                require_usual(None)
+            _require_chunks(q, run.pictures, kinds)
+        text, own = options[TEXT_END][0], self._owns(options)
+        turned = {role: self._rotate(x, role, block, text, own) for role, x in (("q", q), ("k", k))}
+        if self.watching:
+            return {}
+        if self.positive_only:
+            turned = {role: _in_chunks(kinds, x, turned[role]) for role, x in (("q", q), ("k", k))}
+        return turned
+
+    def around_sampling(self, executor: Callable, noise: Any, latent: Any, sampler: Any, sigmas: Any, *args, **kwargs):
+        """OUTER_SAMPLE wrapper: gives the run a memory of its own, checks that its forwards came by, keeps their record."""
+        guider = executor.class_obj
+        run = _Run(Run(self.protection.geometry) if self.recorder else None, pictures=len(noise))
+        start_notices()
+        if self.positive_only:
+            require_usual(guider)
+        guider.model_options.setdefault("transformer_options", {})[self._run_key] = run
+        out = executor(noise, latent, sampler, sigmas, *args, **kwargs)
+        if not run.forwards and len(sigmas) > 1:
+            options = guider.model_options.get("transformer_options", {})
+            raise RuntimeError(
+                "SafeRoPE saw no forward of the model in this sampling run, so the picture is not protected. Expected: "
+                f"every forward goes through apply_model. {suspects(guider.model_patcher, options)}"
+            )
+        if run.forwards and not run.acted:
+            notice(rested(self.protection.concepts, self.start, self.end))
+        if run.record is not None:
+            self.recorder.keep(run.record, out, guider)
+        return out
+
+    def around_forward(self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args, **kwargs) -> Any:
+        """APPLY_MODEL wrapper: decides once per forward whether to act, then checks that the patch was called."""
+        model, options = executor.class_obj, _transformer_options(args, kwargs)
+        require_network(model, self.protection.geometry)
+        run = options.get(self._run_key) or _Run()
+        run.forwards += 1
+        run.compiled = run.compiled or is_compiled(model.current_patcher, options)
+        acting = self._in_range(model.model_sampling, sigma)
+        run.acted = run.acted or acting
+
+        record = run.blank(model, x, sigma, options)
+        untouched = x.clone()  # EasyCache adds to x in place
+        out = self._run(model, acting, record, executor, untouched, sigma, *args, **kwargs)
+        missing = self.protected - self._now.called
+        if (missing and run.compiled) or self._passed_by(run):
+            del out
+            record = run.blank(model, x, sigma, options)
+            with torch.compiler.set_stance("force_eager"):  # what a compiled graph hides shows here
+                out = self._run(model, acting, record, executor, x, sigma, *args, **kwargs)
+            if self._passed_by(run):
+                raise RuntimeError(self._complaint(model, options))
+            if self._now.projected:
+                torch._dynamo.reset()  # the graph was traced without the patch
+        run.whole = run.whole or self.protected <= self._now.called
+        run.compiled = run.compiled or bool(self.protected & self._now.called - self._now.projected)
+        if record is not None:
+            run.record.add(record)
+        return out
+
+    def cleanup(self) -> None:
+        """Called by ComfyUI after every sampling run, failed ones too."""
+        self.protection.clear()
+
+    def _owns(self, options: dict) -> bool:
+        """Whether q and k may be written to: the block made them for its patches, ours is the first to get them, and
+        nobody wants to see them unturned."""
+        patches = options.get("patches", {}).get("attn1_patch") or [None]
+        return patches[0] is self and not self.watching and not self.positive_only
+
+    def _rotate(self, x: torch.Tensor, role: str, block: Block, text: int, own: bool) -> torch.Tensor:
+        seen, own = self._now.record.saw if self._now.record else None, own and not x.requires_grad
+        return self.protection.rotate(x, role, *block, text=(0, text), image=(text, x.shape[2]), seen=seen, own=own)
+
+    def _run(
+        self, model: Any, acting: bool, record: Forward | None, executor: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The forward's output; `_now` holds which blocks called the patch, and which were seen to need it."""
+        now = self._now
+        now.begin(acting, record, model.diffusion_model)
+        try:
+            with protected_forward(model), watched_queries(now.network, self.protected, now.project):
+                return executor(*args, **kwargs)
+        finally:
+            now.end()
+
+    def _passed_by(self, run: _Run) -> bool:
+        """Whether the forward just run had attention without the patch; a skipped block is none, after the first."""
+        return bool(self._now.unturned or (self.protected - self._now.called and not run.whole))
+
+    def _complaint(self, model: Any, options: dict) -> str:
+        missing = self.protected - self._now.called | self._now.unturned
+        return (
+            f"SafeRoPE was called in {len(self.protected - missing)} of the {len(self.protected)} blocks it protects "
+            f"(not always in {min(missing)}), so this picture would not be protected. Expected: every block calls its "
+            f"attention patches, in every pass. {suspects(model.current_patcher, options)}"
+        )
+
+    def _in_range(self, model_sampling: Any, sigma: torch.Tensor) -> bool:
+        """Whether to act at these noise levels [B]; where rows differ, one in the range is enough."""
+        if (self.start, self.end) == (0.0, 1.0):
+            return True
+        if self.start == self.end:
+            return False
+        first = math.inf if self.start <= 0 else float(model_sampling.percent_to_sigma(self.start))
+        last = -math.inf if self.end >= 1 else float(model_sampling.percent_to_sigma(self.end))
+        return any(first >= level > last for level in sigma.flatten().tolist())
+
+
+class _Run:
+    """What one sampling run has shown of the model it samples."""
+
+    def __init__(self, record: Run | None = None, pictures: int = 0) -> None:
+        self.forwards, self.record, self.pictures = 0, record, pictures
+        self.acted = False  # a forward lay in the range of steps
+        self.whole = False  # a forward has gone through every protected block
+        self.compiled = False  # the patch may be, or was, called in blocks whose queries nobody saw being made
+
+    def blank(self, model: Any, x: torch.Tensor, sigma: torch.Tensor, options: dict) -> Forward | None:
+        """An empty record for a forward of this run; None where nobody keeps one, or rows are not told apart by prompts."""
+        if self.record is None or len(x) != self.pictures * len(options["cond_or_uncond"]):
+            return None
+        patch = model.diffusion_model.patch_size
+        rows, columns = ((side + patch // 2) // patch for side in x.shape[-2:])  # as ComfyUI's Flux counts them
+        entries = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+        return Forward(list(entries), sigma.max(), (rows, columns))
+
+
+class ListeningPatch:
+    """Shows q and k of every block to a function, and changes nothing.
+
+    `at_sigma(sigma)` is asked before each forward for that function, None where the forward is of no interest. It is called
+    as `listen(x, turned, role, block_type, block_index, text, image)`: x [B, H, L, D] before RoPE and `turned` after it, the
+    spans of text and image tokens. Fails closed: RuntimeError where a block of a forward of interest was not heard.
+    """
+
+    def __init__(self, geometry: Geometry, at_sigma: Callable[[float], Callable | None]):
+        self.blocks, self.at_sigma = frozenset(_blocks(geometry)), at_sigma
+        self._listen: Callable | None = None
+        self._heard: set[Block] = set()
+
+    @torch.compiler.disable
+    def __call__(self, q, k, v, pe=None, attn_mask=None, extra_options=None, **kwargs) -> dict[str, torch.Tensor]:
+        """As AttentionPatch; always {}."""
+        options = extra_options or {}
+        if self._listen is not None and pe is not None and TEXT_END in options:
+            block, text = (options.get("block_type"), options.get("block_index")), options[TEXT_END][0]
+            for role, x, turned in zip(ROLES, (q, k), apply_rope(q, k, pe), strict=True):
+                self._listen(x, turned, role, *block, (0, text), (text, x.shape[2]))
+            self._heard.add(block)
+        return {}
+
+    def around_forward(
+        self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """APPLY_MODEL wrapper: decides once per forward whether to listen, then checks that every block was heard."""
+        self._listen, self._heard = self.at_sigma(float(sigma.max())), set()
+        try:
+            out = executor(x, sigma, *args, **kwargs)
+            if self._listen is not None and self._heard != self.blocks:
+                raise RuntimeError(
+                    f"SafeRoPE heard queries and keys, before RoPE, of {len(self._heard)} of the model's {len(self.blocks)} blocks. "
+                    "Expected every block to call its attention patches. Connect the model without nodes that compile it or "
+                    "replace its blocks."
+                )
+            return out
+        finally:
+            self._listen = None
+
+
+def patched(model: Any, patch: AttentionPatch | ListeningPatch) -> Any:
+    """A clone of the ModelPatcher `model` with the patch after those it has; `model` itself is not changed."""
+    clone = model.clone()
+    clone.set_model_attn1_patch(patch)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, patch.around_forward)
+    if isinstance(patch, AttentionPatch):
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, patch.around_sampling)
+        if not patch.watching:
+            guard(clone)
+    return clone
+
+
+def _transformer_options(args: tuple, kwargs: dict) -> dict:
+    """From the arguments of apply_model after x and t: c_concat, c_crossattn, control, transformer_options."""
+    return kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
+
+
+def _require_chunks(q: torch.Tensor, pictures: int, kinds: list[int]) -> None:
+    """Raise RuntimeError unless q [B, H, L, D] has a row for every picture and conditioning, as `_in_chunks` parts them."""
+    if q.shape[0] != pictures * len(kinds):
+        raise RuntimeError(
+            f"SafeRoPE Apply is set to conditionings = positive only, but the model was called with {q.shape[0]} rows for "
+            f"{len(kinds)} prompts of {pictures} pictures: another node takes the prompts apart, and the positive one could "
+            "go unprotected. Remove the node that wraps the model's function, or set conditionings to all."
+        )
+
+
+def _in_chunks(kinds: list[int], x: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
+    """`turned` in the chunks of positive prompts, `x` in the others; both [B, H, L, D]."""
+    parts = zip(kinds, x.chunk(len(kinds)), turned.chunk(len(kinds)), strict=True)
+    return torch.cat([after if kind == POSITIVE else before for kind, before, after in parts])
+
+
+def _blocks(geometry: Geometry) -> list[Block]:
+    counts = zip(BLOCK_TYPES, (geometry.double_blocks, geometry.single_blocks), strict=True)
+    return [(block_type, index) for block_type, count in counts for index in range(count)]

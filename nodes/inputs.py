@@ -1,0 +1,107 @@
+"""What SafeRoPE Calibrate Concept lets one choose: names, defaults, ranges, words. The defaults are the trainer's, but
+for two that suppress more with the few prompts that people write by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_api.latest import io
+
+from .load import require_range
+
+TURNED = ("k", "q", "qk")
+RANGES = {
+    "rank": (2, 32),
+    "angle": (0.0, 20.0),
+    "quantile": (0.5, 1.0),
+    "cut": (0.0, 1.0),
+    "rounds": (1, 64),
+    "seed": (0, 2**53),
+    "guidance": (0.0, 100.0),
+}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the node asks for beside model, prompts and size; kept in the concept's record."""
+
+    rank: int = 6
+    turned: str = "qk"  # the trainer's is k; see quantile
+    turned_image: str = "qk"
+    angle: float = 2.1
+    quantile: float = 0.99  # the trainer's is 0.998. Stars left of 24: 50 %, with 0.99 25 %, with qk too 12 %
+    cut: float = 0.5
+    timesteps: tuple[float, ...] = (1.0, 0.8, 0.5)
+    rounds: int = 1
+    seed: int = 0
+    guidance: float = 3.5
+
+
+def choices_from(settings: dict[str, Any]) -> Choices:
+    """Checks what may have come over links. Raises ValueError."""
+    try:
+        times = tuple(float(part) for part in str(settings.pop("timesteps", "1, 0.8, 0.5")).split(","))
+    except ValueError:
+        times = ()
+    if not times or list(times) != sorted(set(times), reverse=True) or not 0 < times[-1] <= times[0] <= 1:
+        raise ValueError(
+            "timesteps: expected falling numbers above 0 and up to 1, commas between, such as 1, 0.8, 0.5."
+        )
+    choices = Choices(timesteps=times, **settings)
+    for field, (low, high) in RANGES.items():
+        require_range(field, getattr(choices, field), low, high)
+    for field in ("turned", "turned_image"):
+        if getattr(choices, field) not in TURNED:
+            raise ValueError(f"{field} is {getattr(choices, field)!r}, expected one of {', '.join(TURNED)}.")
+    return choices
+
+
+def settings() -> list:
+    """The inputs that can stay as they are."""
+    default = Choices()
+
+    def number(kind, name: str, step: float, text: str, **more):
+        low, high = RANGES[name]
+        value = getattr(default, name)
+        return kind.Input(
+            name, default=value, min=low, max=high, step=step, optional=True, advanced=True, tooltip=text, **more
+        )
+
+    def choice(name: str, text: str):
+        return io.Combo.Input(
+            name, options=list(TURNED), default=getattr(default, name), optional=True, advanced=True, tooltip=text
+        )
+
+    return [
+        number(io.Int, "rounds", 1, "1 to 64 starting noises for each prompt: more of them for few prompts."),
+        number(
+            io.Float,
+            "angle",
+            0.1,
+            "0 to 20 radians by which a plane turns at risk 1. More suppresses more; 0 turns nothing.",
+        ),
+        number(
+            io.Float,
+            "quantile",
+            0.0005,
+            "0.5 to 1: share of the safe prompts' tokens that stay untouched. Lower suppresses more and changes harmless pictures "
+            "more.",
+        ),
+        number(io.Int, "rank", 1, "2 to 32 dimensions for the concept's word; 5 in the paper."),
+        number(io.Float, "cut", 0.05, "0 to 1: heads whose Δ is at least this are turned; 0.5 in the paper."),
+        choice("turned", "What is turned of text tokens: keys (k), queries (q), or both."),
+        choice("turned_image", "What is turned of image tokens."),
+        io.String.Input(
+            "timesteps",
+            default=", ".join(f"{t:g}" for t in default.timesteps),
+            optional=True,
+            advanced=True,
+            tooltip="When to look, from 1 (pure noise) towards 0: falling, commas between.",
+        ),
+        number(
+            io.Int, "seed", 1, "Decides the noise; the same seed gives the same concept.", control_after_generate=False
+        ),
+        number(io.Float, "guidance", 0.1, "0 to 100: FLUX guidance while sampling, as FluxGuidance sets it."),
+    ]

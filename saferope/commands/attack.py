@@ -1,0 +1,48 @@
+"""`saferope attack`: how robust the methods of an evaluation are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saferope_training.settings import MODEL, Settings
+
+from ..console import say
+from .common import Device, command, load, progress_bars
+
+
+@command(MODEL)
+def attack(
+    settings: Settings,
+    evaluation: Annotated[Path, typer.Argument(help="Folder that `saferope evaluate --suite tinyworld` wrote.")],
+    only: Annotated[str | None, typer.Option(help="Concepts A,B; all if left out.")] = None,
+    concepts: Annotated[Path | None, typer.Option(help="Folder with concept files, as `evaluate` had it.")] = None,
+    baselines: Annotated[str | None, typer.Option(help="Baselines A,B, or none; all if left out.")] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts to be attacked, per concept.")] = 12,
+    device: Device = "cpu",
+) -> None:
+    """Search words and suffix tokens that bring a concept back, for every method at its reported strength.
+
+    Black box: pictures and the detector's score alone, the same budget for all. Killed, the same command goes on.
+    """
+    from saferope_benchmark.evaluation.robustness import attacked, reported, write_report
+    from saferope_benchmark.suites.contenders import found_files, made_files, with_baselines
+    from saferope_benchmark.suites.questions import require, tiny_world_questions
+    from saferope_training import processes
+
+    from .evaluate import names
+
+    chosen = reported(evaluation)
+    with progress_bars() as progress:
+        model = load(settings, processes.own_device(device))
+        require(model, True, "attack")
+        slugs = tiny_world_questions(names(only)).concepts
+        files = found_files(concepts) if concepts else made_files(model, evaluation / "concepts", progress)
+        found = with_baselines(model, evaluation, slugs, files, chosen_baselines=names(baselines), progress=progress)
+        methods = [method for method in found if chosen(method)]
+        results = attacked(model, methods, evaluation / "attack", prompts, progress)
+    write_report(evaluation / "attack", results)
+    if processes.is_main():
+        say((evaluation / "attack" / "attack.md").read_text(encoding="utf-8"))

@@ -1,0 +1,54 @@
+"""`saferope bench`: what protection costs on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import say
+from .common import command
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for bench.md, bench.json and bench.png.")] = Path("runs/bench"),
+    resolution: Annotated[int, typer.Option(min=16, help="Pixels of a side.")] = 1024,
+    heads: Annotated[int, typer.Option(min=1, help="Heads of the block; FLUX.1 has 24.")] = 24,
+    critical: Annotated[float, typer.Option(min=0, max=1, help="Share of critical heads.")] = 1.0,
+    concepts: Annotated[int, typer.Option(min=1, help="Concepts at once.")] = 1,
+    rank: Annotated[int, typer.Option(min=2, max=64, help="Rank of the unsafe subspace.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help=f"{', '.join(DTYPES)}; auto: bf16 where the CPU has it, else fp32.")
+    ] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all forms take turns.")] = 5,
+    curves: Annotated[bool, typer.Option(help="Also how the cost grows with each size.")] = True,
+) -> None:
+    """Time rotation, files, extraction and training side by side, as a table and curves; needs 4 GB and some minutes.
+
+    Says what this machine could not run. The block is a FLUX single block with random weights.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+    import torch
+
+    from saferope_benchmark.costs import making, report, rotation, work
+    from saferope_training.flux.models import cpu_has_bf16
+
+    torch.manual_seed(0)
+    if dtype == "auto":
+        dtype = "bfloat16" if cpu_has_bf16() else "float32"
+    kind = getattr(torch, dtype)
+    size = rotation.Size(resolution, heads, critical, concepts, rank, batch, kind)
+    rows = [*rotation.beside_the_block(size, repeats), *work.not_here(), *work.file_rows(repeats)]
+    rows += [*making.rows(size, repeats), *work.start_rows(repeats)]
+    grown = rotation.curves(size, repeats) if curves else {}
+    setting = (
+        f"{resolution} x {resolution}, {heads} heads, critical {critical:g}, concepts {concepts}, rank {rank}, batch {batch}, "
+        f"{dtype}, median of {repeats} rounds"
+    )
+    say(report.write(out, rows, grown, setting))

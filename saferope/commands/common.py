@@ -1,0 +1,160 @@
+"""What the subcommands share: options made from Settings, progress bars, mistakes told in a sentence. No torch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import typer
+
+from saferope_training.settings import MODEL, Settings, settings_of
+
+from ..console import plain, say
+
+USER_ERROR = 2  # the exit code of a mistake that the user can mend, also Typer's own for unknown options
+LONGEST = 4000  # characters of an error that are told; ours have a few hundred
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+Out = Annotated[Path, typer.Option(help="Folder for every stage's product; a later call goes on from what lies there.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
+ConceptFiles = Annotated[
+    list[str] | None,
+    typer.Option("--concept", help="Concept file, or FILE:STRENGTH (0 off, 1 as trained). May be repeated."),
+]
+
+
+def command(*stages: str, **defaults) -> Callable[[Callable], Callable]:
+    """A decorator: the function's `settings` become options, those that decide the stages; mistakes end it in a line.
+
+    Defaults are those of Settings unless given here. ValueError and OSError are mistakes and exit with USER_ERROR.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        names = settings_of(*stages)
+
+        @functools.wraps(function)
+        def run(**given):
+            with told():
+                if names:
+                    given["settings"] = Settings(**{name: given.pop(name) for name in names})
+                return function(**given)
+
+        # not get_type_hints: on Python 3.10 it hides the options' names and help behind an Optional
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name != "settings"]
+        kinds = get_type_hints(Settings) if names else {}
+        parameters += [
+            _parameter(entry, kinds[entry.name], defaults) for entry in fields(Settings) if entry.name in names
+        ]
+        parameters.sort(key=lambda p: p.name != "concept")  # the one positional argument comes first
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _parameter(entry: Field, hint: type, defaults: dict) -> inspect.Parameter:
+    """A setting as a keyword-only parameter that Typer makes an option of; the concept is an argument."""
+    details = entry.metadata
+    default = defaults.get(entry.name, entry.default)
+    if entry.name == "concept":
+        kind, default = typer.Argument(help=details["help"]), inspect.Parameter.empty
+    elif isinstance(default, tuple):
+        of = float if hint == tuple[float, ...] else str
+        shown = ",".join(f"{value:g}" for value in default) or "none"
+        kind = typer.Option(parser=_list_of(of), help=details["help"], metavar="A,B,...", show_default=shown)
+        hint = tuple
+    else:
+        kind = typer.Option(help=details["help"])
+    panel = "Model" if MODEL in details["stages"] else f"Stage {details['stages'][0]}"
+    if entry.name != "concept":
+        kind.rich_help_panel = panel
+    return inspect.Parameter(
+        entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, kind]
+    )
+
+
+def _list_of(kind: type) -> Callable:
+    def parse(text) -> tuple:
+        if isinstance(text, tuple):
+            return text
+        try:
+            return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise typer.BadParameter(f"got {text!r}, expected numbers with commas between") from None
+
+    return parse
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What a user can mend is told in a line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        say(f"saferope: {_indented(error)}", err=True)
+        raise typer.Exit(USER_ERROR) from error
+    except KeyboardInterrupt:
+        say("saferope: interrupted; what is done is kept, the same command goes on from there", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _indented(error: Exception) -> str:
+    """Its words, not too many, and no line of them where a line of ours could stand: a file's words may be among them."""
+    told = str(error)
+    return (told if len(told) <= LONGEST else f"{told[: LONGEST - 4]} ...").replace("\n", "\n    ")
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on stderr: a function of stage, done and total."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:>9}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    tasks: dict[str, int] = {}
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(plain(stage))
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def load(settings: Settings, device: str):
+    """The model that the settings name."""
+    from saferope_training.flux.loading import load_model
+
+    return load_model(settings.model, device, settings.quantise, settings.encoders, settings.resolution)
+
+
+def read_concepts(names: list[str]):
+    """Concepts and strengths of FILE or FILE:STRENGTH arguments; a file's concepts share its strength."""
+    from saferope_core import load_concepts
+
+    concepts, strengths = [], []
+    for name in names:
+        path, _, strength = name.rpartition(":")
+        if not path or Path(name).exists():
+            path, strength = name, "1"
+        try:
+            factor = float(strength)
+        except ValueError:
+            raise ValueError(f"concept {name!r}: got strength {strength!r}, expected FILE or FILE:NUMBER") from None
+        found = load_concepts(path)
+        concepts += found
+        strengths += [factor] * len(found)
+    return concepts, strengths

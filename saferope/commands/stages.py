@@ -1,0 +1,115 @@
+"""`saferope prompts`, `extract`, `heads`, `train`, `calibrate`: making a concept file, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saferope_training.settings import CALIBRATE, EXTRACT, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
+
+from ..console import say
+from .common import Device, Out, command, load, progress_bars
+
+if TYPE_CHECKING:
+    from saferope_training.making.recipe import Recipe
+    from saferope_training.making.train import Teller
+
+BEFORE_HEADS = (MODEL, PROMPTS, EXTRACT)
+CPU = "cpu"
+
+
+@command(MODEL, PROMPTS)
+def prompts(settings: Settings, out: Out) -> None:
+    """Write the prompts of both sides, as JSON lines with the span of the concept's word."""
+    from saferope_training.making.recipe import PROMPT_FILE, Recipe
+    from saferope_training.stages import alone
+
+    with alone(out):
+        records = Recipe(None, settings, out).prompts()
+    say(f"{len(records)} prompts: {out / PROMPT_FILE}")
+
+
+@command(*BEFORE_HEADS)
+def extract(settings: Settings, out: Out, device: Device = CPU) -> None:
+    """Collect what every head makes of the concept's words: Gram matrices and samples of queries and keys."""
+    from saferope_training.making.recipe import STATISTICS
+
+    with _recipe(settings, out, device) as recipe:
+        recipe.extract()
+    say(f"statistics: {out / STATISTICS}")
+
+
+@command(*BEFORE_HEADS, HEADS)
+def heads(settings: Settings, out: Out, device: Device = CPU) -> None:
+    """Find the safety-critical heads, their unsafe subspaces and their gates."""
+    from saferope_training.making.recipe import MAP, TABLE
+
+    with _recipe(settings, out, device) as recipe:
+        recipe.heads()
+    say(f"table: {out / TABLE}\nmap:   {out / MAP}")
+
+
+@command(*BEFORE_HEADS, HEADS, LATENTS, TRAIN)
+def train(
+    settings: Settings,
+    out: Out,
+    device: Device = CPU,
+    tensorboard: Annotated[bool, typer.Option(help="Write the losses for TensorBoard too.")] = False,
+) -> None:
+    """Make a concept file: prompts -> extract -> heads -> train. What is there and still fits is used again.
+
+    Killed or interrupted at any time, the same command goes on from the last whole step. Several processes:
+    `accelerate launch -m saferope train ...` shares every batch among them.
+    """
+    with (
+        _recipe(settings, out, device, training=True) as recipe,
+        _losses(out / "tensorboard" if tensorboard else None) as tell,
+    ):
+        path = recipe.train(tell)
+    say(f"concept file: {path}")
+
+
+@command(*BEFORE_HEADS, HEADS, CALIBRATE, acts_on="qk")
+def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
+    """Make a concept file without training: extraction and a fixed rotation. Prompts only, no gradient, no picture."""
+    with _recipe(settings, out, device) as recipe:
+        path = recipe.calibrate()
+    say(f"concept file: {path}")
+
+
+@contextmanager
+def _recipe(settings: Settings, out: Path, device: str, training: bool = False) -> Iterator[Recipe]:
+    """The recipe of a loaded model, with progress bars. Before it loads, its memory plan is printed."""
+    from saferope_training import processes
+    from saferope_training.making import memory
+    from saferope_training.making.recipe import Recipe
+    from saferope_training.stages import alone
+
+    device = processes.own_device(device)
+    plan = memory.plan_for(settings, device, training)
+    if processes.is_main():
+        doubt = memory.doubt(plan, device)
+        say("\n".join(plan.lines() + ([f"warning: {doubt}"] if doubt else [])), err=True)
+    with memory.running_out(plan, device), alone(out), progress_bars() as progress:
+        yield Recipe(load(settings, device), settings, out, progress)
+
+
+@contextmanager
+def _losses(folder: Path | None) -> Iterator[Teller]:
+    """What is told every step's entry: TensorBoard's writer, or nobody."""
+    if folder is None:
+        yield lambda entry: None
+        return
+    from saferope_core.concept.files import require_no_link
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard: got none installed, expected it; run `pip install tensorboard`") from None
+    require_no_link(folder.parent, folder)
+    with SummaryWriter(str(folder)) as writer:
+        yield lambda entry: writer.add_scalar(f"{entry['phase']}/velocity_mse", entry["velocity_mse"], entry["step"])

@@ -1,0 +1,145 @@
+"""Every method of an evaluation under the same attack: how many prompts bring the concept back, after how many queries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from saferope_core.concept.files import require_no_link, write_text
+from saferope_core.concept.untrusted import markdown as words
+from saferope_training import processes
+from saferope_training.flux.models import Model
+from saferope_training.plots import curves
+from saferope_training.prompts.prompt_sets import SEED
+from saferope_training.stages import Progress
+
+from ..scores.detector import field_of
+from ..scores.metrics import wilson_interval
+from .attack import BUDGET, CANDIDATES, Judge, Outcome, Target, Words, attack, success
+from .evaluate import paint
+from .methods import Method
+from .picture_store import digest
+from .tables import number
+
+PROMPTS = 12
+SEED_OF_ATTACK = SEED + 900_000
+STAGES = {"prompt itself": 1, "other words": 1 + CANDIDATES, "suffix tokens": BUDGET}
+
+
+def attacked(
+    model: Model, methods: Sequence[Method], out: Path, count: int = PROMPTS, progress: Progress = lambda *_: None
+) -> dict[Method, list[Outcome]]:
+    """Attacks each method on `count` unsafe prompts of its concept; what is done already is read from `out`.
+
+    Of several processes each attacks whole methods.
+    """
+    require_no_link(out.parent, out)
+    records = {method: _record(method, out, count) for method in methods}
+
+    def work(method: Method) -> None:
+        path, key = records[method]
+        if _read(path, key) is None:
+            _write(path, key, _attack_on(method, model, count, progress))
+
+    processes.share_out([partial(work, method) for method in methods])
+    return {method: _read(*records[method]) for method in methods}
+
+
+def _record(method: Method, out: Path, count: int) -> tuple[Path, str]:
+    """Where a method's outcomes lie, and a digest of all that decides them."""
+    key = digest(method.identity, method.concept, count, BUDGET, SEED_OF_ATTACK)
+    return out / f"{method.folder}.json", key
+
+
+def _attack_on(method: Method, model: Model, count: int, progress: Progress) -> list[Outcome]:
+    targets, words = tiny_world_attack(method.concept, count)
+    with method.context(model):
+        return attack(
+            targets,
+            words,
+            lambda texts, seeds: paint(model, texts, seeds),
+            detector_judge(method.concept),
+            progress=lambda done, total: progress(method.folder, done, total),
+        )
+
+
+def tiny_world_attack(concept: str, count: int) -> tuple[list[Target], Words]:
+    """Prompts that no concept file has seen, and all words of the world."""
+    from tinyworld import world
+
+    prompts = world.unsafe_prompts(concept, count, SEED_OF_ATTACK, test=True)
+    targets = [Target(p.text, SEED_OF_ATTACK + place, p.subject) for place, p in enumerate(prompts)]
+    modifiers = (*world.MODIFIERS, *world.HELD_OUT_MODIFIERS)
+    return targets, Words(world.WORDS[concept], modifiers, world.vocabulary())
+
+
+def detector_judge(concept: str) -> Judge:
+    """The tiny world's detector: its probability of the concept, and whether that is what it sees."""
+    from tinyworld import detector
+
+    reader, field = detector.load_detector(), field_of(concept)
+    place = detector.CLASSES[field].index(concept)
+
+    def judge(pictures: Tensor) -> tuple[Tensor, Tensor]:
+        seen = detector.read(reader, pictures).probabilities[field]
+        return seen[:, place], seen.argmax(-1) == place
+
+    return judge
+
+
+def write_report(out: Path, results: dict[Method, list[Outcome]]) -> None:
+    """`attack.md`, a table a concept, and `attack.png`, success over queries; by one process."""
+    if not processes.is_main():
+        return
+    concepts = list(dict.fromkeys(method.concept for method in results))
+    lines, panels = [], {}
+    for concept in concepts:
+        own = {method: outcomes for method, outcomes in results.items() if method.concept == concept}
+        lines += [f"## {words(concept)}", "", f"| method | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
+        for method, outcomes in own.items():
+            cells = [_share(success(outcomes, queries)) for queries in STAGES.values()]
+            lines.append(f"| {words(method.label)} | {' | '.join(cells)} |")
+        lines.append("")
+        panels[concept] = {method.name: _course(outcomes) for method, outcomes in own.items()}
+    write_text(out / "attack.md", "\n".join(lines))
+    curves(out / "attack.png", panels, "queries a prompt", "prompts that bring the concept back, %")
+
+
+def _share(hits: list[bool]) -> str:
+    return number(sum(hits) / len(hits), wilson_interval(sum(hits), len(hits)))
+
+
+def _course(outcomes: list[Outcome]) -> list[tuple[float, float]]:
+    at = range(1, BUDGET + 1)
+    return [(queries, sum(success(outcomes, queries)) / len(outcomes)) for queries in at]
+
+
+def _read(path: Path, key: str) -> list[Outcome] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return [Outcome(**entry) for entry in record["outcomes"]] if record["made_from"] == key else None
+    except (OSError, ValueError):  # none yet, or cut off
+        return None
+
+
+def _write(path: Path, key: str, outcomes: list[Outcome]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"made_from": key, "outcomes": [asdict(outcome) for outcome in outcomes]}
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+Chooser = Callable[[Method], bool]
+
+
+def reported(evaluation: Path) -> Chooser:
+    """Whether a method, at its strength, is one that `<evaluation>/evaluation.json` reports. OSError where there is none."""
+    path = evaluation / "evaluation.json"
+    if not path.is_file():
+        raise OSError(f"{path}: got no evaluation there, expected one; run `saferope evaluate --suite tinyworld` first")
+    known = {(m["name"], m["concept"], m["strength"]) for m in json.loads(path.read_text(encoding="utf-8"))["methods"]}
+    return lambda method: (method.name, method.concept, method.strength) in known

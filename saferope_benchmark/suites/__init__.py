@@ -1,0 +1,117 @@
+"""Whole comparisons by one name: what is asked (`questions`), and who answers (`contenders` and the experiments beside it).
+
+Every suite is methods, prompt sets and metrics for the one harness, `compare`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tinyworld
+from saferope_training.flux.models import Model
+from saferope_training.prompts.prompt_sets import SEED, Sizes
+from saferope_training.settings import SUITES
+from saferope_training.stages import Progress
+
+from ..evaluation.compare import Comparison
+from ..evaluation.methods import Method, unprotected
+from ..scores import Absent, Metric
+from .ablations import variants
+from .contenders import Found, found_files, made_files, one_for_all, with_baselines
+from .figures import draw_matrix, draw_positions, draw_rotations
+from .positions import random_positions
+from .questions import Questions, flux_questions, require, sized, smaller, tiny_world_questions
+from .rotations import random_rotations
+
+TINYWORLD_SUITE, QUICK, PAPER_FLUX, ABLATIONS, CROSSED, POSITIONS, ROTATIONS = SUITES
+SEARCH_SEED = SEED + 500_000  # strengths are not chosen on what is reported
+# What is reported, and what strengths are searched on. Of I2P the paper takes all 854 prompts
+SIZES = {
+    TINYWORLD_SUITE: (Sizes(12, 12, 8, 12), Sizes(8, 0, 0, 12)),
+    QUICK: (Sizes(12, 8, 8, 16), Sizes(4, 0, 0, 8)),
+    PAPER_FLUX: (Sizes(1000, 0, 0, 1000), Sizes(50, 0, 0, 50)),
+    ABLATIONS: (Sizes(32, 32, 16, 32), None),
+    CROSSED: (Sizes(32, 0, 0, 0), None),
+    POSITIONS: (Sizes(32, 0, 32, 32), None),
+    ROTATIONS: (Sizes(24, 0, 0, 32), None),
+}
+FLUX_SIZES = Sizes(100, 0, 0, 100)  # of the suites that FLUX shares with the tiny world
+QUICK_BASELINES = ("uce", "sld", "nag")  # fitted in seconds
+SLOWER = Absent("other baselines", "they take minutes to fit; name them with --baselines, or use --suite tinyworld")
+EMBEDDED = Path(tinyworld.__file__).parent / "concepts"  # the project's own
+
+
+def prepared(
+    suite: str,
+    model: Model,
+    out: Path,
+    only: Sequence[str] | None = None,
+    concepts: Path | None = None,
+    chosen_baselines: Sequence[str] | None = None,
+    counts: tuple[int | None, int | None] = (None, None),
+    search: bool = True,
+    metrics: Sequence[Metric | Absent] = (),
+    progress: Progress = lambda *_: None,
+    **files_for_flux: Path | None,
+) -> Comparison:
+    """The comparison of a suite's name. `only` are concepts, `concepts` a folder of files, `counts` unsafe and benign pictures.
+
+    `metrics` and `files_for_flux` (see `flux_questions`) are for FLUX; the tiny world has its own. ValueError where there is
+    no such suite or concept, or the model is not one for it.
+    """
+    if suite not in SIZES:
+        raise ValueError(f"suite: got {suite!r}, expected one of {', '.join(SIZES)}")
+    tiny = is_tiny(suite, model)
+    quick = suite == QUICK and chosen_baselines is None
+    if quick:
+        chosen_baselines = QUICK_BASELINES
+    if suite == QUICK:
+        only = only or ("star",)
+    asked = tiny_world_questions(only) if tiny else flux_questions(only, metrics, **files_for_flux)
+    sizes, searched = SIZES[suite]
+    sizes = sized(sizes if tiny or suite == PAPER_FLUX else FLUX_SIZES, *counts, along=tiny)
+    if suite == QUICK or concepts is not None or not tiny:
+        files = found_files(concepts or (EMBEDDED if tiny else Path(".")))
+    else:
+        files = made_files(model, out / "concepts", progress)
+    found, draw = _answers(suite, model, out, asked.concepts, files, chosen_baselines, tiny, progress)
+    found += [SLOWER] if quick else []
+    search_sets = asked.sets(smaller(searched, sizes), SEARCH_SEED) if search and searched else []
+    return _comparison(suite, model, asked, asked.sets(sizes, SEED), search_sets, found, draw)
+
+
+def is_tiny(suite: str, model: Model) -> bool:
+    """Whether the suite asks the tiny world's questions of this model; ValueError where it cannot."""
+    require(model, suite in (TINYWORLD_SUITE, QUICK), suite)
+    return suite != PAPER_FLUX and model.tiny
+
+
+Draw = Callable[[Sequence, Sequence, Path], None]
+
+
+def _answers(
+    suite: str, model: Model, out: Path, concepts, files, chosen_baselines, tiny: bool, progress
+) -> tuple[Found, Draw | None]:
+    """The methods of a suite, and what draws its figure."""
+    if suite == ABLATIONS:
+        return variants(model, out / "variants", concepts, progress), None
+    if suite == CROSSED:
+        return one_for_all(concepts, files), draw_matrix
+    if suite == POSITIONS:
+        return random_positions(), draw_positions
+    if suite == ROTATIONS:
+        return random_rotations(model, out / "statistics", concepts, progress), draw_rotations
+    strengths = {} if tiny else {"strengths": (1.0,)}
+    return with_baselines(
+        model, out, concepts, files, **strengths, chosen_baselines=chosen_baselines, progress=progress
+    ), None
+
+
+def _comparison(suite: str, model: Model, asked: Questions, sets, search_sets, found: Found, draw) -> Comparison:
+    everything = [*asked.absent, *asked.metrics, *found]
+    absent = list(dict.fromkeys(entry for entry in everything if isinstance(entry, Absent)))
+    methods = [unprotected(), *(entry for entry in found if isinstance(entry, Method))]
+    metrics = [metric for metric in asked.metrics if isinstance(metric, Metric)]
+    title = f"{suite}: {', '.join(asked.concepts)} on {model.name}"
+    return Comparison(title, sets, search_sets, methods, metrics, absent, draw)

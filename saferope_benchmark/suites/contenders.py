@@ -1,0 +1,113 @@
+"""Who takes part in a suite: concept files, made or found, and baselines, fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from saferope_training import processes
+from saferope_training.flux.identity import identity
+from saferope_training.flux.models import TINYWORLD, Model
+from saferope_training.making.recipe import Recipe
+from saferope_training.prompts.sources import prompts_for
+from saferope_training.settings import Settings
+from saferope_training.stages import Progress
+
+from ..evaluation.methods import Method, baseline, baselines, concept_file, fit_baseline
+from ..scores import Absent
+
+OURS, NO_TRAINING = "saferope", "saferope, no training"
+STRENGTHS = (0.75, 1.0, 1.25, 1.5)  # of learned concept files, for the Pareto plot; 1 is reported
+
+Found = list[Method | Absent]
+Files = Callable[[str], Mapping[str, Path]]  # a concept -> names of methods and their concept files
+
+
+def settings_for(model: Model, slug: str, **changes) -> Settings:
+    """The defaults for a concept, with the prompts of the world that the model paints."""
+    return Settings(concept=slug, model=TINYWORLD if model.tiny else model.name, **changes)
+
+
+def made_files(model: Model, folder: Path, progress: Progress) -> Files:
+    """Makes a concept's files in `folder/<slug>`, or takes those that lie there: learned, and without training."""
+
+    def files(slug: str) -> Mapping[str, Path]:
+        plain = settings_for(model, slug)
+        learned = Recipe(model, plain, folder / slug, progress).train()
+        by_calibration = replace(plain, acts_on="qk", generator="fixed")  # as `saferope calibrate` has it
+        return {OURS: learned, NO_TRAINING: Recipe(model, by_calibration, folder / slug, progress).calibrate()}
+
+    return files
+
+
+def found_files(folder: Path) -> Files:
+    """Takes a concept's files from a folder, or from the folder of the concept's name in it; those that are there."""
+
+    def files(slug: str) -> Mapping[str, Path]:
+        names = {OURS: f"{slug}.safetensors", NO_TRAINING: f"{slug}.fixed.safetensors"}
+        known = {method: (folder / name, folder / slug / name) for method, name in names.items()}
+        return {method: path for method, paths in known.items() for path in paths if path.is_file()}
+
+    return files
+
+
+def with_baselines(
+    model: Model,
+    out: Path,
+    concepts: Sequence[str],
+    files: Files,
+    strengths: Sequence[float] = STRENGTHS,
+    chosen_baselines: Sequence[str] | None = None,
+    progress: Progress = lambda *_: None,
+) -> Found:
+    """A concept's files, the learned one at every strength, and all baselines or those named; for each concept.
+
+    Of several processes each makes whole concepts' files, where there are enough of them, and fits whole baselines.
+    """
+    found: Found = []
+    if len(concepts) >= processes.count():  # fewer: all share the batches of each
+        processes.share_out([partial(files, slug) for slug in concepts])
+    for slug in concepts:
+        known = files(slug)
+        if not known:
+            found.append(Absent(f"{OURS} for {slug}", f"no {slug}.safetensors; name its folder with --concepts"))
+        for name, path in known.items():
+            at = strengths if name == OURS else (1.0,)
+            found += [concept_file(path, strength, name, slug) for strength in at]
+        settings = settings_for(model, slug)
+        found += fitted_baselines(model, settings, slug, out / "fits", chosen_baselines, progress)
+    return found
+
+
+def fitted_baselines(
+    model: Model, settings: Settings, slug: str, folder: Path, names: Sequence[str] | None, progress: Progress
+) -> Found:
+    """Baselines fitted to a concept's training prompts: those of these names, all if None."""
+    if names is not None and not names:
+        return []
+    try:
+        known = baselines()
+    except ImportError as error:
+        return [Absent("baselines", f"{error}; use a version with saferope_benchmark/baselines, and what they need")]
+    if unknown := set(names or ()) - set(known):
+        raise ValueError(f"baselines: got {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
+    from ..baselines.task import task_of
+
+    task, weights = task_of(prompts_for(settings)), identity(model)
+    chosen = names or list(known)
+    fit = partial(fit_baseline, model=model, task=task, slug=slug, folder=folder, weights=weights, progress=progress)
+    processes.share_out([partial(fit, name, known[name]) for name in chosen])
+    return [method for name in chosen for method in baseline(name, known[name], slug, folder)]
+
+
+def one_for_all(concepts: Sequence[str], files: Files) -> Found:
+    """Each concept's file on the prompts of all of them: does it suppress its own alone?"""
+    known = {slug: files(slug) for slug in concepts}
+    return [
+        concept_file(known[slug][OURS], 1.0, f"{slug}'s file")
+        if OURS in known[slug]
+        else Absent(f"{slug}'s file", f"no {slug}.safetensors; name its folder with --concepts")
+        for slug in concepts
+    ]

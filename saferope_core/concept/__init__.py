@@ -1,0 +1,1 @@
+"""Concepts, their files, and operations that give a concept from concepts."""

@@ -1,0 +1,93 @@
+"""How far a strength may turn. A plane that has turned by a whole turn is where it was: half a turn changes most.
+
+Axes: N safety-critical heads, R + S width of a basis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..maths.rotation import planes
+from .concept import Concept
+
+HALF_TURN = math.pi  # radians
+AS_MADE = 1.0  # the strength that a concept's generators were made for
+# Cosine between what two concepts do in a head. A copy in float16 has 0.99999, also one of other angles; concepts of
+# their own, whose planes are any of D = 128 dimensions, have about 0.
+ALIKE = 0.9
+
+
+def held_strengths(concepts: Sequence[Concept], strengths: Sequence[float]) -> tuple[float, ...]:
+    """The strengths, factors on the concepts' angles, held where more of them would turn past half a turn.
+
+    A concept is held where its widest angle, over heads, planes and streams, is half a turn at LRS 1; but never below
+    AS_MADE: one that was made with wider angles works as it was made. The angles of copies add up, so copies are held
+    together, each in proportion; a copy is a concept that turns alike in any head, whatever it is called or left of it.
+    Strengths that are not held come back as they are.
+    """
+    held = list(strengths)
+    for copies in _copies(concepts):
+        if len(copies) == 1 and abs(strengths[copies[0]]) <= AS_MADE:
+            continue
+        widest = {number: _widest(concepts[number]) for number in copies}
+        turned = sum(abs(strengths[number]) * widest[number] for number in copies)
+        allowed = max(HALF_TURN, *(AS_MADE * angle for angle in widest.values()))
+        if turned > allowed:
+            for number in copies:
+                held[number] = strengths[number] * allowed / turned
+    return tuple(held)
+
+
+def strength_notes(concepts: Sequence[Concept], strengths: Sequence[float]) -> list[str]:
+    """A sentence for people about every concept that `held_strengths` holds back."""
+    return [
+        f"concept {concept.slug!r}: strength {asked:g} acts as {used:.3g}. More, of it and its copies together, would turn past "
+        "half a turn, back to the unprotected model."
+        for concept, asked, used in zip(concepts, strengths, held_strengths(concepts, strengths), strict=True)
+        if asked != used
+    ]
+
+
+def _widest(concept: Concept) -> float:
+    """The widest angle of any plane at LRS 1 and strength 1, in radians."""
+    return max(planes(each)[0].max().item() for each in (concept.generator_text, concept.generator_image))
+
+
+def _copies(concepts: Sequence[Concept]) -> list[list[int]]:
+    """The concepts' numbers, those together that turn alike in some head."""
+    groups: list[list[int]] = []
+    for number, concept in enumerate(concepts):
+        joined = [group for group in groups if any(_alike(concepts[other], concept) for other in group)]
+        groups = [group for group in groups if group not in joined]
+        groups.append([*(other for group in joined for other in group), number])
+    return groups
+
+
+def _alike(one: Concept, other: Concept) -> bool:
+    """Whether both turn the vectors of some stream and role in some head alike."""
+    if one.geometry != other.geometry:
+        return False
+    here = torch.isin(one.places, other.places).nonzero()[:, 0]
+    there = torch.searchsorted(other.places, one.places[here])
+    found = [
+        _cosine(one, other, here, there, stream, role)
+        for stream in ("text", "image")
+        for role in ("q", "k")
+        if role in one.acts(stream) and role in other.acts(stream)
+    ]
+    return any(bool((cosine > ALIKE).any()) for cosine in found)
+
+
+def _cosine(one: Concept, other: Concept, here: Tensor, there: Tensor, stream: str, role: str) -> Tensor:
+    """<X, Y> / (|X| |Y|) of X = U A Uᵀ and Y = V B Vᵀ in each common head [n]; NaN where one of them turns nothing.
+
+    <X, Y> = <A, M B Mᵀ> with M = Uᵀ V, so nothing of size D x D is made.
+    """
+    a, b = getattr(one, f"generator_{stream}")[here], getattr(other, f"generator_{stream}")[there]
+    between = one.basis(role, stream)[here].mT @ other.basis(role, stream)[there]
+    lengths = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b)
+    return (a * (between @ b @ between.mT)).sum((-2, -1)) / lengths

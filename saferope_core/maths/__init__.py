@@ -1,0 +1,1 @@
+"""Pure functions of tensors: rotation, latent risk score, subspace, gate, strength."""

@@ -1,0 +1,205 @@
+"""Which heads tell the concept apart, in which subspace, above which risk they are to turn, and where to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..concept.geometry import Geometry
+from ..concept.stream import ROLES
+from ..maths.calibration import calibrate_gate
+from ..maths.risk import discrimination, head_discrimination_score, latent_risk_score
+from ..maths.subspace import contrast, contrastive_basis, extended, unsafe_basis
+from .statistics import BENIGN, IMAGE, PADDING, SUBJECT, UNSAFE, WORDS, Statistics
+
+SIDES = {UNSAFE: ((UNSAFE, SUBJECT),), BENIGN: ((BENIGN, WORDS), (BENIGN, PADDING))}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Dimensions of a head's space: of the subject, of padding and other words that took the concept up, and the reach.
+
+    The first three together are the unsafe subspace, R; the reach, S, is only turned in. Image tokens have a space of
+    their own, of `image` + `reach` dimensions, or the text's if `image` is 0. The paper has 5, 0, 0, 0, 0.
+    """
+
+    subject: int
+    padding: int = 0
+    words: int = 0
+    reach: int = 0
+    image: int = 0
+
+    @property
+    def risk(self) -> int:
+        """R."""
+        return self.subject + self.padding + self.words
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """Every head's reading. All fp32. Per role: basis [blocks, H, D, R + S], gate [blocks, H], mean LRS by side [blocks, H].
+
+    `basis` and `gate` also have `image_q` and `image_k` where image tokens have bases of their own.
+    """
+
+    discrimination: Tensor
+    critical: Tensor
+    basis: dict[str, Tensor]
+    gate: dict[str, Tensor]
+    risk: dict[str, dict[str, Tensor]]
+    singular_values: Tensor
+    reach: int
+
+
+@dataclass(frozen=True)
+class CriticalHeads:
+    """The safety-critical heads alone: heads int32 [N, 3] and, as in the table, basis [N, D, R + S] and gate [N]."""
+
+    heads: Tensor
+    basis: dict[str, Tensor]
+    gate: dict[str, Tensor]
+    singular_values: Tensor
+    reach: int = 0
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of the bases of text tokens and of image tokens."""
+        return self.basis["k"].shape[-1], self.basis.get("image_k", self.basis["k"]).shape[-1]
+
+    def fields(self) -> dict[str, Tensor | int | None]:
+        """What a Concept has from them, under its names."""
+        names = (*ROLES, *(f"image_{role}" for role in ROLES))
+        kinds = (("basis", self.basis), ("gate", self.gate))
+        named = {f"{kind}_{name}": tensors.get(name) for kind, tensors in kinds for name in names}
+        return {"heads": self.heads, "singular_values": self.singular_values, "reach": self.reach, **named}
+
+
+def read_heads(
+    statistics: Statistics, ranks: Ranks, basis: str, threshold: float, cut: float, gate: str, quantile: float
+) -> HeadTable:
+    """Bases, gates and discrimination Δ (over queries and keys together) of every head.
+
+    `basis` is "svd" or "contrastive", for the subject; `gate` is "calibrated" to the quantile of LRS on benign tokens, or
+    "fixed" at the threshold. Δ is the share of subject vectors above the head's gate less that of benign vectors. This is
+    equation 4 with the gate in the place of its 0.7, and with a fixed gate of 0.7 its letter. With calibrated gates the
+    threshold decides nothing.
+    """
+    bases = {role: _bases(statistics, role, ranks, basis) for role in ROLES}
+    risks = {
+        role: {name: _risks(statistics, name, role, bases[role][..., : ranks.risk]) for name in SIDES} for role in ROLES
+    }
+    gates = {role: _gates(risks[role][BENIGN], threshold, gate, quantile) for role in ROLES}
+    delta = _discrimination(risks, gates)
+    if ranks.image:
+        for role in ROLES:
+            own = bases[f"{IMAGE}_{role}"] = _image_bases(statistics, role, ranks)
+            safe = _lrs(statistics.vectors[BENIGN, IMAGE].sample[role], own[..., : ranks.image])
+            gates[f"{IMAGE}_{role}"] = _gates(safe, threshold, gate, quantile)
+    return HeadTable(
+        delta,
+        head_discrimination_score(delta, cut),
+        bases,
+        gates,
+        {role: {name: risk.mean(1) for name, risk in risks[role].items()} for role in ROLES},
+        _energies(statistics, bases["k"][..., : ranks.risk]),
+        ranks.reach,
+    )
+
+
+def critical_heads(table: HeadTable, geometry: Geometry) -> CriticalHeads:
+    """Picks the heads with a discrimination score of 1, doubles first. ValueError where there is none."""
+    if not table.critical.any():
+        raise ValueError(
+            f"no head of {geometry.describe()} tells the concept apart; heads by Δ: {histogram(table.discrimination)}; "
+            "give more prompts, check that their spans mark the concept's word, or lower the cut"
+        )
+    row, head = table.critical.nonzero(as_tuple=True)
+    single = (row >= geometry.double_blocks).long()
+    place = torch.stack([single, row - single * geometry.double_blocks, head], dim=1)
+    return CriticalHeads(
+        place.to(torch.int32),
+        {name: basis[row, head] for name, basis in table.basis.items()},
+        {name: gate[row, head] for name, gate in table.gate.items()},
+        table.singular_values[row, head],
+        table.reach,
+    )
+
+
+def _bases(statistics: Statistics, role: str, ranks: Ranks, kind: str) -> Tensor:
+    """[blocks, H, D, R + S]: the subject's directions, those of padding and words against benign ones, the reach."""
+    rows = range(len(statistics.met[role]))
+    return torch.stack([_basis(statistics, role, row, ranks, kind) for row in rows]).float()
+
+
+def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str) -> Tensor:
+    def gram(*which: str) -> Tensor:
+        return statistics.vectors[which].gram[role][row]
+
+    benign = gram(BENIGN, WORDS) + gram(BENIGN, PADDING)
+    if kind == "contrastive":
+        basis = contrastive_basis(gram(UNSAFE, SUBJECT), benign, ranks.subject)
+    else:
+        basis = unsafe_basis(gram(UNSAFE, SUBJECT), ranks.subject)[0]
+    for token, rank in ((PADDING, ranks.padding), (WORDS, ranks.words)):
+        if rank:
+            basis = extended(basis, contrast(gram(UNSAFE, token), gram(BENIGN, token)), rank)
+    return extended(basis, statistics.met[role][row], ranks.reach)
+
+
+def _image_bases(statistics: Statistics, role: str, ranks: Ranks) -> Tensor:
+    """[blocks, H, D, image + S]: what sets image tokens under unsafe prompts apart, and the reach."""
+    unsafe, benign = (statistics.vectors[name, IMAGE].gram[role] for name in (UNSAFE, BENIGN))
+    bases = [
+        extended(contrastive_basis(unsafe[row], benign[row], ranks.image), met, ranks.reach)
+        for row, met in enumerate(statistics.met[role])
+    ]
+    return torch.stack(bases).float()
+
+
+def _risks(statistics: Statistics, name: str, role: str, bases: Tensor) -> Tensor:
+    """LRS [blocks, n, H] of a side's sampled vectors in the unsafe subspaces [blocks, H, D, R]."""
+    return _lrs(torch.cat([statistics.vectors[each].sample[role] for each in SIDES[name]], dim=1), bases)
+
+
+def _lrs(samples: Tensor, bases: Tensor) -> Tensor:
+    """LRS [blocks, n, H] of samples [blocks, n, H, D] in subspaces [blocks, H, D, R]."""
+    risks = (
+        latent_risk_score(vectors.float().transpose(0, 1), basis) for vectors, basis in zip(samples, bases, strict=True)
+    )
+    return torch.stack([risk.T for risk in risks])
+
+
+def _gates(risks: Tensor, threshold: float, kind: str, quantile: float) -> Tensor:
+    """[blocks, H] from LRS [blocks, n, H] of benign tokens."""
+    if kind == "fixed":
+        return torch.full((risks.shape[0], risks.shape[2]), threshold)
+    return torch.stack([calibrate_gate(block, quantile) for block in risks])
+
+
+def _discrimination(risks: dict[str, dict[str, Tensor]], gates: dict[str, Tensor]) -> Tensor:
+    """Δ [blocks, H]: LRS less its gate, above 0 or not, compared between the sides; q and k by gates of their own."""
+    above = {
+        name: torch.cat([risks[role][name] - gates[role][:, None] for role in ROLES], dim=1)
+        for name in (UNSAFE, BENIGN)
+    }
+    return torch.stack(
+        [discrimination(unsafe, benign, 0.0) for unsafe, benign in zip(above[UNSAFE], above[BENIGN], strict=True)]
+    )
+
+
+def _energies(statistics: Statistics, bases: Tensor) -> Tensor:
+    """‖Uᵀ X‖ of every column of U, [blocks, H, R], X the subject's keys: the singular values where U is their SVD's."""
+    gram = statistics.vectors[UNSAFE, SUBJECT].gram["k"].double()
+    bases = bases.double()
+    return torch.einsum("bhdr,bhde,bher->bhr", bases, gram, bases).clamp(min=0).sqrt().float()
+
+
+def histogram(delta: Tensor) -> str:
+    """How many heads have which Δ, in one line for people."""
+    edges = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.01)
+    ranges = [(low, high, ((delta >= low) & (delta < high)).sum().item()) for low, high in pairwise(edges)]
+    filled = [f"{low:g} to {min(high, 1):g}: {count}" for low, high, count in ranges if count]
+    return f"{', '.join(filled)} (largest {delta.max():.2f})"

@@ -1,0 +1,186 @@
+"""What the heads make of the concept: Gram matrices and samples of queries and keys, by side and kind of token.
+
+A prompt's text tokens are of three kinds. Its *subject* is the concept's word. Its other *words* and the *padding* behind
+them, which FLUX attends to like words, take the concept up from the subject within a few blocks, and what they hold then
+depends little on the word that was used; so do the *image* tokens in which it is being painted. All vectors are taken after
+QK-norm and before RoPE. Kept are a Gram matrix per head (exact, constant memory: its eigenvectors are the left singular
+vectors of the stacked vectors) and, where LRS are to be read later, a bounded uniform sample. Besides, of all tokens, what
+text meets in attention: RoPE'd queries and keys.
+
+Axes: B prompts, L tokens, H heads, D head dimension, n vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..concept.geometry import Geometry
+from ..concept.stream import ROLES
+from ..maths.subspace import GramSum
+
+UNSAFE, BENIGN = "unsafe", "benign"  # sides: prompts with the concept, and without
+SUBJECT, WORDS, PADDING, IMAGE = "subject", "words", "padding", "image"  # kinds of tokens
+SAMPLED = ((UNSAFE, SUBJECT), (BENIGN, WORDS), (BENIGN, PADDING), (BENIGN, IMAGE))  # Δ and gates are read from these
+COLLECTED = (*SAMPLED, (UNSAFE, WORDS), (UNSAFE, PADDING), (UNSAFE, IMAGE))
+
+EULER_STEP = 0.1  # at most this far between two times of a trajectory: about the model's own step at high noise
+IMAGE_TOKENS = 64  # of a prompt's image tokens at most this many are looked at, evenly spread
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One kind's vectors per role: Gram matrices [blocks, H, D, D] in float64 and a sample [blocks, n, H, D] in bf16.
+
+    The sample is empty (n = 0) for kinds that nothing is read from.
+    """
+
+    gram: dict[str, Tensor]
+    sample: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Vectors by (side, kind), and `met`: role -> Gram matrix [blocks, H, D, D] of what that role's vectors meet.
+
+    Keys of text meet the queries of every token, RoPE applied, and queries meet keys.
+    """
+
+    vectors: dict[tuple[str, str], Vectors]
+    met: dict[str, Tensor]
+
+
+class Reservoir:
+    """A uniform sample of at most `capacity` items of a stream, the same for the same items and keys in any order."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.items: Tensor | None = None
+        self.keys = torch.empty(0)
+
+    def add(self, x: Tensor, keys: Tensor) -> None:
+        """Offers the items x [n, ...] with random keys [n]; the smallest keys stay."""
+        self.keys = torch.cat([self.keys, keys])
+        self.items = x.clone() if self.items is None else torch.cat([self.items, x])
+        if len(self.keys) > self.capacity:
+            kept = self.keys.argsort()[: self.capacity].sort().values
+            self.keys, self.items = self.keys[kept], self.items[kept]
+
+
+class Collector:
+    """Grams and samples of every block and role for one kind of token, fed block by block."""
+
+    def __init__(self, geometry: Geometry, capacity: int, device: torch.device | str = "cpu") -> None:
+        self.geometry, self.capacity = geometry, capacity
+        places = [(role, row) for role in ROLES for row in range(geometry.blocks)]
+        self.grams = {place: GramSum(geometry.heads, geometry.head_dim, device) for place in places}
+        self.samples = {place: Reservoir(capacity) for place in places}
+
+    def add(self, role: str, row: int, vectors: Tensor, keys: Tensor) -> None:
+        """Takes vectors [n, H, D] of one block; `keys` [n], the same in every block, decide who stays in the sample."""
+        self.grams[role, row].add(vectors)
+        if self.capacity:
+            self.samples[role, row].add(vectors.to("cpu", torch.bfloat16), keys)
+
+    def vectors(self, total: Callable[[Tensor], Tensor], gathered: Callable) -> Vectors:
+        """What was collected in all processes, blocks stacked."""
+        rows = range(self.geometry.blocks)
+        gram = {role: torch.stack([total(self.grams[role, row].gram.cpu()) for row in rows]) for role in ROLES}
+        sample = {role: torch.stack([self._sample(role, row, gathered) for row in rows]) for role in ROLES}
+        return Vectors(gram, sample)
+
+    def _sample(self, role: str, row: int, gathered: Callable) -> Tensor:
+        empty = torch.empty(0, self.geometry.heads, self.geometry.head_dim, dtype=torch.bfloat16)
+        own = self.samples[role, row]
+        parts = gathered((own.items if own.items is not None else empty, own.keys))
+        everything = Reservoir(self.capacity)
+        everything.add(torch.cat([items for items, _ in parts]), torch.cat([keys for _, keys in parts]))
+        # in the order of the keys, so that it does not matter who saw what
+        return everything.items[everything.keys.argsort()] if self.capacity else empty
+
+
+class Gathering:
+    """Collectors of everything that heads are read from, for one concept."""
+
+    def __init__(self, geometry: Geometry, capacity: int, device: torch.device | str = "cpu") -> None:
+        self.geometry = geometry
+        self.collectors = {each: Collector(geometry, capacity if each in SAMPLED else 0, device) for each in COLLECTED}
+        places = [(role, row) for role in ROLES for row in range(geometry.blocks)]
+        self.met = {place: GramSum(geometry.heads, geometry.head_dim, device) for place in places}
+
+    def visit(self, side: str, kinds: dict[str, Tensor], image_tokens: int, seeds: Sequence[int]) -> Visit:
+        """Some prompts of a side, to be walked down: `kinds` from `token_kinds`, a seed for each prompt."""
+        return Visit(self, side, kinds, image_tokens, seeds)
+
+    def statistics(
+        self, total: Callable[[Tensor], Tensor] = lambda x: x, gathered: Callable = lambda value: [value]
+    ) -> Statistics:
+        """All that was seen. Where processes share the work, `total` sums over them and `gathered` lists their values."""
+        rows = range(self.geometry.blocks)
+        grams = {role: torch.stack([total(self.met[role, row].gram.cpu()) for row in rows]) for role in ROLES}
+        vectors = {each: collector.vectors(total, gathered) for each, collector in self.collectors.items()}
+        return Statistics(vectors, grams)
+
+
+class Visit:
+    """Some prompts on their way down a trajectory: call `at_time` before each forward that is listened to."""
+
+    def __init__(
+        self, gathering: Gathering, side: str, kinds: dict[str, Tensor], image_tokens: int, seeds: Sequence[int]
+    ) -> None:
+        self.gathering, self.side, self.kinds = gathering, side, kinds
+        # random, but the same for a token whoever sees it
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.spread = max(1, image_tokens // IMAGE_TOKENS)
+        self.seen = len(range(0, image_tokens, self.spread))
+        self.text_length = next(iter(kinds.values())).shape[1]
+        self.keys = torch.empty(0)
+
+    def at_time(self) -> None:
+        """Draws the keys that decide which tokens stay in the samples."""
+        length = self.seen + self.text_length
+        self.keys = torch.stack([torch.rand(length, generator=generator) for generator in self.generators])
+
+    def listen(
+        self, x: Tensor, turned: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span
+    ) -> None:
+        """Takes one role's vectors [B, H, L, D] of a block, before RoPE and (`turned`) after it, and the streams' spans."""
+        row, collectors = self.gathering.geometry.row(block_type, block_index), self.gathering.collectors
+        if text[0] < text[1]:
+            tokens = x[:, :, text[0] : text[1]].transpose(1, 2)
+            for kind, mask in self.kinds.items():
+                if (self.side, kind) in collectors and mask.any():
+                    keys = self.keys[:, self.seen :][mask]
+                    collectors[self.side, kind].add(role, row, tokens[mask.to(x.device)], keys)
+        if image[0] < image[1]:
+            tokens = x[:, :, image[0] : image[1] : self.spread].transpose(1, 2).flatten(0, 1)
+            collectors[self.side, IMAGE].add(role, row, tokens, self.keys[:, : self.seen].flatten())
+        other = ROLES[1 - ROLES.index(role)]
+        for first, last, step in ((*text, 1), (*image, self.spread)):
+            self.gathering.met[other, row].add(turned[:, :, first:last:step].transpose(1, 2).flatten(0, 1))
+
+
+def token_kinds(used: Tensor, subject: Tensor) -> dict[str, Tensor]:
+    """Bool [B, L] for each kind of text token: `used` are a prompt's own tokens, `subject` those of the concept's word.
+
+    FLUX attends to padding as to words; of it as many tokens are marked as the prompt has others (with all of them, 512 in
+    FLUX's own pipeline, words would hardly count).
+    """
+    near = torch.arange(used.shape[1])[None] < 2 * used.sum(1, keepdim=True)
+    return {SUBJECT: subject, WORDS: used & ~subject, PADDING: near & ~used}
+
+
+def schedule(timesteps: Sequence[float]) -> list[float]:
+    """Falling times from 1 that meet every given one exactly, no two further apart than EULER_STEP."""
+    times = [1.0]
+    for stop in timesteps:
+        gap = times[-1] - stop
+        count = math.ceil(gap / EULER_STEP - 1e-9)
+        times += [stop + gap * (count - i) / count for i in range(1, count + 1)]
+    return times

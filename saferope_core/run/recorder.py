@@ -1,0 +1,140 @@
+"""What a protection saw: which tokens it found risky, in which heads, at which step.
+
+The *risk of a token* is the share of gates that it passes: of all safety-critical heads and roles that may turn it, how many
+find its LRS above their gate. Gates are calibrated so that a harmless token passes one in hundreds; the concept's own word
+passes most. (LRS of different heads cannot be compared, these shares can.) The *risk of a prompt* is that of its riskiest
+text token.
+
+Where no gate was asked there is no risk, which is not a risk of 0: None, and NaN for single steps. A concept that is off or
+turns no tokens of a stream asks none there, and a protection at rest asks none at all.
+
+A `Forward` is one pass of the network, a `Run` all passes of one sampling. Until a run is read everything stays on the
+device, and nothing waits for it.
+
+Axes: B batch, H heads, L tokens, S steps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from math import nan
+
+import torch
+from torch import Tensor
+
+from ..concept.geometry import Geometry
+
+TEXT, IMAGE = "text", "image"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One concept's risk under one conditioning in one run: on the CPU, float32, in [0, 1].
+
+    None where no gate was asked of any token of a stream in any step: not measured.
+    """
+
+    entry: Hashable  # which conditioning, as the host told
+    grid: tuple[int, int]  # rows and columns of the image tokens, as the host told
+    text: Tensor | None  # [S, B, L]: risk of text tokens; NaN in steps in which no gate was asked
+    image: Tensor | None  # [S, B, L]: risk of image tokens, likewise
+    # [B, blocks, H]: share of steps and roles in which a head found the riskiest text token risky; NaN: it has no gate
+    heads: Tensor | None
+    noise_levels: Tensor  # [S], as the host told
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """Risk of text tokens [B, L], mean over the steps in which it was measured."""
+        return None if self.text is None else self.text.nanmean(0)
+
+    @property
+    def patches(self) -> Tensor | None:
+        """Risk of image tokens [B, L], mean over the steps in which it was measured."""
+        return None if self.image is None else self.image.nanmean(0)
+
+    @property
+    def score(self) -> Tensor | None:
+        """Risk of the prompt [B]."""
+        return None if self.text is None else self.tokens.amax(-1)
+
+
+@dataclass
+class _Tally:
+    """What one concept found in one stream of one conditioning, in one forward."""
+
+    passed: Tensor | float = 0.0  # [B, L]: how many gates each token passes
+    gates: int = 0
+    heads: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # row, heads [n], bool [B, n, L]; text only
+
+
+class Forward:
+    """One pass of the network. The rows of its batch are equal chunks, one for each of `entries`.
+
+    `grid`: rows and columns of the picture's own tokens; those of reference pictures, behind them, are not recorded.
+    """
+
+    def __init__(self, entries: Sequence[Hashable], noise_level: Tensor | float, grid: tuple[int, int]):
+        self.entries, self.noise_level, self.grid = tuple(entries), noise_level, grid
+        self.tallies: dict[tuple[Hashable, int, str], _Tally] = defaultdict(_Tally)
+
+    def saw(self, concept: int, row: int, stream: str, heads: Tensor, passed: Tensor) -> None:
+        """A block's heads [n] and, for each of them, which tokens of the stream pass its gate: bool [B, n, L]."""
+        assert len(passed) % len(self.entries) == 0, f"{len(passed)} rows for {len(self.entries)} conditionings"
+        if stream == IMAGE:
+            passed = passed[..., : self.grid[0] * self.grid[1]]
+        for entry, chunk in zip(self.entries, passed.chunk(len(self.entries)), strict=True):
+            tally = self.tallies[entry, concept, stream]
+            tally.passed = tally.passed + chunk.sum(1, dtype=torch.float32)
+            tally.gates += len(heads)
+            if stream == TEXT:
+                tally.heads.append((row, heads, chunk))
+
+
+class Run:
+    """All forwards of one sampling. Threads may add to it side by side."""
+
+    def __init__(self, geometry: Geometry):
+        self.geometry = geometry
+        self.forwards: list[Forward] = []
+        self._lock = threading.Lock()
+
+    def add(self, forward: Forward) -> None:
+        """Takes a forward that is over."""
+        with self._lock:
+            self.forwards.append(forward)
+
+    def readings(self, concept: int) -> list[Reading]:
+        """What the concept of this number found: one reading for each conditioning, in the order in which they came."""
+        entries = dict.fromkeys(entry for forward in self.forwards for entry in forward.entries)
+        return [_reading(entry, concept, self.forwards, self.geometry) for entry in entries]
+
+
+def _reading(entry: Hashable, concept: int, forwards: Sequence[Forward], geometry: Geometry) -> Reading:
+    mine = [forward for forward in forwards if entry in forward.entries]
+    tallies = {stream: [each.tallies.get((entry, concept, stream)) for each in mine] for stream in (TEXT, IMAGE)}
+    text, image = (_shares(tallies[stream]) for stream in (TEXT, IMAGE))
+    levels = torch.stack([torch.as_tensor(forward.noise_level).float().cpu() for forward in mine])
+    heads = None if text is None else _heads_at(text.nanmean(0).argmax(-1), tallies[TEXT], geometry)
+    return Reading(entry, mine[0].grid, text, image, heads, levels)
+
+
+def _shares(tallies: Sequence[_Tally | None]) -> Tensor | None:
+    """[S, B, L]; NaN in steps in which no gate was asked, None if in none."""
+    shares = [None if tally is None else (tally.passed / tally.gates).cpu() for tally in tallies]
+    known = [share for share in shares if share is not None]
+    return torch.stack([torch.full_like(known[0], nan) if each is None else each for each in shares]) if known else None
+
+
+def _heads_at(token: Tensor, tallies: Sequence[_Tally | None], geometry: Geometry) -> Tensor:
+    """[B, blocks, H] for one token [B] of each picture."""
+    sums = torch.zeros(len(token), geometry.blocks, geometry.heads)
+    counts = torch.zeros(geometry.blocks, geometry.heads)
+    for tally in tallies:
+        for row, heads, passed in tally.heads if tally else ():
+            at = token.to(passed.device)[:, None, None].expand(-1, passed.shape[1], 1)
+            sums[:, row, heads.cpu()] += passed.gather(2, at)[..., 0].float().cpu()
+            counts[row, heads.cpu()] += 1
+    return sums / counts  # 0 / 0, NaN, where no gate was asked

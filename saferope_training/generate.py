@@ -1,0 +1,77 @@
+"""Paints prompts without and with protection, and writes the pictures, a grid of pairs and a record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saferope_core import Concept, Protection
+from saferope_core.concept.files import write_text
+
+from .flux.models import Model
+from .flux.sample import RiskMeter, sample
+from .pictures import comparison_grid, save_picture
+from .stages import Progress
+
+RECORD, GRID = "pictures.json", "pairs.png"
+_IN_GRID = 12  # pairs
+_BATCH = 4
+
+
+def paint(
+    model: Model,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    concepts: Sequence[Concept],
+    strengths: Sequence[float],
+    out: Path,
+    steps: int | None,
+    span: tuple[float, float],
+    progress: Progress,
+) -> None:
+    """A picture per prompt and seed as `NNNN.png`, `NNNN.protected.png` beside it where there are concepts.
+
+    `pictures.json` holds prompt, seed and files of each, and for every concept its risk (see RiskMeter).
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = [(text, seed) for text in texts for seed in seeds]
+    total, done = len(jobs) * (2 if concepts else 1), 0
+    protection = Protection(concepts, model.geometry, strengths) if concepts else None
+    record, rows = [], ([], [])
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("pictures", done, total)
+
+    for first in range(0, len(jobs), _BATCH):
+        some = jobs[first : first + _BATCH]
+        prompts, numbers = zip(*some, strict=True)
+        sides = [sample(model, prompts, numbers, None, steps, progress=tell, batch=_BATCH)]
+        risks = [{}] * len(some)
+        if protection is not None:
+            meter = RiskMeter(model, protection)
+            sides.append(sample(model, prompts, numbers, meter.rotate, steps, span, tell, _BATCH))
+            risks = meter.take() or risks
+        record += _write(out, first, some, sides, risks)
+        for row, pictures in zip(rows, sides, strict=False):
+            row.extend(pictures)
+        write_text(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    labels = ("unprotected", "protected")
+    comparison_grid(
+        out / GRID, [(label, torch.stack(row[:_IN_GRID])) for label, row in zip(labels, rows, strict=True) if row]
+    )
+
+
+def _write(out: Path, first: int, jobs, sides: list[Tensor], risks: list[dict]) -> list[dict]:
+    entries = []
+    for offset, ((text, seed), risk) in enumerate(zip(jobs, risks, strict=True)):
+        names = [f"{first + offset:04d}{suffix}.png" for suffix in ("", ".protected")[: len(sides)]]
+        for name, pictures in zip(names, sides, strict=True):
+            save_picture(out / name, pictures[offset])
+        entries.append({"prompt": text, "seed": seed, "files": names, "risk": risk})
+    return entries

@@ -1,0 +1,55 @@
+"""What can be known of a run before the model is asked: its names, its ranks, and whether the prompts can say enough."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from saferope_core import BENIGN, UNSAFE, require_known, require_names, require_vectors, unknown_parts, unknown_words
+
+from .. import processes
+from ..flux.models import Model, text_tokens
+from ..prompts import PromptRecord, side
+from ..settings import Settings
+from .heads import ranks_of
+
+_SHOWN = 5  # words in a warning
+
+
+def require(model: Model, records: Sequence[PromptRecord], settings: Settings) -> None:
+    """Raises ValueError where extraction, or what follows it, would end in an error or make a concept of no word.
+
+    Words beside the concept's that the text encoder does not know are told as a warning. Nothing is encoded.
+    """
+    require_names(settings.concept, settings.concept.capitalize(), settings.concept)
+    counts = {}
+    for name in (UNSAFE, BENIGN):
+        chosen = side(records, name)
+        if not chosen:
+            raise ValueError(f"prompts: got no {name} one, expected at least one; add some, or delete prompts.jsonl")
+        kinds = text_tokens(model, [record.text for record in chosen], [record.subject for record in chosen])
+        counts |= {(name, kind): int(mask.sum()) for kind, mask in kinds.items()}
+    require_vectors(counts, len(settings.timesteps), ranks_of(settings), model.geometry.head_dim)
+    _require_words(model, records)
+
+
+def _require_words(model: Model, records: Sequence[PromptRecord]) -> None:
+    """That the text encoder knows the concept's words; others are told."""
+    tokenizer = model.pipe.tokenizer_2
+    batch = tokenizer(
+        [record.text for record in records], max_length=model.text_length, truncation=True, return_offsets_mapping=True
+    )
+    found: list[str] = []
+    for record, ids, offsets in zip(records, batch["input_ids"], batch["offset_mapping"], strict=True):
+        parts = unknown_parts(ids, offsets, tokenizer.unk_token_id)
+        if record.side == UNSAFE:
+            require_known(record.text, record.subject, parts)
+        found += unknown_words(record.text, parts)
+    words = list(dict.fromkeys(found))
+    if words and processes.is_main():
+        shown = ", ".join(f"{word!r:.60}" for word in words[:_SHOWN]) + (", ..." if len(words) > _SHOWN else "")
+        warnings.warn(
+            f"prompts: the text encoder does not know {len(words)} of their words, and takes them all for the same one: "
+            f"{shown}; the prompts say less to the model than to you",
+            stacklevel=3,
+        )

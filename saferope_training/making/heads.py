@@ -1,0 +1,60 @@
+"""What is known about heads, on disk: a table for people, tensors for the next stage."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saferope_core import BENIGN, BLOCK_TYPES, ROLES, UNSAFE, CriticalHeads, Geometry, HeadTable, Ranks
+from saferope_core.concept.files import placed
+
+from ..settings import Settings
+from ..stages import load_tensors, save_tensors
+
+
+def ranks_of(settings: Settings) -> Ranks:
+    """The dimensions of heads' spaces that the settings ask for."""
+    s = settings
+    return Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
+
+
+def write_table(path: Path, table: HeadTable, geometry: Geometry) -> None:
+    """One line of CSV per head."""
+    with placed(path) as new, new.open("x", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        risks = [f"lrs_{name}_{role}" for role in ROLES for name in (UNSAFE, BENIGN)]
+        writer.writerow(["block_type", "block", "head", "discrimination", "critical", "gate_q", "gate_k", *risks])
+        for row in range(geometry.blocks):
+            single = row >= geometry.double_blocks
+            block = row - geometry.double_blocks if single else row
+            for head in range(geometry.heads):
+                numbers = [table.gate[role][row, head] for role in ROLES]
+                numbers += [table.risk[role][name][row, head] for role in ROLES for name in (UNSAFE, BENIGN)]
+                numbers = [table.discrimination[row, head], *numbers]
+                delta, *others = (f"{number:.4f}" for number in numbers)
+                writer.writerow([BLOCK_TYPES[single], block, head, delta, int(table.critical[row, head]), *others])
+
+
+def save_critical(path: Path, critical: CriticalHeads, discrimination: Tensor) -> None:
+    """Writes the safety-critical heads and Δ of all heads as safetensors."""
+    tensors = {"heads": critical.heads, "discrimination": discrimination, "singular_values": critical.singular_values}
+    tensors["reach"] = torch.tensor(critical.reach)
+    for kind, named in (("basis", critical.basis), ("gate", critical.gate)):
+        tensors |= {f"{kind}_{name}": tensor for name, tensor in named.items()}
+    save_tensors(path, tensors)
+
+
+def load_critical(path: Path, geometry: Geometry) -> tuple[CriticalHeads, Tensor]:
+    """Reads what `save_critical` wrote. ValueError where it is not of a model of this geometry."""
+    shapes = {f"basis_{role}": (None, geometry.head_dim, None) for role in ROLES} | {"heads": (None, 3), "reach": ()}
+    tensors = load_tensors(path, shapes | {"discrimination": (geometry.blocks, geometry.heads)})
+    basis, gate = (
+        {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+        for kind in ("basis_", "gate_")
+    )
+    reach = int(tensors["reach"])
+    critical = CriticalHeads(tensors["heads"], basis, gate, tensors["singular_values"], reach)
+    return critical, tensors["discrimination"]

@@ -1,0 +1,259 @@
+"""From a concept's name to its file, stage by stage: prompts -> extract -> heads -> latents -> train (or calibrate)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saferope_core import Concept, CriticalHeads, critical_heads, read_heads, save_concepts
+from saferope_core.concept.files import require_no_link, sweep, write_text
+
+from .. import plots, processes, prompts
+from ..flux import models
+from ..flux.identity import facts
+from ..flux.models import Model
+from ..prompts.sources import origins, prompts_for
+from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
+from ..settings import LATENTS as LATENTS_STAGE
+from ..stages import Facts, Progress, Report, Workplace, alone, file_sha256, sha256_of
+from . import calibrate, checks, extract, heads, material, train
+
+PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
+CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"
+LOG, CURVE, CONFIG, EMBEDDINGS = "log.jsonl", "losses.png", "config.json", "embeddings"
+_REPORTED = 20  # losses of this many last steps are averaged for the file's record
+# The facts of a model (`flux.identity`) that decide a stage's products, beside the files that it reads. Forward passes
+# ask for all but the VAE, also those of training, which embeds the prompts itself. The versions of libraries are no
+# input: they change last bits, and the record names them.
+_FORWARD = ("transformer", "axes", "encoders", "text_length", "latent_side", "guidance")
+FACTS = {
+    EXTRACT: _FORWARD,
+    HEADS: ("transformer",),  # its geometry; all else is in the statistics
+    LATENTS_STAGE: (*_FORWARD, "vae"),
+    TRAIN: _FORWARD,
+    CALIBRATE: ("transformer",),
+}
+
+
+def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, with its folder locked while it runs."""
+
+    @functools.wraps(method)
+    def run(recipe: Recipe, *args: object, **kwargs: object) -> object:
+        with alone(recipe.out, within=True):
+            return method(recipe, *args, **kwargs)
+
+    return run
+
+
+class Recipe:
+    """A folder in which a concept is made. Each method runs a stage after those it needs, as far as inputs changed.
+
+    ValueError where another process, or another Recipe of this one, is at work in the folder.
+
+    `model` may be None for `prompts` alone. Beside the products lie `config.json`, the settings and versions of the
+    last command, and `stages.json`, all that each product was made from.
+    """
+
+    def __init__(
+        self, model: Model | None, settings: Settings, out: Path, progress: Progress = lambda *_: None
+    ) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        if model is not None and model.source is not None:
+            require_no_link(out, out / EMBEDDINGS)
+            model = models.with_cache(model, out / EMBEDDINGS)
+        self.model, self.settings, self.out = model, settings, out
+        self.place = Workplace(out, settings, progress)
+        self.known = facts(model) if model is not None else {}
+        weights = self.known.get("transformer", "")
+        self.config = {"settings": asdict(settings), "model_sha256": weights, "versions": versions()}
+        with alone(out, within=True):
+            if processes.is_main():
+                sweep(out / EMBEDDINGS)
+                write_text(out / CONFIG, json.dumps(self.config, indent=2) + "\n")
+
+    @_alone
+    def prompts(self) -> list[prompts.PromptRecord]:
+        """The prompts of both sides, in prompts.jsonl."""
+
+        def make(report: Report) -> None:
+            records = prompts_for(self.settings)
+            if processes.is_main():
+                prompts.write_prompts(self.out / PROMPT_FILE, records)
+
+        named = [Path(name) for name in (self.settings.unsafe, self.settings.benign) if name]
+        sources = [str(path.absolute()) for path in named]
+        self.place.stage(PROMPTS, sources, (PROMPT_FILE,), make, origins(self.settings))
+        return prompts.read_prompts(self.out / PROMPT_FILE)
+
+    @_alone
+    def extract(self, training: bool = False) -> list[prompts.PromptRecord]:
+        """Statistics of every head; returns the prompts. `training`: that comes after, so its pictures are checked too."""
+        s, records = self.settings, self.prompts()
+        checks.require(self.model, records, s)
+        if training and not self._has_latents(records):
+            material.require_pictures(records, 8 * self.model.latent_side)
+
+        def make(report: Report) -> None:
+            statistics = extract.extract(self.model, records, s.timesteps, s.reservoir, s.seed, report)
+            if processes.is_main():
+                extract.save_statistics(self.out / STATISTICS, statistics)
+
+        self.place.stage(EXTRACT, (PROMPT_FILE,), (STATISTICS,), make, self._facts(EXTRACT))
+        return records
+
+    @_alone
+    def heads(self, training: bool = False) -> list[prompts.PromptRecord]:
+        """The safety-critical heads, their bases and gates, as tensors, table and map; returns the prompts."""
+        records = self.extract(training)
+        products, needs = (CRITICAL, TABLE, MAP), self._facts(HEADS)
+        self.place.stage(HEADS, (STATISTICS,), products, lambda report: self._read_heads(), needs)
+        return records
+
+    def _read_heads(self) -> None:
+        if not processes.is_main():
+            return
+        s, out, geometry = self.settings, self.out, self.model.geometry
+        statistics = extract.load_statistics(out / STATISTICS, geometry)
+        table = read_heads(statistics, heads.ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
+        heads.write_table(out / TABLE, table, geometry)
+        title = f"{s.concept}: {int(table.critical.sum())} of {table.critical.numel()} heads are safety-critical"
+        plots.head_map(out / MAP, table.discrimination, geometry, table.critical, title)
+        heads.save_critical(out / CRITICAL, critical_heads(table, geometry), table.discrimination)
+
+    @_alone
+    def train(self, tell: train.Teller = lambda entry: None) -> Path:
+        """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry."""
+        s, out, records = self.settings, self.out, self.heads(training=True)
+
+        def make_latents(report: Report) -> None:
+            material.make_latents(self.model, records, s.unlearn_at, s.seed, out / LATENTS, report)
+
+        self.place.stage(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), make_latents, self._latents_facts(records))
+        path, sources = out / f"{s.concept}.safetensors", (PROMPT_FILE, CRITICAL, LATENTS)
+        needs = self._facts(TRAIN)
+        digest = sha256_of(self.place.inputs(TRAIN, sources, needs))
+
+        def make(report: Report) -> None:
+            self._learn(path, records, train.State(out / STATE, digest), report, tell)
+
+        self.place.stage(TRAIN, sources, (path.name, LOG, CURVE), make, needs)
+        return path
+
+    def _learn(
+        self,
+        path: Path,
+        records: Sequence[prompts.PromptRecord],
+        state: train.State,
+        report: Report,
+        tell: train.Teller,
+    ) -> None:
+        s, out = self.settings, self.out
+        critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)
+        seen = material.load_material(self.model, records, s.unlearn_at, out / LATENTS)
+        if self.model.source is not None:
+            models.release_encoders(self.model)
+        log = train.Log(out / LOG, state.finished())
+
+        def note(entry: dict) -> None:
+            log.add(entry)
+            tell(entry)
+            report(len(log.entries), s.steps)
+
+        generators = train.train(self.model, critical, seen, s, note, state)
+        if processes.is_main():
+            plots.loss_curve(out / CURVE, log.entries)
+            record = self._record() | {"final": final_errors(log.entries)}
+            save_concepts(path, [concept_of(self.model, critical, delta, generators, s, record)])
+
+    @_alone
+    def calibrate(self) -> Path:
+        """The concept file with generators that nothing was learned for, `<out>/<concept>.<generator>.safetensors`.
+
+        Its name leaves room beside it for the trained concept, whose first three stages are the same.
+        """
+        s, out = self.settings, self.out
+        self.heads()
+        path = out / f"{s.concept}.{s.generator}.safetensors"
+
+        def make(report: Report) -> None:
+            critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)
+            generators = calibrate.untrained(critical, s)
+            concept = concept_of(self.model, critical, delta, generators, s, self._record(), mode=s.generator)
+            if processes.is_main():
+                save_concepts(path, [concept])
+
+        self.place.stage(CALIBRATE, (CRITICAL,), (path.name,), make, self._facts(CALIBRATE))
+        return path
+
+    def _facts(self, stage: str) -> Facts:
+        """The model's facts that decide a stage."""
+        return {name: self.known[name] for name in FACTS[stage]}
+
+    def _latents_facts(self, records: Sequence[prompts.PromptRecord]) -> Facts:
+        """Those that decide the latents: the model's, and the bytes of the benign prompts' pictures."""
+        pictures = [Path(record.image) for record in records if record.image is not None]
+        digests = [file_sha256(path) if path.is_file() else "" for path in pictures]  # gone: told where it is read
+        return self._facts(LATENTS_STAGE) | ({"pictures": sha256_of(digests)} if digests else {})
+
+    def _has_latents(self, records: Sequence[prompts.PromptRecord]) -> bool:
+        """Whether the latents need not be made, so that no picture is read again."""
+        return self.place.fresh(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), self._latents_facts(records))
+
+    def _record(self) -> dict[str, object]:
+        return {**self.config, "prompts_sha256": file_sha256(self.out / PROMPT_FILE)}
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python and the libraries that decide numbers."""
+    import diffusers
+    import transformers
+
+    libraries = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
+    return {"python": platform.python_version(), **libraries}
+
+
+def concept_of(
+    model: Model,
+    critical: CriticalHeads,
+    discrimination: Tensor,
+    generators: tuple[Tensor, Tensor],
+    settings: Settings,
+    record: dict,
+    mode: str = "learned",
+) -> Concept:
+    """The concept of these heads, bases, gates and generators (text, image)."""
+    text, image = generators
+    return Concept(
+        slug=settings.concept,
+        name=settings.concept.capitalize(),
+        description=f"{settings.concept} of the tiny world" if settings.model == "tinyworld" else settings.concept,
+        geometry=model.geometry,
+        generator_text=text,
+        generator_image=image,
+        discrimination=discrimination,
+        threshold=settings.threshold,
+        acts_on=settings.acts_on,
+        mode=mode,
+        training=record,
+        acts_on_image=settings.acts_on_image,
+        **critical.fields(),
+    )
+
+
+def final_errors(log: Sequence[dict]) -> dict[str, float]:
+    """Mean squared velocity change over the last steps of either phase."""
+    result = {}
+    for phase in (train.UNLEARN, train.PRESERVE):
+        errors = [entry["velocity_mse"] for entry in log if entry["phase"] == phase][-_REPORTED:]
+        if errors:
+            result[phase] = sum(errors) / len(errors)
+    return result

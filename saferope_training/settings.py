@@ -1,0 +1,182 @@
+"""What can be chosen, its default and why: the command line takes its options and its help from here. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+# The stages that a setting decides about. Changing it makes these again, and what follows from them. Settings of MODEL
+# do so through the model that they load: stages depend on digests of its parts and on its sizes, see making/recipe.py.
+MODEL, PROMPTS, EXTRACT, HEADS = "model", "prompts", "extract", "heads"
+LATENTS, TRAIN, CALIBRATE = "latents", "train", "calibrate"
+# What `saferope evaluate --suite` compares; see saferope_benchmark.suites
+SUITES = ("tinyworld", "quick", "paper-flux", "ablations", "crossed", "positions", "rotations")
+
+
+def _choice(stages: str, default: object, help: str, decides: bool = True) -> Any:  # a Field, where a type is declared
+    return field(default=default, metadata={"help": help, "stages": tuple(stages.split()), "decides": decides})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a concept file looks like; saved with it, so that it can be made again."""
+
+    concept: str = _choice(
+        "prompts heads train calibrate",
+        "star",
+        "What to suppress: star, splatter, zappy or swirl in the tiny world; a preset (nudity, gore, van-gogh, pikachu); "
+        "or a name of your own for prompts from a file.",
+    )
+    model: str = _choice(
+        "model",
+        "tinyworld",
+        "`tinyworld`, a diffusers FLUX.1 folder, a hub id, or a single file (.safetensors, .gguf).",
+    )
+    quantise: str | None = _choice(
+        "model", None, "Hold the frozen model in fewer bits: nf4, int8 (GPU), torchao-int8 or torchao-float8."
+    )
+    encoders: str | None = _choice(
+        "model", None, "Diffusers folder or hub id with everything but the transformer, for a single file."
+    )
+    resolution: int | None = _choice("model", None, "Pixels, a multiple of 16; 512 for FLUX.1, the tiny world's own.")
+    seed: int = _choice(
+        "prompts extract latents train calibrate",
+        0,
+        "Decides prompts, noise, pictures and the generators' first values.",
+    )
+    unsafe: str | None = _choice(
+        "prompts", None, "File of prompts that show the concept: .txt, .jsonl, .csv (I2P's columns) or COCO captions."
+    )
+    subjects: tuple[str, ...] = _choice(
+        "prompts", (), "Words for the concept, to be found in the prompts of the file; commas between."
+    )
+    benign: str | None = _choice("prompts", None, "File of prompts without the concept, formats as for `unsafe`.")
+    similarity_model: str | None = _choice(
+        "prompts",
+        None,
+        "Keep a preset's subjects by meaning: sentence-transformers folder or hub id (all-MiniLM-L6-v2).",
+    )
+    similarity: float = _choice("prompts", 0.4, "Least cosine similarity, -1 to 1, of a subject to a seed word.")
+    images: str | None = _choice("prompts", None, "Folder of the benign captions' pictures (COCO layout).")
+    unsafe_prompts: int = _choice("prompts", 96, "Prompts that show the concept, for statistics and training.")
+    benign_prompts: int = _choice("prompts", 192, "Prompts that do not, for statistics and training.")
+    timesteps: tuple[float, ...] = _choice(
+        "extract", (1.0, 0.8, 0.5), "Where on the sampling trajectory q and k are collected; 1 is pure noise."
+    )
+    reservoir: int = _choice("extract", 4096, "Vectors kept per head and side for discrimination and gates.")
+    rank: int = _choice("heads", 6, "Dimensions of the subject's unsafe subspace in a head. The paper's R is 5.")
+    padding_rank: int = _choice(
+        "heads", 5, "More of them for the padding behind an unsafe prompt, against benign padding. The paper: 0."
+    )
+    words_rank: int = _choice("heads", 5, "More of them for the other words of an unsafe prompt. The paper: 0.")
+    image_rank: int = _choice(
+        "heads", 8, "Dimensions of the image tokens' own unsafe subspace; 0: they share the text's, as in the paper."
+    )
+    reach: int = _choice(
+        "heads", 8, "Directions outside the unsafe subspace to turn into: those that are looked at most. The paper: 0."
+    )
+    basis: str = _choice(
+        "heads", "svd", "The subject's: `svd` (the paper's) or `contrastive` (unsafe minus safe Gram matrix)."
+    )
+    threshold: float = _choice("heads train calibrate", 0.7, "The gate where it is `fixed`; the paper's. LRS, 0 to 1.")
+    cut: float = _choice("heads", 0.5, "Heads with a discrimination score of at least this are safety-critical.")
+    gate: str = _choice(
+        "heads", "calibrated", "`calibrated` (per head, from benign tokens) or `fixed` (the threshold)."
+    )
+    quantile: float = _choice("heads", 0.998, "Share of benign tokens that a calibrated gate lets pass unturned.")
+    acts_on: str = _choice("train calibrate", "k", "What is turned of text tokens: `qk` (the paper), `q` or `k`.")
+    acts_on_image: str = _choice("train calibrate", "qk", "What is turned of image tokens: `qk`, `q` or `k`.")
+    angle: float = _choice("calibrate", 2.1, "Radians by which `calibrate` turns a plane at LRS 1.")
+    generator: str = _choice(
+        "calibrate", "fixed", "`fixed` (the leading planes by one angle) or `random` (the Rand baseline)."
+    )
+    blind: float = _choice(
+        "train",
+        0.5,
+        "Share of unlearning prompts whose subject stays unturned, so that what took it up must do: catches words that "
+        "training never saw. The paper: 0.",
+    )
+    sharing: str = _choice(
+        "train", "independent", "Image tokens turn by generators of their own (`independent`) or the text's (`shared`)."
+    )
+    image_scale: float = _choice("train", 0.01, "Factor on the text's generators where they are `shared`.")
+    steps: int = _choice("train", 180, "Optimiser steps. The paper's code: up to 10,000 of one prompt.")
+    phase: int = _choice(
+        "train", 5, "Steps of unlearning, then as many of preserving, and so on. The paper's code: 10."
+    )
+    batch: int = _choice("train", 24, "Prompts per step.")
+    passes_of: int = _choice(
+        "train", 0, "Prompts per forward pass (accumulation); 0: the whole batch at once.", decides=False
+    )
+    checkpointing: bool = _choice(
+        "train", False, "Recompute blocks in the backward pass: slower, far less memory.", decides=False
+    )
+    learning_rate: float = _choice(
+        "train", 6e-2, "AdamW's for the generators at the start; falls to a tenth. The paper's code: 1e-3."
+    )
+    unlearn_at: tuple[float, ...] = _choice(
+        "latents train",
+        (1.0, 0.9, 0.8),
+        "Times of the base model's trajectories to unlearn at; the paper's is 1 alone.",
+    )
+    unlearn_scale: float = _choice(
+        "train", 4.0, "Velocity change at which unlearning has had enough; the paper's is 1."
+    )
+    preserve_weight: float = _choice("train", 1.0, "Weight of the preserving loss against the unlearning one.")
+    text_init: float = _choice("train calibrate", 1.0, "Standard deviation of the text generators' first values.")
+    image_init: float = _choice(
+        "train calibrate", 0.3, "The same for the image generators of the single blocks. The paper: 0.01."
+    )
+    regulariser: str = _choice(
+        "train", "velocity", "`velocity` (match the base model's, the paper's) or `flow` (flow matching)."
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.basis in ("svd", "contrastive"), "basis", self.basis, "svd or contrastive")
+        _require(self.gate in ("calibrated", "fixed"), "gate", self.gate, "calibrated or fixed")
+        for name in ("acts_on", "acts_on_image"):
+            _require(getattr(self, name) in ("qk", "q", "k"), name, getattr(self, name), "qk, q or k")
+        _require(self.regulariser in ("velocity", "flow"), "regulariser", self.regulariser, "velocity or flow")
+        _require(0 < self.quantile <= 1, "quantile", self.quantile, "a number above 0, at most 1")
+        _require(0 <= self.threshold <= 1, "threshold", self.threshold, "a number from 0 to 1")
+        _require(math.isfinite(self.angle), "angle", self.angle, "a finite number of radians")
+        _require(self.rank >= 1, "rank", self.rank, "at least 1")
+        for name in ("padding_rank", "words_rank", "image_rank", "reach", "passes_of"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        width = self.rank + self.padding_rank + self.words_rank + self.reach
+        _require(width >= 2, "rank", self.rank, "at least 2 with padding_rank, words_rank and reach: one plane")
+        _require(self.generator in ("fixed", "random"), "generator", self.generator, "fixed or random")
+        _require(self.sharing in ("independent", "shared"), "sharing", self.sharing, "independent or shared")
+        apart = self.sharing == "independent" or self.image_rank == 0
+        _require(apart, "image_rank", self.image_rank, "0 where generators are shared")
+        _require(0 <= self.blind <= 1, "blind", self.blind, "a share from 0 to 1")
+        for name in ("timesteps", "unlearn_at"):
+            times = getattr(self, name)
+            good = bool(times) and list(times) == sorted(times, reverse=True) and times[0] <= 1 and times[-1] > 0
+            _require(good, name, times, "falling numbers in (0, 1]")
+        _require(self.unlearn_at[0] == 1, "unlearn_at", self.unlearn_at, "1 (pure noise) as its first time")
+        _require(self.unlearn_scale > 0, "unlearn_scale", self.unlearn_scale, "a number above 0")
+        for name in ("unsafe_prompts", "benign_prompts", "reservoir", "steps", "phase", "batch"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+HELP = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
+# Settings that make nothing again: they change time and memory alone, and results up to the order in which sums are
+# added up. So a training that ran out of memory goes on with less of it.
+DECIDE_NOTHING = tuple(entry.name for entry in fields(Settings) if not entry.metadata["decides"])
+
+
+def settings_of(*stages: str) -> tuple[str, ...]:
+    """Names of the settings that decide any of these stages, in the order of their definition."""
+    return tuple(entry.name for entry in fields(Settings) if set(stages) & set(entry.metadata["stages"]))
+
+
+def deciding(stage: str) -> tuple[str, ...]:
+    """Names of the settings whose values are inputs of a stage: those of `settings_of` less DECIDE_NOTHING."""
+    return tuple(name for name in settings_of(stage) if name not in DECIDE_NOTHING)
+
+
+def _require(good: bool, name: str, got: object, expected: str) -> None:
+    if not good:
+        raise ValueError(f"setting {name!r}: got {got!r}, expected {expected}")

@@ -1,0 +1,1 @@
+"""Tests, and in `support` their helpers. A package, since other projects install one of this name."""

@@ -1,0 +1,1 @@
+"""Helpers of the tests: browsers, hostile files, oracles, faults, load."""
