@@ -5,8 +5,9 @@ from comfy_api.latest import ComfyExtension, io
 from .apply import Apply
 from .calibrate import CalibrateConcept
 from .combine import CombineConcepts
+from .host.files import register_folders
 from .inspect import InspectConcept
-from .load import LoadConcept, register_folders
+from .load import LoadConcept
 from .risk_map import RiskMap
 from .risk_probe import RiskProbe
 from .save import SaveConcept

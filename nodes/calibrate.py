@@ -18,6 +18,7 @@ from comfyui_version import __version__ as comfyui_version
 from ..saferope_core import (
     BENIGN,
     FLUX1,
+    THRESHOLD,
     UNSAFE,
     Concept,
     Geometry,
@@ -31,16 +32,15 @@ from ..saferope_core import (
     require_names,
     schedule,
 )
-from .apply import flux_geometry
+from .draw.concept_pictures import head_map
 from .host.gather import gather, looks_of
+from .host.network import flux_geometry
 from .host.prompts import Prompt, read_prompts, require_enough
-from .inputs import Choices, choices_from, settings
-from .inspect import head_map
-from .load import ConceptType
+from .inputs import Choices, ConceptType, choices_from, settings
 
-# The trainer's defaults (training/settings.py), where the node does not ask.
+# The trainer's defaults (saferope_training/settings.py), where the node does not ask.
 PADDING_RANK, WORDS_RANK, IMAGE_RANK, REACH = 5, 5, 8, 8
-BASIS, THRESHOLD = "svd", 0.7
+BASIS = "svd"
 DESCRIPTION = "calibrated in ComfyUI from prompts"
 SHOWN = 10  # words of a list in the report
 SIDE, TINY_SIDE = 64, 12  # latent rows and columns: 512 pixels, and the tiny world's 96

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..saferope_core import MAX_CONCEPTS, STREAMS, Concept, overlap, strength_notes, taken_apart
 from .draw.charts import heat_map
-from .load import ConceptType
+from .inputs import ConceptType
 
 MOST = 32  # inputs
 NUMBERED = 20  # concepts up to which the map's cells have room for their values

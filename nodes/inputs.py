@@ -1,5 +1,6 @@
-"""What SafeRoPE Calibrate Concept lets one choose: names, defaults, ranges, words. The defaults are the trainer's, but
-for two that suppress more with the few prompts that people write by hand.
+"""Inputs that nodes share, and the settings of SafeRoPE Calibrate Concept.
+
+The defaults of Calibrate are the trainer's, except two that suppress more with the few prompts that people write by hand.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .load import require_range
+ConceptType = io.Custom("SAFEROPE_CONCEPT")  # list[Concept]
+STRENGTH_MAX = 2.0
 
 TURNED = ("k", "q", "qk")
 RANGES = {
@@ -21,6 +23,12 @@ RANGES = {
     "seed": (0, 2**53),
     "guidance": (0.0, 100.0),
 }
+
+
+def require_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless low <= value <= high. ComfyUI checks widgets, but not values that come over a link."""
+    if not low <= value <= high:  # false for NaN too
+        raise ValueError(f"{name} is {value}, expected a number from {low:g} to {high:g}. Check what is linked to it.")
 
 
 @dataclass(frozen=True)

@@ -2,60 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
 from ..saferope_core import Concept, load_concepts
 from ..saferope_core import sha256 as file_sha256
-from ..saferope_core.concept.untrusted import quoted
-
-FOLDER = "saferope"  # models/saferope, output/saferope and `saferope:` in extra_model_paths.yaml
-EXTENSIONS = {".safetensors"}  # never a pickle; an empty set would list every file
-BUNDLED = Path(__file__).resolve().parent.parent / "tinyworld" / "concepts"
-
-STRENGTH_MAX = 2.0
-
-ConceptType = io.Custom("SAFEROPE_CONCEPT")  # list[Concept]
-
-
-def register_folders() -> None:
-    """Tell ComfyUI where concept files lie: the user's folders first, then those of the tiny world."""
-    home = os.path.join(folder_paths.models_dir, FOLDER)
-    folder_paths.add_model_folder_path(FOLDER, home, is_default=True)
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.get_output_directory(), FOLDER))
-    folder_paths.add_model_folder_path(FOLDER, str(BUNDLED))
-    folder_paths.folder_names_and_paths[FOLDER][1].update(EXTENSIONS)
-
-
-def find(name: str) -> str:
-    """Path of a listed concept file. Raises FileNotFoundError for any other name: links can bring any text here."""
-    listed = folder_paths.get_filename_list(FOLDER)
-    path = folder_paths.get_full_path(FOLDER, name) if name in listed else None
-    if path is None:
-        raise FileNotFoundError(
-            f"Concept file {name!r} was not found. Expected one of {listed}, the .safetensors files in "
-            f"{folder_paths.get_folder_paths(FOLDER)}. Put the file into the first of these folders and press R."
-        )
-    return path
-
-
-def require_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless low <= value <= high. ComfyUI checks widgets, but not values that come over a link."""
-    if not low <= value <= high:  # false for NaN too
-        raise ValueError(f"{name} is {value}, expected a number from {low:g} to {high:g}. Check what is linked to it.")
-
-
-def require_pin(name: str, digest: str, pin: str) -> None:
-    """Raises ValueError unless the pin is empty or the file's sha256, in any case and with spaces around it."""
-    if pin.strip() and pin.strip().lower() != digest:
-        raise ValueError(
-            f"Concept file {name!r} has the sha256 {digest}, expected {pin.strip()[:80]!r}. It is another file than the one "
-            "this workflow was made with: fetch that one, or clear the field if you trust this one."
-        )
+from .draw.concept_pictures import introduced
+from .host.files import FOLDER, find, require_pin
+from .inputs import STRENGTH_MAX, ConceptType, require_range
 
 
 def describe(concepts: list[Concept], digest: str) -> str:
@@ -65,11 +21,6 @@ def describe(concepts: list[Concept], digest: str) -> str:
     behind a bar, so that they cannot pass for it.
     """
     return "\n".join([f"sha256 {digest}", *map(_describe, concepts)])
-
-
-def introduced(concept: Concept) -> list[str]:
-    """A concept's slug and name, and what its file says of it."""
-    return [f"concept {concept.slug}: {concept.name}", *quoted(concept.description)]
 
 
 def _describe(concept: Concept) -> str:

@@ -10,11 +10,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..saferope_core import Concept, Protection
-from .apply import flux_geometry
+from .host.network import flux_geometry
 from .host.patch import AttentionPatch, patched
 from .host.recorder import Record, Recorder
 from .host.risk import FLAG_ABOVE, NO_TEXT, comparable, heads_picture, listed, report, words_picture
-from .load import ConceptType, require_range
+from .inputs import ConceptType, require_range
 
 REPORT, REFUSE = "report", "stop with an error"
 SCHEDULE = 20  # steps of the sampling whose first ones are taken

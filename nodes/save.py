@@ -11,7 +11,8 @@ import torch
 from comfy_api.latest import io
 
 from ..saferope_core import Concept, save_concepts, sha256
-from .load import FOLDER, ConceptType
+from .host.files import FOLDER
+from .inputs import ConceptType
 
 # No separator, no dot, no drive: a name that cannot lead anywhere.
 NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")

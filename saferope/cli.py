@@ -11,8 +11,9 @@ import warnings
 
 import typer
 
+from saferope_training.console import guarded
+
 from .commands import attack, audit, bench, evaluate, files, generate, stages
-from .console import guarded
 
 app = typer.Typer(
     help="SafeRoPE for FLUX: make concept files that suppress what is not wanted, and measure what they do.",

@@ -13,7 +13,7 @@ from .concept.selection import STREAM_CHOICES, parse_blocks, restricted
 from .concept.stream import ROLES, STREAMS
 from .concept.strength import held_strengths, strength_notes
 from .maths.calibration import calibrate_gate, fixed_generator
-from .maths.risk import discrimination, gated, head_discrimination_score, latent_risk_score
+from .maths.risk import CRITICAL, THRESHOLD, discrimination, gated, head_discrimination_score, latent_risk_score
 from .maths.rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
 from .maths.subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
 from .measure.before import require_known, require_names, require_vectors, unknown_parts, unknown_words
@@ -43,6 +43,7 @@ __all__ = [
     "BENIGN",
     "BLOCK_TYPES",
     "COLLECTED",
+    "CRITICAL",
     "DOUBLE",
     "EULER_STEP",
     "FLUX1",
@@ -54,6 +55,7 @@ __all__ = [
     "STREAMS",
     "STREAM_CHOICES",
     "SUBJECT",
+    "THRESHOLD",
     "UNSAFE",
     "WORDS",
     "Concept",

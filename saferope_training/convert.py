@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, Geometry, orthonormal, skew
+from saferope_core import THRESHOLD, Concept, Geometry, orthonormal, skew
 from saferope_core.concept.untrusted import printable
 
-THRESHOLD = 0.7  # the gate of the authors' code
 MAX_BYTES = 256 * 2**20  # theirs has 30 MB at rank 20
 _BASES = {"q": ("_U_query_cache_D", "_U_query_cache_S"), "k": ("_U_key_cache_D", "_U_key_cache_S")}
 _DOUBLE, _SINGLE = "S_param_Double.", "S_param_Single."

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saferope.console import say
 from saferope_core.concept.files import placed, sweep, write_text
 
 from . import processes
+from .console import say
 from .settings import Settings, deciding
 
 Progress = Callable[[str, int, int], None]  # stage, done, total

@@ -40,13 +40,13 @@ PARTS = {
         {"measure", "run"},
     ),
     "saferope_training": (
-        {"settings", "processes"},
+        {"console", "settings", "processes"},
         {"plots"},
         {"stages", "pictures"},
         {"flux"},
         {"prompts"},
         {"making"},
-        {"convert", "generate", "inspect"},
+        {"convert", "generate"},
     ),
     "saferope_benchmark": (
         {"costs", "baselines"},
@@ -55,7 +55,7 @@ PARTS = {
         {"suites"},
     ),
     "saferope": (
-        {"console"},
+        {"concept_effect", "concept_report"},
         {"commands"},
         {"cli"},
         {"__main__"},
@@ -78,7 +78,7 @@ NOT_BELOW = COMFYUI | {"nodes", "tests", "dev"}
 RULES = {
     "saferope_core": Rule(STDLIB | BROUGHT, set()),
     "tinyworld": Rule(None, OURS | COMFYUI),
-    "workflow_lint": Rule(STDLIB, set()),
+    "workflow_lint": Rule(STDLIB | {"PIL"}, set()),
     "saferope_training": Rule(
         None, NOT_BELOW | {"saferope", "saferope_benchmark", "workflow_lint", "saferope_training"}
     ),

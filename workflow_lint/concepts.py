@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .editor import PRIMITIVES
-from .effect import File, Files, scaled, taken_apart
+from .effect import File, Files
 from .graph import Graph, Link, Node, Unknown, Value
 from .known import CALIBRATE, COMBINE, LOAD
 
@@ -155,7 +155,7 @@ class Concepts:
             stops.append(f"Combine {node.id} takes concepts apart (orthogonalise): what is left of each {UNSEEN}")
             return []
         try:
-            left = iter(taken_apart([concept for part in parts for concept in part.concepts]))
+            left = iter(parts[0].file.effect.taken_apart([concept for part in parts for concept in part.concepts]))
         except ValueError as error:
             stops.append(f"Combine {node.id} cannot take its concepts apart ({error})")
             return []
@@ -180,4 +180,11 @@ class Concepts:
         if file is None:
             return [part]
         furthest = max((each.strength for each in file.concepts), key=lambda own: abs(own * strength - 1))
-        return [replace(part, strength=strength * furthest, file=file, concepts=tuple(scaled(file.concepts, strength)))]
+        return [
+            replace(
+                part,
+                strength=strength * furthest,
+                file=file,
+                concepts=tuple(file.effect.scaled(file.concepts, strength)),
+            )
+        ]

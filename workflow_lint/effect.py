@@ -1,26 +1,34 @@
-"""What concept files turn: their own unsafe directions, sent through all that an Apply, or several in a row, would do.
+"""The questions that an audit asks about the content of concept files.
 
-Only here is torch needed, and only where the files are at hand (`--concepts`).
+The audit itself reads no concept file. A caller that can read them hands in `Files`, and with each file an `Effect` that
+answers the questions. Concepts and protections are opaque here.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Concept, Rotations = Any, Any  # opaque; a concept has a `strength`
 
-    from saferope_core import Concept, Protection
 
-# A token that is nearly all unsafe: a gate above it lets everything through. The tiny world's gates reach 0.953.
-PROBE_RISK = 0.99
-# How far a vector of length 1 must move: what the smallest step of a strength (0.05) makes of a turn by 1 radian.
-LEAST_TURN = 0.05
+class Effect(Protocol):
+    """The effect of concepts, as an Apply, a Load and a Combine node have it."""
+
+    def scaled(self, concepts: Sequence[Concept], strength: float) -> list[Concept]:
+        """The concepts with the strength of a Load node."""
+
+    def taken_apart(self, concepts: Sequence[Concept]) -> list[Concept]:
+        """The concepts as the option *orthogonalise* of a Combine node leaves them. ValueError where the node would stop."""
+
+    def rotations(
+        self, concepts: Sequence[Concept], strength: float, threshold: float | None, blocks: str, streams: str
+    ) -> Rotations | None:
+        """The rotations of an Apply node, None where it turns nothing. ValueError where the node would stop."""
+
+    def turned(self, concepts: Sequence[Concept], chain: Sequence[Rotations]) -> tuple[int, int]:
+        """(heads in which the chain moves any unsafe direction of the concepts, all heads of the concepts)."""
 
 
 @dataclass(frozen=True)
@@ -29,101 +37,7 @@ class File:
 
     sha256: str
     concepts: tuple[Concept, ...]
+    effect: Effect
 
 
-Files = Callable[[str], File | str]  # by the name in a workflow; else why there is none
-
-
-def in_folder(folder: Path) -> Files:
-    """The concept files of a folder. Those outside of it are never looked at, wherever links or names lead."""
-    root = folder.resolve()
-
-    @cache
-    def find(name: str) -> File | str:
-        from saferope_core.concept.concept_file import MAX_BYTES, parse_concepts
-        from saferope_core.concept.untrusted import read_whole
-
-        for spelled in (name, name.replace("\\", "/")):  # Windows writes sub\star.safetensors
-            try:
-                path = (root / spelled).resolve()
-                if not path.is_relative_to(root) or not path.is_file():
-                    continue
-                data = read_whole(path, MAX_BYTES)
-                return File(hashlib.sha256(data).hexdigest(), tuple(parse_concepts(data)))
-            except (OSError, ValueError) as error:  # a name that no file can have, or no concept file
-                return f"the file there cannot be read ({error})"
-        return "there is no file of this name in the folder of concepts"
-
-    return find
-
-
-def rotations(
-    concepts: Sequence[Concept], strength: float, threshold: float | None, blocks: str, streams: str
-) -> Protection | None:
-    """What an Apply of these settings does; None: nothing. Raises ValueError where ComfyUI would stop with an error."""
-    from saferope_core import Protection, parse_blocks, restricted
-
-    geometry = concepts[0].geometry
-    for each in concepts:
-        geometry.require(each.geometry, f"concept {each.slug!r}")
-    chosen = parse_blocks(blocks, geometry)
-    kept = [part for each in concepts if (part := restricted(each, chosen, streams)) is not None]
-    count = len(kept)
-    return Protection(kept, geometry, [strength] * count, [threshold] * count) if kept else None
-
-
-def taken_apart(concepts: Sequence[Concept]) -> list[Concept]:
-    """As Combine's *orthogonalise* leaves them. Raises ValueError where it would stop with an error."""
-    from saferope_core import orthogonalised
-
-    found = list(concepts)
-    for later in range(1, len(found)):
-        for earlier in range(later):
-            found[later] = orthogonalised(found[later], found[earlier])
-    return found
-
-
-def turned(concepts: Sequence[Concept], chain: Sequence[Protection]) -> tuple[int, int]:
-    """(heads in which any unsafe direction of these concepts is moved by the chain, heads that they have)."""
-    moved = [_moved(each, chain) for each in concepts]
-    return sum(int((far >= LEAST_TURN).sum()) for far in moved), sum(len(far) for far in moved)
-
-
-def _moved(concept: Concept, chain: Sequence[Protection]) -> Tensor:
-    """How far each head's probes move at most, [N]."""
-    import torch
-
-    from saferope_core import BLOCK_TYPES
-
-    far = torch.zeros(len(concept.heads))
-    for stream in ("text", "image"):
-        for role in concept.acts(stream):
-            probes = _probes(concept.basis(role, stream), concept.reach)
-            for kind, index in concept.heads[:, :2].unique(dim=0).tolist():
-                here = (concept.heads[:, :2] == torch.tensor([kind, index])).all(1)
-                heads = concept.heads[here, 2].long()
-                x = torch.zeros(1, concept.geometry.heads, *probes.shape[1:])
-                x[0, heads] = probes[here]
-                spans = {"text": (0, 0), "image": (0, 0), stream: (0, x.shape[2])}
-                y = x
-                for each in chain:
-                    y = each.rotate(y, role, BLOCK_TYPES[kind], index, spans["text"], spans["image"])
-                lengths = torch.linalg.vector_norm(y - x, dim=-1).amax(-1)[0, heads]
-                far[here] = torch.maximum(far[here], lengths)
-    return far
-
-
-def _probes(bases: Tensor, reach: int) -> Tensor:
-    """Vectors [N, R, D] of length 1 and risk PROBE_RISK, one along each unsafe direction of bases [N, D, R + S]."""
-    import torch
-
-    unsafe = bases[..., : bases.shape[-1] - reach].mT
-    if bases.shape[-1] == bases.shape[-2]:
-        return unsafe  # nothing lies outside
-    outside = torch.linalg.qr(bases, mode="complete").Q[..., -1]
-    return PROBE_RISK**0.5 * unsafe + (1 - PROBE_RISK) ** 0.5 * outside[:, None]
-
-
-def scaled(concepts: Sequence[Concept], strength: float) -> list[Concept]:
-    """With a Load node's strength."""
-    return [replace(each, strength=each.strength * strength) for each in concepts]
+Files = Callable[[str], "File | str"]  # the file of a name in a workflow, or the reason why there is none

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .concepts import LEAST_STRENGTH, MOST_CONCEPTS, STRENGTH_MAX, UNSEEN, Concepts, Part, Reader
-from .effect import Files, rotations, turned
+from .effect import Files
 from .graph import Flow, Node
 from .known import APPLY
 
@@ -124,15 +124,16 @@ def _try(found: Protection) -> None:
     if len(concepts) > MOST_CONCEPTS:
         found.stops.append(f"its files hold {len(concepts)} concepts, expected at most {MOST_CONCEPTS}")
         return
+    effect = next(part.file.effect for part in found.parts if part.file)
     try:
-        found.does = rotations(
+        found.does = effect.rotations(
             concepts, settings["strength"], settings["threshold"], settings["blocks"], settings["streams"]
         )
     except ValueError as error:
         found.stops.append(f"its concepts do not go together ({error})")
         return
     chain = [found.does] if found.does else []
-    found.parts = [replace(p, turns=turned(p.file.concepts, chain)) if p.file else p for p in found.parts]
+    found.parts = [replace(p, turns=effect.turned(p.file.concepts, chain)) if p.file else p for p in found.parts]
     if not any(part.counts for part in found.parts):
         found.stops.append("by their files, its concepts turn nothing")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .concepts import Part, constant
-from .effect import turned
 from .graph import Graph, Link, Node, Value
 from .known import draws, node_table
 from .protections import Protection
@@ -43,7 +42,7 @@ def _undone(chain: Sequence[Protection], parts: list[Part], full: bool) -> list[
     does, found = [each.does for each in chain if each.does], []
     for part in parts:
         if part.file:
-            some, heads = turned(part.file.concepts, does)
+            some, heads = part.file.effect.turned(part.file.concepts, does)
             if some < (heads if full else 1):
                 found.append(f"concept {part.name!r} turns in {some} of its {heads} heads together with the others")
     return found

@@ -120,6 +120,15 @@ def image_of(sheet: Image.Image) -> Tensor:
     return pixels.view(1, sheet.height, sheet.width, 3).float() / 255
 
 
+def batched(pictures: list[Tensor]) -> Tensor:
+    """One batch of pictures of different sizes: white is added right and below."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+    batch = torch.ones(len(pictures), height, width, 3)
+    for place, picture in zip(batch, pictures, strict=True):
+        place[: picture.shape[1], : picture.shape[2]] = picture[0]
+    return batch
+
+
 def colour_bar(pen: ImageDraw.ImageDraw, left: int, top: int, height: int, unit: str, highest: float = 1.0) -> None:
     """Cividis from 0 below to `highest` above, with numbers and what they are."""
     for y in range(height):

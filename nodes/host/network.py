@@ -47,6 +47,11 @@ def geometry_of(network: Any) -> Geometry:
     )
 
 
+def flux_geometry(model: Any) -> Geometry:
+    """Blocks and heads of a ModelPatcher's FLUX. Raises ValueError for every other architecture."""
+    return geometry_of(model.get_model_object("diffusion_model"))
+
+
 def require_network(base_model: Any, geometry: Geometry) -> None:
     """Raise RuntimeError unless what is about to run is still the kind of FLUX that was protected.
 

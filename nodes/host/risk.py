@@ -14,9 +14,9 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ...saferope_core import Geometry, Reading
-from ..draw.charts import heat_map
+from ..draw.charts import batched, heat_map
+from ..draw.concept_pictures import block_names
 from ..draw.risk_pictures import blank, course, patch_map, word_bars
-from ..inspect import batched, block_names
 from .recorder import POSITIVE, Record, Recorder
 from .words import END, PADDING, pieces, words
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from saferope_training.console import say
 from saferope_training.settings import MODEL, Settings
 
-from ..console import say
 from .common import Device, command, load, progress_bars
 
 

@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
-from ..console import say
+from saferope_training.console import say
+from workflow_lint.effect import Files
+
 from .common import command
 
 
@@ -45,7 +47,6 @@ def audit(
     It reads what a file says, and a file can lie: nothing here proves how a picture was made, a pinned sha256 neither. A node
     that loads and samples by itself, without a model going in, looks like any other node and is not seen.
     """
-    from workflow_lint.effect import in_folder
     from workflow_lint.file import Unreadable, read
     from workflow_lint.report import LONG, as_json, as_text, plain, unreadable
     from workflow_lint.verdict import Required, audit_file
@@ -53,7 +54,7 @@ def audit(
     required = Required(tuple(_digest(each) for each in require_sha256 or ()), require_full)
     if concepts and not concepts.is_dir():
         raise ValueError(f"--concepts: {str(concepts)!r} is no folder, expected the one that holds the concept files")
-    files_at_hand = in_folder(concepts) if concepts else None
+    files_at_hand = _files_in(concepts) if concepts else None
     reports, texts = [], []
     for file in files:
         try:
@@ -67,6 +68,12 @@ def audit(
     say(_dumps(reports) if json else "\n\n".join(texts))
     if worst := max(report["exit_code"] for report in reports):
         raise typer.Exit(worst)
+
+
+def _files_in(folder: Path) -> Files:
+    from ..concept_effect import in_folder
+
+    return in_folder(folder)
 
 
 def _dumps(reports: list[dict]) -> str:

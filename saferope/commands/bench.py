@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..console import say
+from saferope_training.console import say
+
 from .common import command
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -12,9 +12,8 @@ from typing import Annotated, get_type_hints
 
 import typer
 
+from saferope_training.console import plain, say
 from saferope_training.settings import MODEL, Settings, settings_of
-
-from ..console import plain, say
 
 USER_ERROR = 2  # the exit code of a mistake that the user can mend, also Typer's own for unknown options
 LONGEST = 4000  # characters of an error that are told; ours have a few hundred

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..console import say
+from saferope_training.console import say
+
 from .common import command, read_concepts
 
 File = Annotated[Path, typer.Argument(help="A concept file.")]
@@ -23,13 +24,14 @@ def inspect(
 ) -> None:
     """Print what a concept file says of itself. Writes nothing, unless a folder for pictures is named."""
     from saferope_core import load_concepts
-    from saferope_training import inspect as inspection
+
+    from .. import concept_report
 
     concepts = load_concepts(file)
-    say(inspection.describe(file, concepts))
+    say(concept_report.describe(file, concepts))
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
-        for picture in inspection.draw(file, concepts, pictures):
+        for picture in concept_report.draw(file, concepts, pictures):
             say(f"head map: {picture}")
 
 
@@ -89,11 +91,12 @@ def card(
     """Write a model card beside a concept file: provenance, sha256, head map, and its evaluation where there is one."""
     from saferope_core import load_concepts
     from saferope_core.concept.files import write_text
-    from saferope_training import inspect as inspection
+
+    from .. import concept_report
 
     concepts = load_concepts(file)
     out = file.with_suffix(".md")
-    text = inspection.card(file, concepts, license)
-    inspection.draw(file, concepts, file.parent)
+    text = concept_report.card(file, concepts, license)
+    concept_report.draw(file, concepts, file.parent)
     write_text(out, text)
     say(f"model card: {out}")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from saferope_training.console import say
 from saferope_training.settings import CALIBRATE, EXTRACT, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
 
-from ..console import say
 from .common import Device, Out, command, load, progress_bars
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dev.comfyui import ROOT
 from saferope import cli
-from saferope.console import plain
+from saferope_training.console import plain
 from tinyworld.model import WEIGHTS
 
 STAR = WEIGHTS.parent / "concepts" / "star.safetensors"
@@ -59,7 +59,7 @@ def test_such_a_console_is_one_that_fails():
 EVIL = "\x1b]0;owned\x07\u202e"
 LIBRARIES = f"""
 import logging, warnings
-from saferope.console import guarded
+from saferope_training.console import guarded
 evil = {EVIL!r}
 def work():
     logging.getLogger('diffusers').warning('%s', evil)

@@ -185,7 +185,7 @@ def test_inspection_shows_heads_spectrum_and_provenance(node_classes, make_conce
 )
 def test_a_spectrum_of_any_size_is_drawn_as_what_it_is(pack, make_concept, size, squared):
     """A file may say 3e38: squared as it is that is infinite, and 1e-25 is nothing; neither reaches the picture."""
-    inspect = importlib.import_module(f"{pack.__name__}.nodes.inspect")
+    inspect = importlib.import_module(f"{pack.__name__}.nodes.draw.concept_pictures")
     values = torch.tensor([1.0, 0.5, 0.25, 0.0]).repeat(4, 1)
     large, plain, flat = (
         inspect.spectrum(make_concept(singular_values=each)) for each in (values * size, values, torch.ones(4, 4))

@@ -84,7 +84,7 @@ def test_the_content_decides_whether_it_is_read_again(node, star, core, make_con
 def test_registering_finds_the_users_folders_first_and_can_be_repeated(pack, comfy):
     import folder_paths
 
-    module = importlib.import_module(f"{pack.__name__}.nodes.load")
+    module = importlib.import_module(f"{pack.__name__}.nodes.host.files")
     module.register_folders()
     module.register_folders()
     paths, extensions = folder_paths.folder_names_and_paths["saferope"]

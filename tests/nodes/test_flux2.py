@@ -25,7 +25,7 @@ FLUX2_TEXT = 512  # ComfyUI pads every prompt to it
 
 def test_flux2(check, flux2, make_concept, pack):
     model, geometry = flux2
-    found = importlib.import_module(f"{pack.__name__}.nodes.apply").flux_geometry(model)
+    found = importlib.import_module(f"{pack.__name__}.nodes.host.network").flux_geometry(model)
     assert (found.family, found.describe()) == ("flux2", geometry.describe())
     noise = latent(4, 4, channels=32)
     check(model, {FLUX2_TEXT + 16: FLUX2_TEXT}, prompt(), noise=noise, concept=make_concept(geometry))

@@ -78,10 +78,10 @@ def test_it_can_be_cancelled(gather, prompts, tiny, pack, monkeypatch):
         calls.append(count)
         management.interrupt_current_processing(True)
 
-    apply = importlib.import_module(f"{pack.__name__}.nodes.apply")
+    network = importlib.import_module(f"{pack.__name__}.nodes.host.network")
     with torch.inference_mode(), pytest.raises(management.InterruptProcessingException):
         looks = gather.looks_of(tiny[1], prompts.read_prompts(TEXTS[0][0], "unsafe"), 1, 0)
-        gather.gather(tiny[0], apply.flux_geometry(tiny[0]), looks, (12, 12), 1, (1.0, 0.5), 3.5, tell)
+        gather.gather(tiny[0], network.flux_geometry(tiny[0]), looks, (12, 12), 1, (1.0, 0.5), 3.5, tell)
     assert calls == [1]
     assert not management.processing_interrupted(), "the exception takes the flag down"
 

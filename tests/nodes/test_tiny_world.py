@@ -75,7 +75,7 @@ def test_the_stock_loader_takes_the_transformer_for_flux(comfy, pack):
     assert isinstance(model.model.diffusion_model, comfy.ldm.flux.model.Flux)
     assert model.model.model_type is comfy.model_base.ModelType.FLUX
     assert model.get_model_object("model_sampling").shift == 1.15
-    geometry = importlib.import_module(f"{pack.__name__}.nodes.apply").flux_geometry(model)
+    geometry = importlib.import_module(f"{pack.__name__}.nodes.host.network").flux_geometry(model)
     assert geometry.describe() == "flux: 2 double + 4 single blocks x 2 heads x 128"
 
 

@@ -17,10 +17,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from saferope import cli
+from saferope import concept_report as inspect
 from saferope_benchmark.evaluation import file_report
 from saferope_benchmark.evaluation.file_report import Pair, Report
 from saferope_core import Concept, Geometry, Protection, load_concepts, overlap, save_concepts, sha256
-from saferope_training import inspect
 from saferope_training.convert import convert
 from saferope_training.plots import words
 from tinyworld.model import WEIGHTS

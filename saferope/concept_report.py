@@ -13,8 +13,7 @@ import torch
 
 from saferope_core import Concept, planes, sha256
 from saferope_core.concept.untrusted import markdown, markdown_code, printable, quoted
-
-from . import plots
+from saferope_training import plots
 
 _HEADS_AT_ONCE = 64
 LICENCES = re.compile(r"[A-Za-z0-9.+-]{1,60}")  # as SafeRoPE Save Concept takes them

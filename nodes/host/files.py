@@ -1,0 +1,42 @@
+"""Where ComfyUI keeps concept files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+FOLDER = "saferope"  # models/saferope, output/saferope and `saferope:` in extra_model_paths.yaml
+EXTENSIONS = {".safetensors"}  # never a pickle; an empty set would list every file
+BUNDLED = Path(__file__).resolve().parents[2] / "tinyworld" / "concepts"
+
+
+def register_folders() -> None:
+    """Tell ComfyUI where concept files lie: the user's folders first, then those of the tiny world."""
+    home = os.path.join(folder_paths.models_dir, FOLDER)
+    folder_paths.add_model_folder_path(FOLDER, home, is_default=True)
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.get_output_directory(), FOLDER))
+    folder_paths.add_model_folder_path(FOLDER, str(BUNDLED))
+    folder_paths.folder_names_and_paths[FOLDER][1].update(EXTENSIONS)
+
+
+def find(name: str) -> str:
+    """Path of a listed concept file. Raises FileNotFoundError for any other name: links can bring any text here."""
+    listed = folder_paths.get_filename_list(FOLDER)
+    path = folder_paths.get_full_path(FOLDER, name) if name in listed else None
+    if path is None:
+        raise FileNotFoundError(
+            f"Concept file {name!r} was not found. Expected one of {listed}, the .safetensors files in "
+            f"{folder_paths.get_folder_paths(FOLDER)}. Put the file into the first of these folders and press R."
+        )
+    return path
+
+
+def require_pin(name: str, digest: str, pin: str) -> None:
+    """Raises ValueError unless the pin is empty or the file's sha256, in any case and with spaces around it."""
+    if pin.strip() and pin.strip().lower() != digest:
+        raise ValueError(
+            f"Concept file {name!r} has the sha256 {digest}, expected {pin.strip()[:80]!r}. It is another file than the one "
+            "this workflow was made with: fetch that one, or clear the field if you trust this one."
+        )
