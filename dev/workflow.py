@@ -145,7 +145,7 @@ def _values(node: dict, info: dict) -> dict:
     if len(saved) != len(names):
         raise ValueError(
             f"{node['type']}: the workflow holds {len(saved)} widget values, the node has {len(names)} ({names}). "
-            "Build the workflows again: python -m dev.workflows"
+            "Open the workflow in ComfyUI, set the new inputs, and save it again."
         )
     asked = {each.name for each in inputs_of(info)}
     return {name: value for name, value in zip(names, saved, strict=True) if name in asked}

@@ -133,21 +133,16 @@ def _table(statistics: Statistics, choices: Choices) -> HeadTable:
 def _concept(name: str, geometry: Geometry, table: HeadTable, choices: Choices, record: dict) -> Concept:
     """Raises ValueError, with the heads by Δ, where no head tells the concept apart."""
     critical = critical_heads(table, geometry)
-    text, image = fixed_generators(critical, choices.angle)
     return Concept(
         slug=_slug(name),
         name=name.strip(),
         description=DESCRIPTION,
         geometry=geometry,
-        generator_text=text,
-        generator_image=image,
         discrimination=table.discrimination,
         threshold=THRESHOLD,
-        acts_on=choices.turned,
-        acts_on_image=choices.turned_image,
         mode="fixed",
         training=record,
-        **critical.fields(),
+        **critical.fields(fixed_generators(critical, choices.angle), choices.turned, choices.turned_image),
     )
 
 

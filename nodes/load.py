@@ -26,7 +26,7 @@ def describe(concepts: list[Concept], digest: str) -> str:
 def _describe(concept: Concept) -> str:
     lines = [
         *introduced(concept),
-        f"{len(concept.heads)} safety-critical heads, rank {concept.rank}, acts on {concept.acts_on}, "
+        f"{len(concept.heads)} safety-critical heads, rank {concept.rank}, acts on {concept.text.acts_on}, "
         f"{concept.mode} generator, strength {concept.strength:g}",
         f"for {concept.geometry.describe()}",
     ]

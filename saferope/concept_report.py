@@ -31,8 +31,8 @@ def describe(path: Path, concepts: Sequence[Concept]) -> str:
 def facts(concept: Concept) -> dict[str, str]:
     """What there is to know of a concept, in words and numbers, but for its description."""
     # some heads at a time: complex numbers of float64 take several times a large file
-    theta = torch.cat([planes(part)[0].flatten() for part in concept.generator_text.split(_HEADS_AT_ONCE)])
-    gates = torch.cat([concept.gate(role) for role in concept.acts_on])
+    theta = torch.cat([planes(part)[0].flatten() for part in concept.text.generator.split(_HEADS_AT_ONCE)])
+    gates = torch.cat([concept.gate(role) for role in concept.acts("text")])
     settings = concept.training.get("settings", {})
     return {
         "concept": f"{concept.slug} ({concept.name})",
@@ -40,7 +40,7 @@ def facts(concept: Concept) -> dict[str, str]:
         "made by": f"{concept.mode}, {_made_with(concept)}",
         "heads": f"{len(concept.heads)} of {concept.discrimination.numel()} are safety-critical",
         "risk": f"in {concept.rank} of {concept.geometry.head_dim} dimensions, {concept.reach} more to turn into",
-        "turns": f"text {concept.acts('text')}, image {concept.acts('image') if concept.generator_image.any() else '-'}",
+        "turns": f"text {concept.acts('text')}, image {concept.acts('image') if concept.moving('image').any() else '-'}",
         "gates": f"{gates.min():.3f} to {gates.max():.3f}",
         "angles at risk 1": f"up to {theta.max():.2f} rad, mean {theta.mean():.2f}",
         "strength": f"{concept.strength:g}",

@@ -5,18 +5,18 @@ Imports inside are relative, so that every host may reach the core under its own
 Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 planes, N safety-critical heads.
 """
 
-from .concept.concept import Concept
+from .concept.concept import Concept, require_names
 from .concept.concept_file import MAX_CONCEPTS, ConceptFileError, load_concepts, save_concepts, sha256
 from .concept.geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
 from .concept.merge import Overlap, orthogonalised, overlap, taken_apart
 from .concept.selection import STREAM_CHOICES, parse_blocks, restricted
-from .concept.stream import ROLES, STREAMS
+from .concept.stream import NAMES, ROLES, STREAMS, Roles, Stream, stream_of, tensors_of
 from .concept.strength import held_strengths, strength_notes
 from .maths.calibration import calibrate_gate, fixed_generator
 from .maths.risk import CRITICAL, THRESHOLD, discrimination, gated, head_discrimination_score, latent_risk_score
 from .maths.rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
 from .maths.subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
-from .measure.before import require_known, require_names, require_vectors, unknown_parts, unknown_words
+from .measure.before import require_known, require_vectors, unknown_parts, unknown_words
 from .measure.generators import fixed_generators, random_generators
 from .measure.heads import CriticalHeads, HeadTable, Ranks, critical_heads, histogram, read_heads
 from .measure.statistics import (
@@ -49,6 +49,7 @@ __all__ = [
     "FLUX1",
     "IMAGE",
     "MAX_CONCEPTS",
+    "NAMES",
     "PADDING",
     "ROLES",
     "SINGLE",
@@ -71,8 +72,10 @@ __all__ = [
     "Ranks",
     "Reading",
     "Reservoir",
+    "Roles",
     "Run",
     "Statistics",
+    "Stream",
     "Vectors",
     "__version__",
     "calibrate_gate",
@@ -107,8 +110,10 @@ __all__ = [
     "schedule",
     "sha256",
     "skew",
+    "stream_of",
     "strength_notes",
     "taken_apart",
+    "tensors_of",
     "token_kinds",
     "turn",
     "unknown_parts",

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saferope_core import THRESHOLD, Concept, Geometry, orthonormal, skew
+from saferope_core import ROLES, THRESHOLD, Concept, Geometry, Roles, Stream, orthonormal, skew
 from saferope_core.concept.untrusted import printable
 
 MAX_BYTES = 256 * 2**20  # theirs has 30 MB at rank 20
@@ -41,10 +41,8 @@ def convert(path: Path, slug: str) -> Concept:
         description=f"{slug}, converted from {printable(path.name)}",
         geometry=geometry,
         heads=torch.stack([is_single, row - is_single * len(double), head], 1).to(torch.int32),
-        basis_q=orthonormal(bases["q"][used]),
-        basis_k=orthonormal(bases["k"][used]),
-        generator_text=-skew(text[used]),
-        generator_image=-skew(image[used]),
+        text=Stream(-skew(text[used]), Roles(*(orthonormal(bases[role][used]) for role in ROLES)), acts_on="qk"),
+        image=Stream(-skew(image[used])),
         discrimination=used.float(),  # theirs was not kept: 1 where they turn
         threshold=THRESHOLD,
         training={"converted_from": printable(path.name)},

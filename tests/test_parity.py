@@ -14,6 +14,7 @@ import torch
 
 import saferope_core
 from saferope_training.flux.attach import attached, geometry_of
+from tests.support import concepts as flat
 from tinyworld.model import GUIDANCE, STEPS, encode, generate, load_pipeline, start_noise
 
 pytestmark = pytest.mark.host
@@ -41,7 +42,8 @@ def concept_file(pipeline, tmp_path_factory):
     heads = torch.tensor([(kind, index, (kind + index) % 2) for kind, index in rows], dtype=torch.int32)
     bases = torch.linalg.qr(torch.randn(2, len(heads), geometry.head_dim, RANK))[0]
     generators = [saferope_core.skew(ANGLE * torch.randn(len(heads), RANK, RANK)) for _ in range(2)]
-    concept = saferope_core.Concept(
+    concept = flat.concept_of(
+        saferope_core,
         slug="random",
         name="random",
         description="",

@@ -9,11 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, Protection, critical_heads, read_heads
+from saferope_core import (
+    NAMES,
+    STREAMS,
+    Concept,
+    Protection,
+    critical_heads,
+    read_heads,
+    stream_of,
+    tensors_of,
+)
 from saferope_training.flux.attach import attached
 from saferope_training.flux.models import Model
 from saferope_training.making.calibrate import untrained
@@ -24,7 +34,6 @@ from saferope_training.settings import Settings
 from .task import Progress, Task, silent
 
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
-_BASES = ("basis_q", "basis_k", "gate_q", "gate_k", "basis_image_q", "basis_image_k", "gate_image_q", "gate_image_k")
 
 
 def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dict[str, Tensor]:
@@ -33,17 +42,10 @@ def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dic
     statistics = extract(model, [*task.unsafe, *task.benign], s.timesteps, s.reservoir, seed, progress)
     table = read_heads(statistics, ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
     found = critical_heads(table, model.geometry)
-    text, image = untrained(found, s)
-    named = {f"basis_{name}": basis for name, basis in found.basis.items()}
-    named |= {f"gate_{name}": gate for name, gate in found.gate.items()}
-    return {
-        "heads": found.heads,
-        "discrimination": table.discrimination,
-        "generator_text": text,
-        "generator_image": image,
-        "reach": torch.tensor(found.reach),
-        **{name: named[name] for name in _BASES if name in named},
-    }
+    fields = found.fields(untrained(found, s), s.acts_on, s.acts_on_image)
+    tensors = {key: each for name in STREAMS for key, each in tensors_of(fields[name], NAMES[name]).items()}
+    rest = {"heads": found.heads, "discrimination": table.discrimination, "reach": torch.tensor(found.reach)}
+    return rest | {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 @contextmanager
@@ -52,18 +54,20 @@ def applied(model: Model, state: dict[str, Tensor], strength: float) -> Iterator
     if not state or strength == 0:
         yield
         return
-    s, parts = Settings(), {name: tensor for name, tensor in state.items() if name != "reach"}
+    s = Settings()
+    acts_on = {"text": s.acts_on, "image": s.acts_on_image}
+    streams = {name: stream_of(state, acts_on[name], NAMES[name]) for name in STREAMS}
     concept = Concept(
         slug="rand",
         name="Rand",
         description="random generators",
         geometry=model.geometry,
+        heads=state["heads"],
+        discrimination=state["discrimination"],
         threshold=s.threshold,
-        acts_on=s.acts_on,
-        acts_on_image=s.acts_on_image,
         mode="random",
         reach=int(state["reach"]),
-        **{name: tensor * strength if name.startswith("generator_") else tensor for name, tensor in parts.items()},
+        **{name: replace(each, generator=each.generator * strength) for name, each in streams.items()},
     )
     with attached(model.transformer, Protection([concept], model.geometry).rotate):
         yield

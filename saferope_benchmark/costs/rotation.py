@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from saferope_core import SINGLE, Concept, Forward, Geometry, Protection, rotate_by_generator, skew
+from saferope_core import SINGLE, Concept, Forward, Geometry, Protection, Roles, Stream, rotate_by_generator, skew
 
 from .peak import peak_of
 from .timing import Row, in_turns, ratio, spread
@@ -63,8 +63,8 @@ def concept_of(size: Size, number: int = 0, heads: Tensor | None = None, geometr
     generators = [skew(torch.randn(len(heads), width, width, generator=generator)) for _ in range(2)]
     delta = torch.zeros(geometry.blocks, geometry.heads)
     gate = gate_of(size.head_dim, size.rank)
-    parts = (f"c{number}", f"c{number}", "", geometry, heads, *bases, *generators, delta, gate)
-    return Concept(*parts, reach=size.reach)
+    text, image = Stream(generators[0], Roles(*bases), acts_on="qk"), Stream(generators[1])
+    return Concept(f"c{number}", f"c{number}", "", geometry, heads, text, image, delta, gate, reach=size.reach)
 
 
 def vectors(size: Size, concept: Concept) -> Tensor:
@@ -72,7 +72,7 @@ def vectors(size: Size, concept: Concept) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     shape = size.batch, size.text + size.image, size.heads, size.head_dim
     x = torch.randn(shape, generator=generator).to(size.dtype).transpose(1, 2)
-    inside = concept.basis_q[..., : size.rank]
+    inside = concept.basis("q")[..., : size.rank]
     own = torch.randn(size.batch, len(inside), WORD, size.rank, generator=generator) @ inside.mT
     x[:, concept.heads[:, 2].long(), :WORD] = own.to(size.dtype)
     return x
@@ -103,7 +103,7 @@ def papers_form(size: Size) -> Callable[[], object]:
 
     def turn() -> None:
         for role in "qk":
-            rotate_by_generator(x[:, heads], concept.basis(role), concept.generator_text, scale)
+            rotate_by_generator(x[:, heads], concept.basis(role), concept.generator("text"), scale)
 
     return turn
 

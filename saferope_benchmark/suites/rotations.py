@@ -59,24 +59,23 @@ def groups(table: HeadTable) -> dict[str, Tensor]:
 def _concept(model: Model, slug: str, table: HeadTable, seed: int) -> Concept:
     heads = critical_heads(table, model.geometry)
     heads = replace(heads, gate={name: torch.zeros_like(gate) for name, gate in heads.gate.items()})
-    text, image = random_generators(heads, seed, 1.0, 1.0)
     return Concept(
         slug=slug,
         name=slug,
         description="random generators",
         geometry=model.geometry,
-        generator_text=text,
-        generator_image=image,
         discrimination=table.discrimination,
         mode="random",
-        **heads.fields(),
+        **heads.fields(random_generators(heads, seed, 1.0, 1.0), "qk"),
     )
 
 
 def _method(concept: Concept, name: str, slug: str, amount: float, statistics: str) -> Method:
     # not a protection's strength, which ends at half a turn: random generators may turn further
-    turned = {name: getattr(concept, name) * amount for name in ("generator_text", "generator_image")}
-    scaled = replace(concept, **turned)
+    streams = {"text": concept.text, "image": concept.image}
+    scaled = replace(
+        concept, **{key: replace(each, generator=each.generator * amount) for key, each in streams.items()}
+    )
 
     @contextmanager
     def context(model: Model) -> Iterator[None]:

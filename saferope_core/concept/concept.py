@@ -1,13 +1,10 @@
-"""A concept: everything that is known about what to suppress, checked once, then never changed.
+"""A concept: its safety-critical heads and how text and image tokens turn in them. Checked once, then never changed.
 
 Axes: N safety-critical heads, D head dimension, R subspace rank, S reach, H heads of a block.
 
-Risk is measured in the unsafe subspace, the first R columns of a basis. A rotation may need to leave it: a key that all
-pictures look at cannot be turned away from them within directions that they all look at. The last S columns, the
-reach, are such directions outside: never part of the risk, but of the space that is turned. S = 0 is the paper.
-
-Image tokens in which the concept is being painted can be told apart as text tokens can, whatever word asked for it, but lie
-elsewhere: they may have bases of their own, with another rank. Without them they use the text's, as in the paper.
+Risk is measured in the unsafe subspace, the first R columns of a basis. A rotation may need to leave that subspace: a key
+at which every picture looks cannot turn away within directions at which every picture looks. The last S columns, the
+reach, are directions outside of the unsafe subspace. They turn, and never count as risk. S = 0 is the paper.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from ..maths.risk import THRESHOLD
 from .geometry import BLOCK_TYPES, SLUG, Geometry
+from .stream import NAMES, ROLES, Names, Stream, stream_of, tensors_of
 
 ACTS_ON = ("qk", "q", "k")
 MODES = ("learned", "fixed", "random")
@@ -34,9 +32,9 @@ _HEADS_AT_ONCE = 64  # in float64
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """One concept. Tensors are taken over as float32 copies on the CPU (`heads`: int32), out of anybody's reach.
+    """One concept. Its tensors are float32 copies on the CPU (`heads`: int32) that nobody else holds.
 
-    Raises ValueError, saying what was found and what was expected, unless every field is in its documented range.
+    Raises ValueError, with the value found and the value expected, unless every field is in its documented range.
     """
 
     slug: str  # [a-z0-9-]+, the prefix of its tensors in a file
@@ -44,45 +42,33 @@ class Concept:
     description: str
     geometry: Geometry
     heads: Tensor  # int32 [N, 3]: block type (DOUBLE, SINGLE), block, head; sorted, unique
-    basis_q: Tensor  # [N, D, R + S], orthonormal columns: the unsafe subspace of queries, then the reach
-    basis_k: Tensor  # [N, D, R + S], of keys
-    generator_text: Tensor  # [N, R + S, R + S], skew: how text tokens turn, q and k alike
-    generator_image: Tensor  # as wide as the image tokens' bases, skew: how they turn; zero where they do not
+    text: Stream  # with bases and roles of its own
+    image: Stream | None  # None: image tokens do not turn
     discrimination: Tensor  # [blocks, H] in [-1, 1]: Δ of every head, double blocks first
     threshold: float = THRESHOLD  # gate of every head that has no own gate, in [0, 1]
-    gate_q: Tensor | None = None  # [N] in [0, 1]: the LRS above which a query turns
-    gate_k: Tensor | None = None  # [N] in [0, 1], for keys
     strength: float = 1.0  # factor on every angle; 0 = off, 1 = as trained
-    acts_on: str = "qk"  # which vectors of text tokens turn: "qk", "q" or "k"
-    acts_on_image: str | None = None  # the same for image tokens; None: as acts_on
     mode: str = "learned"  # where the generators come from: "learned", "fixed" or "random"
-    training: dict = field(default_factory=dict)  # what is needed to repeat it, as JSON
+    training: dict = field(default_factory=dict)  # the record needed to repeat it, as JSON
     singular_values: Tensor | None = None  # [N, R] >= 0
-    reach: int = 0  # S, how many of the bases' last columns are outside the unsafe subspace
-    basis_image_q: Tensor | None = None  # as basis_q, for image tokens; both or neither
-    basis_image_k: Tensor | None = None  # as basis_k
-    gate_image_q: Tensor | None = None  # as gate_q; only with bases for image tokens
-    gate_image_k: Tensor | None = None  # as gate_k
+    reach: int = 0  # S, how many of the bases' last columns are outside of the unsafe subspace
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_words(self)
         _check_numbers(self)
         _take(self, "training", _as_json(self.training))
         _take(self, "heads", _taken_heads(self.heads, self.geometry))
-        for name, (shape, low, high) in _layout(self).items():
-            value = getattr(self, name)
-            if value is not None or name not in _OPTIONAL:
-                _take(self, name, _taken(name, value, shape, low, high))
-        for name in ("basis_q", "basis_k", "basis_image_q", "basis_image_k"):
-            if getattr(self, name) is not None:
-                require_orthonormal(name, getattr(self, name))
-        for name in ("generator_text", "generator_image"):
-            require_skew(name, getattr(self, name))
+        layout = _layout(self)
+        _take(self, "text", _taken_stream(self.text, NAMES["text"], layout))
+        if self.image is not None:
+            _take(self, "image", _taken_stream(self.image, NAMES["image"], layout))
+        _take(self, "discrimination", _taken("discrimination", self.discrimination, *layout["discrimination"]))
+        if self.singular_values is not None:
+            _take(self, "singular_values", _taken("singular_values", self.singular_values, *layout["singular_values"]))
 
     @property
     def rank(self) -> int:
         """R, the dimension of the unsafe subspace of every head."""
-        return self.basis_q.shape[-1] - self.reach
+        return self.basis("q").shape[-1] - self.reach
 
     @property
     def places(self) -> Tensor:
@@ -91,40 +77,44 @@ class Concept:
         return (block_type * self.geometry.double_blocks + block) * self.geometry.heads + head
 
     def acts(self, stream: str) -> str:
-        """The roles of a stream, "text" or "image", whose vectors turn."""
-        return self.acts_on_image or self.acts_on if stream == "image" else self.acts_on
+        """The roles of a stream, "text" or "image", that turn."""
+        own = self.image.acts_on if stream == "image" and self.image else None
+        return own or self.text.acts_on or ""
 
     def basis(self, role: str, stream: str = "text") -> Tensor:
-        """The space that is turned, [N, D, R + S], for the role 'q' or 'k' of a stream; all but S columns are U."""
-        return getattr(self, f"basis_{self._owner(stream)}{role}")
+        """The space that turns, [N, D, R + S], for the role "q" or "k" of a stream."""
+        basis = self._owner(stream).basis
+        assert basis is not None  # checked when the concept was made
+        return basis[role]
 
     def gate(self, role: str, stream: str = "text") -> Tensor:
-        """Gates [N] of the role 'q' or 'k' of a stream: the heads' own, else the concept's threshold."""
-        own = getattr(self, f"gate_{self._owner(stream)}{role}")
+        """Gates [N] of the role "q" or "k" of a stream: the heads' own, else the concept's threshold."""
+        own = self._owner(stream).gate[role]
         return torch.full((len(self.heads),), self.threshold) if own is None else own
 
     def generator(self, stream: str) -> Tensor:
-        """How a stream's tokens turn, [N, R + S, R + S]."""
-        return self.generator_image if stream == "image" else self.generator_text
+        """How a stream turns, [N, R + S, R + S]."""
+        if stream == "text":
+            return self.text.generator
+        return torch.zeros_like(self.text.generator) if self.image is None else self.image.generator
 
     def moving(self, stream: str) -> Tensor:
         """bool [N]: heads whose generator for a stream is not zero."""
         return self.generator(stream).ne(0).flatten(1).any(1)
 
-    def _owner(self, stream: str) -> str:
-        """In names of tensors: whose a stream's bases and gates are."""
-        return "image_" if stream == "image" and self.basis_image_q is not None else ""
+    def _owner(self, stream: str) -> Stream:
+        """The stream whose bases and gates the tokens of `stream` use."""
+        return self.image if stream == "image" and self.image and self.image.basis else self.text
 
 
-_OPTIONAL = (
-    "gate_q",
-    "gate_k",
-    "singular_values",
-    "basis_image_q",
-    "basis_image_k",
-    "gate_image_q",
-    "gate_image_k",
-)
+def require_names(slug: str, name: str, description: str) -> None:
+    """Raise ValueError unless a concept may have this slug, name and description."""
+    if not isinstance(slug, str) or not SLUG.fullmatch(slug) or len(slug) > LONGEST_NAME:
+        raise ValueError(f"slug is {slug!r}, expected small letters, digits and hyphens: [a-z0-9-]+")
+    _check_text("name", name, LONGEST_NAME)
+    if not name.strip():
+        raise ValueError("name is empty, expected a name for people to choose by")
+    _check_text("description", description, LONGEST_TEXT, also="\n\t")
 
 
 def require_orthonormal(name: str, basis: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -152,48 +142,60 @@ def require_skew(name: str, generator: Tensor, dtype: torch.dtype = torch.float3
         )
 
 
-def _layout(concept: Concept) -> dict[str, tuple[tuple[int, ...], float, float]]:
-    """Shape and range of every float tensor; N comes from `heads`, R + S from `basis_q`, the rest from the geometry."""
+Layout = dict[str, tuple[tuple[int, ...], float, float]]  # tensor's name in a file -> shape, lowest and highest value
+
+
+def _layout(concept: Concept) -> Layout:
+    """Shape and range of every float tensor; N comes from `heads`, R + S from the first basis, the rest from the geometry."""
     geometry, count = concept.geometry, len(concept.heads)
-    width = _width_of("basis_q", concept.basis_q, geometry.head_dim)
-    image = _image_width(concept, width)
-    least = min(width, image)
+    widths = {"text": _width_of("basis_q", concept.text.basis.q if concept.text.basis else None, geometry.head_dim)}
+    widths["image"] = _image_width(concept, widths["text"])
+    least = min(widths.values())
     if type(concept.reach) is not int or not 0 <= concept.reach < least:
         raise ValueError(
             f"reach is {concept.reach!r:.40}, expected 0 to {least - 1}: of {least} columns one at least tells the risk"
         )
-    basis, basis_image = (count, geometry.head_dim, width), (count, geometry.head_dim, image)
-    return {
-        "basis_q": (basis, -1.0, 1.0),
-        "basis_k": (basis, -1.0, 1.0),
-        "basis_image_q": (basis_image, -1.0, 1.0),
-        "basis_image_k": (basis_image, -1.0, 1.0),
-        "generator_text": ((count, width, width), -LARGEST_ANGLE, LARGEST_ANGLE),
-        "generator_image": ((count, image, image), -LARGEST_ANGLE, LARGEST_ANGLE),
+    layout: Layout = {
         "discrimination": ((geometry.blocks, geometry.heads), -1.0, 1.0),
-        "gate_q": ((count,), 0.0, 1.0),
-        "gate_k": ((count,), 0.0, 1.0),
-        "gate_image_q": ((count,), 0.0, 1.0),
-        "gate_image_k": ((count,), 0.0, 1.0),
-        "singular_values": ((count, width - concept.reach), 0.0, torch.finfo(torch.float32).max),
+        "singular_values": ((count, widths["text"] - concept.reach), 0.0, torch.finfo(torch.float32).max),
     }
+    for stream, width in widths.items():
+        names = NAMES[stream]
+        layout |= {names.basis[role]: ((count, geometry.head_dim, width), -1.0, 1.0) for role in ROLES}
+        layout |= {names.gate[role]: ((count,), 0.0, 1.0) for role in ROLES}
+        layout[names.generator] = ((count, width, width), -LARGEST_ANGLE, LARGEST_ANGLE)
+    return layout
 
 
 def _image_width(concept: Concept, width: int) -> int:
     """Columns of the image tokens' bases, `width` where they have none of their own."""
-    bases = concept.basis_image_q, concept.basis_image_k
-    if any(basis is None for basis in bases):
-        names = ("basis_image_q", "basis_image_k", "gate_image_q", "gate_image_k")
-        alone = [name for name in names if getattr(concept, name) is not None]
-        if alone:
+    names, basis = NAMES["image"], concept.image.basis if concept.image else None
+    if concept.image is None or basis is None or None in (basis.q, basis.k):
+        own = {} if concept.image is None else tensors_of(concept.image, names)
+        if alone := [name for name, tensor in own.items() if tensor is not None and name != names.generator]:
             raise ValueError(
                 f"{', '.join(alone)}: without basis_image_q and basis_image_k, expected both or none of them"
             )
         return width
-    return _width_of("basis_image_q", concept.basis_image_q, concept.geometry.head_dim)
+    return _width_of("basis_image_q", basis.q, concept.geometry.head_dim)
 
 
-def _width_of(name: str, basis: Tensor, head_dim: int) -> int:
+def _taken_stream(stream: Stream, names: Names, layout: Layout) -> Stream:
+    """`stream` with copies of its tensors, all of them checked."""
+    tensors = tensors_of(stream, names)
+    optional = {*vars(names.gate).values(), *(vars(names.basis).values() if stream.basis is None else ())}
+    for name, tensor in tensors.items():
+        if tensor is not None or name not in optional:
+            tensors[name] = _taken(name, tensor, *layout[name])
+    for role in ROLES:
+        if (basis := tensors[names.basis[role]]) is not None:
+            require_orthonormal(names.basis[role], basis)
+    taken = stream_of(tensors, stream.acts_on, names)
+    require_skew(names.generator, taken.generator)
+    return taken
+
+
+def _width_of(name: str, basis: Tensor | None, head_dim: int) -> int:
     if not isinstance(basis, Tensor) or basis.ndim != 3:
         found = tuple(basis.shape) if isinstance(basis, Tensor) else type(basis).__name__
         raise ValueError(f"{name}: got {found}, expected a tensor of shape [heads, head dimension, rank]")
@@ -203,7 +205,7 @@ def _width_of(name: str, basis: Tensor, head_dim: int) -> int:
     return width
 
 
-def _taken(name: str, value: Tensor, shape: tuple[int, ...], low: float, high: float) -> Tensor:
+def _taken(name: str, value: Tensor | None, shape: tuple[int, ...], low: float, high: float) -> Tensor:
     """`value` as a float32 copy on the CPU, of this shape, finite and in [low, high] up to rounding."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         found = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
@@ -249,15 +251,15 @@ def _check_heads(rows: Tensor, geometry: Geometry) -> None:
 
 
 def _check_words(concept: Concept) -> None:
-    if not isinstance(concept.slug, str) or not SLUG.fullmatch(concept.slug) or len(concept.slug) > LONGEST_NAME:
-        raise ValueError(f"slug is {concept.slug!r}, expected small letters, digits and hyphens: [a-z0-9-]+")
-    _check_text("name", concept.name, LONGEST_NAME)
-    if not concept.name.strip():
-        raise ValueError("name is empty, expected a name for people to choose by")
-    _check_text("description", concept.description, LONGEST_TEXT, also="\n\t")
-    for what, choices in (("acts_on", ACTS_ON), ("acts_on_image", (*ACTS_ON, None)), ("mode", MODES)):
-        if getattr(concept, what) not in choices:
-            raise ValueError(f"{what} is {getattr(concept, what)!r}, expected one of {choices}")
+    require_names(concept.slug, concept.name, concept.description)
+    if not isinstance(concept.text, Stream) or not isinstance(concept.image, (Stream, type(None))):
+        found = f"{type(concept.text).__name__} and {type(concept.image).__name__}"
+        raise ValueError(f"text and image: got {found}, expected a Stream and a Stream or None")
+    for names, stream, also in ((NAMES["text"], concept.text, ()), (NAMES["image"], concept.image, (None,))):
+        if stream is not None and stream.acts_on not in (*ACTS_ON, *also):
+            raise ValueError(f"{names.acts_on} is {stream.acts_on!r}, expected one of {(*ACTS_ON, *also)}")
+    if concept.mode not in MODES:
+        raise ValueError(f"mode is {concept.mode!r}, expected one of {MODES}")
 
 
 def _check_text(what: str, text: str, longest: int, also: str = "") -> None:
@@ -299,5 +301,5 @@ def _copy(value: Tensor, dtype: torch.dtype) -> Tensor:
         return value.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _take(concept: Concept, name: str, value) -> None:
+def _take(concept: Concept, name: str, value: object) -> None:
     object.__setattr__(concept, name, value)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -23,6 +24,7 @@ from ..version import __version__
 from .concept import LONGEST_NAME, Concept, require_orthonormal, require_skew
 from .files import write_bytes
 from .geometry import Geometry
+from .stream import NAMES, ROLES, Stream, stream_of, tensors_of
 from .strict_json import dumps, loads
 from .untrusted import open_regular, printable, read_whole
 
@@ -52,11 +54,13 @@ _FACTS = (
     "training",
 )
 _FACTS_OPTIONAL = {"description": "", "reach": 0, "strength": 1.0, "acts_on_image": None, "training": {}}
-_IMAGE_BASES = ("basis_image_q", "basis_image_k")
-_GENERATORS = ("generator_text", "generator_image")
-_NARROW = ("basis_q", "basis_k", *_GENERATORS, *_IMAGE_BASES)  # what float16 files hold as float16
-_TENSORS = ("heads", "basis_q", "basis_k", *_GENERATORS, "discrimination")
-_TENSORS_OPTIONAL = ("gate_q", "gate_k", "singular_values", *_IMAGE_BASES, "gate_image_q", "gate_image_k")
+_TEXT, _IMAGE = NAMES["text"], NAMES["image"]
+_BASES = tuple(names.basis[role] for names in (_TEXT, _IMAGE) for role in ROLES)
+_GENERATORS = (_TEXT.generator, _IMAGE.generator)
+_GATES = tuple(names.gate[role] for names in (_TEXT, _IMAGE) for role in ROLES)
+_NARROW = (*_BASES, *_GENERATORS)  # float16 in float16 files
+_TENSORS = ("heads", *_BASES[:2], *_GENERATORS, "discrimination")
+_TENSORS_OPTIONAL = ("singular_values", *_BASES[2:], *_GATES)
 
 
 class ConceptFileError(ValueError):
@@ -83,7 +87,7 @@ def save_concepts(
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "concepts": dumps([{name: getattr(concept, name) for name in _FACTS} for concept in concepts]),
+        "concepts": dumps([_facts(concept) for concept in concepts]),
         "geometry": dumps(asdict(concepts[0].geometry)),
         "created": created,
         "saferope_version": __version__,
@@ -125,11 +129,19 @@ def require_together(concepts: Sequence[Concept]) -> None:
         concepts[0].geometry.require(concept.geometry, f"concept {concept.slug!r}")
 
 
+def _facts(concept: Concept) -> dict[str, object]:
+    """A concept's entry in the metadata."""
+    acts = {_TEXT.acts_on: concept.text.acts_on, _IMAGE.acts_on: concept.image and concept.image.acts_on}
+    return {name: acts[name] if name in acts else getattr(concept, name) for name in _FACTS}
+
+
 def _tensors(concepts: Sequence[Concept], dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {}
     for concept in concepts:
-        for name in (*_TENSORS, *_TENSORS_OPTIONAL):
-            value = getattr(concept, name)
+        image = concept.image or Stream(concept.generator("image"))
+        own = {name: getattr(concept, name) for name in ("heads", "discrimination", "singular_values")}
+        own |= tensors_of(concept.text, _TEXT) | tensors_of(image, _IMAGE)
+        for name, value in own.items():
             if value is not None:
                 tensors[f"{concept.slug}/{name}"] = value.to(dtype) if name in _NARROW else value
     return tensors
@@ -173,7 +185,8 @@ def _header(data: bytes) -> dict:
 
 
 def _metadata(metadata: dict | None) -> dict[str, str]:
-    found = (metadata or {}).get("format")
+    metadata = metadata or {}
+    found = metadata.get("format")
     if found != FORMAT:
         raise ValueError(f"format is {found!r}, expected {FORMAT!r}: a safetensors file, but not a concept file")
     version = metadata.get("format_version")
@@ -241,13 +254,15 @@ def _are_sizes(values: object, most: int, largest: int) -> bool:
 
 def _concept(entry: dict, geometry: Geometry, tensors: dict[str, Tensor]) -> Concept:
     slug = entry["slug"]
-    own = {name: tensors.pop(f"{slug}/{name}", None) for name in (*_TENSORS, *_TENSORS_OPTIONAL)}
-    facts = {name: entry[name] for name in _FACTS if name != "rank"}
+    own: dict[str, Any] = {name: tensors.pop(f"{slug}/{name}", None) for name in (*_TENSORS, *_TENSORS_OPTIONAL)}
+    facts = {name: entry[name] for name in _FACTS if name not in ("rank", _TEXT.acts_on, _IMAGE.acts_on)}
     try:
         for name in _NARROW:
             if own[name] is not None and own[name].dtype == torch.float16:
                 own[name] = _restored(name, own[name])
-        concept = Concept(geometry=geometry, **facts, **own)
+        streams: dict[str, Any] = {name: stream_of(own, entry[names.acts_on], names) for name, names in NAMES.items()}
+        rest = {name: own[name] for name in ("heads", "discrimination", "singular_values")}
+        concept = Concept(geometry=geometry, **facts, **streams, **rest)
     except ValueError as error:
         raise ValueError(f"concept {slug!r}: {error}") from None
     if type(entry["rank"]) is not int or entry["rank"] != concept.rank:

@@ -28,7 +28,7 @@ class Geometry:
     head_dim: int
     family: str = "flux"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ranges = {
             "double_blocks": (0, MOST_BLOCKS),
             "single_blocks": (0, MOST_BLOCKS),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..maths.subspace import orthonormal
 from .concept import Concept
-from .stream import ROLES, STREAMS
+from .stream import ROLES, STREAMS, Roles
 
 LEAST_LEFT = 0.1  # singular value: of a direction of which less than this is left, nothing should be made up
 
@@ -74,16 +74,15 @@ def orthogonalised(later: Concept, *earlier: Concept) -> Concept:
     """
     for each in earlier:
         later.geometry.require(each.geometry, f"concept {each.slug!r}")
-    found = {(stream, role): _freed(later, earlier, stream, role) for stream in STREAMS for role in ROLES}
-    changed = {f"basis_{role}": found["text", role] for role in ROLES}
-    images = {f"basis_image_{role}": found["image", role] for role in ROLES}
-    if later.basis_image_q is not None:
-        return replace(later, **changed, **images)
-    turns = later.moving("image")
-    if all(torch.equal(found["image", role][turns], found["text", role][turns]) for role in later.acts("image")):
-        return replace(later, **changed)
-    gates = {f"gate_image_{role}": getattr(later, f"gate_{role}") for role in ROLES}
-    return replace(later, **changed, **images, **gates)
+    free = {stream: Roles(*(_freed(later, earlier, stream, role) for role in ROLES)) for stream in STREAMS}
+    text, image, turns = replace(later.text, basis=free["text"]), later.image, later.moving("image")
+    if image is not None and image.basis is not None:
+        image = replace(image, basis=free["image"])
+    elif image is not None and not all(
+        torch.equal(free["image"][role][turns], free["text"][role][turns]) for role in later.acts("image")
+    ):
+        image = replace(image, basis=free["image"], gate=later.text.gate)
+    return replace(later, text=text, image=image)
 
 
 def taken_apart(concepts: Sequence[Concept], tell: Callable[[], None] = lambda: None) -> list[Concept]:

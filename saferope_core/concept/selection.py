@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -48,21 +49,12 @@ def restricted(concept: Concept, blocks: frozenset[tuple[int, int]], streams: st
     kept = torch.tensor([(kind, block) in blocks for kind, block, _ in concept.heads.tolist()])
     if not kept.any():
         return None
-    per_head = (
-        "heads",
-        "basis_q",
-        "basis_k",
-        "generator_text",
-        "generator_image",
-        "singular_values",
-        "gate_q",
-        "gate_k",
-    )
-    per_head += ("basis_image_q", "basis_image_k", "gate_image_q", "gate_image_k")
-    parts = {name: value[kept] for name in per_head if (value := getattr(concept, name)) is not None}
-    for stream in ("text", "image"):
-        if streams not in ("both", stream):
-            parts[f"generator_{stream}"] = torch.zeros_like(parts[f"generator_{stream}"])
-    if not (parts["generator_text"].any() or parts["generator_image"].any()):
+    image = concept.image and concept.image.at(kept)
+    parts: dict[str, Any] = {"text": concept.text.at(kept), "image": image}
+    parts |= {name: part and part.still() for name, part in parts.items() if streams not in ("both", name)}
+    if not any(part is not None and part.generator.any() for part in parts.values()):
         return None
-    return replace(concept, **parts)
+    values = concept.singular_values
+    return replace(
+        concept, heads=concept.heads[kept], singular_values=None if values is None else values[kept], **parts
+    )

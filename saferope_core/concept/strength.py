@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..maths.rotation import planes
 from .concept import Concept
+from .stream import ROLES, STREAMS
 
 HALF_TURN = math.pi  # radians
 AS_MADE = 1.0  # the strength that a concept's generators were made for
@@ -54,7 +55,7 @@ def strength_notes(concepts: Sequence[Concept], strengths: Sequence[float]) -> l
 
 def _widest(concept: Concept) -> float:
     """The widest angle of any plane at LRS 1 and strength 1, in radians."""
-    return max(planes(each)[0].max().item() for each in (concept.generator_text, concept.generator_image))
+    return max(planes(each)[0].max().item() for each in map(concept.generator, STREAMS))
 
 
 def _copies(concepts: Sequence[Concept]) -> list[list[int]]:
@@ -75,8 +76,8 @@ def _alike(one: Concept, other: Concept) -> bool:
     there = torch.searchsorted(other.places, one.places[here])
     found = [
         _cosine(one, other, here, there, stream, role)
-        for stream in ("text", "image")
-        for role in ("q", "k")
+        for stream in STREAMS
+        for role in ROLES
         if role in one.acts(stream) and role in other.acts(stream)
     ]
     return any(bool((cosine > ALIKE).any()) for cosine in found)
@@ -87,7 +88,7 @@ def _cosine(one: Concept, other: Concept, here: Tensor, there: Tensor, stream: s
 
     <X, Y> = <A, M B Mᵀ> with M = Uᵀ V, so nothing of size D x D is made.
     """
-    a, b = getattr(one, f"generator_{stream}")[here], getattr(other, f"generator_{stream}")[there]
+    a, b = one.generator(stream)[here], other.generator(stream)[there]
     between = one.basis(role, stream)[here].mT @ other.basis(role, stream)[there]
     lengths = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b)
     return (a * (between @ b @ between.mT)).sum((-2, -1)) / lengths

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, NoReturn
 
 MAX_DEPTH = 16  # of nested lists and objects
 MAX_DIGITS = 500  # of a whole number; Python before 3.10.7 takes hours for millions of them
@@ -39,7 +39,7 @@ def loads(what: str, text: str | bytes) -> Any:
             raise ValueError(f"{digits:.40}, expected finite numbers")
         return number
 
-    def refuse(constant: str):
+    def refuse(constant: str) -> NoReturn:
         """NaN and the infinities, which json reads though JSON has none."""
         raise ValueError(f"{constant}, expected finite numbers")
 

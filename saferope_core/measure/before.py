@@ -9,10 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
-
-from ..concept.concept import Concept
-from ..concept.geometry import Geometry
 from .heads import Ranks
 from .statistics import BENIGN, PADDING, SUBJECT, UNSAFE, WORDS, Span
 
@@ -28,7 +24,9 @@ def unknown_parts(ids: Sequence[int], offsets: Sequence[Span], unknown: int | No
 
     `ids` and `offsets` are the tokenizer's, token by token.
     """
-    return [tuple(span) for token, span in zip(ids, offsets, strict=True) if token == unknown and span[0] < span[1]]
+    return [
+        (span[0], span[1]) for token, span in zip(ids, offsets, strict=True) if token == unknown and span[0] < span[1]
+    ]
 
 
 def unknown_words(text: str, parts: Sequence[Span]) -> list[str]:
@@ -65,10 +63,3 @@ def require_vectors(counts: dict[tuple[str, str], int], looks: int, ranks: Ranks
             f"unsafe prompts: the concept's word would be seen {seen} times, expected at least {ranks.subject}, its rank; "
             "give more prompts, a dozen or more"
         )
-
-
-def require_names(slug: str, name: str, description: str) -> None:
-    """Raises ValueError, as the concept would when it is made, where it may not be called so."""
-    basis, still = torch.eye(2)[None], torch.zeros(1, 2, 2)
-    head = torch.zeros(1, 3, dtype=torch.int32)
-    Concept(slug, name, description, Geometry(1, 1, 1, 2), head, basis, basis, still, still, torch.zeros(2, 1))

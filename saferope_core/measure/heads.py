@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..concept.geometry import Geometry
-from ..concept.stream import ROLES
+from ..concept.stream import ROLES, Roles, Stream
 from ..maths.calibration import calibrate_gate
 from ..maths.risk import discrimination, head_discrimination_score, latent_risk_score
 from ..maths.subspace import contrast, contrastive_basis, extended, unsafe_basis
 from .statistics import BENIGN, IMAGE, PADDING, SUBJECT, UNSAFE, WORDS, Statistics
 
 SIDES = {UNSAFE: ((UNSAFE, SUBJECT),), BENIGN: ((BENIGN, WORDS), (BENIGN, PADDING))}
+
+
+_PREFIX = {"text": "", "image": f"{IMAGE}_"}  # of a role in a table's dictionaries
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,25 @@ class CriticalHeads:
         """Columns of the bases of text tokens and of image tokens."""
         return self.basis["k"].shape[-1], self.basis.get("image_k", self.basis["k"]).shape[-1]
 
-    def fields(self) -> dict[str, Tensor | int | None]:
-        """What a Concept has from them, under its names."""
-        names = (*ROLES, *(f"image_{role}" for role in ROLES))
-        kinds = (("basis", self.basis), ("gate", self.gate))
-        named = {f"{kind}_{name}": tensors.get(name) for kind, tensors in kinds for name in names}
-        return {"heads": self.heads, "singular_values": self.singular_values, "reach": self.reach, **named}
+    def fields(
+        self, generators: tuple[Tensor, Tensor], acts_on: str, acts_on_image: str | None = None
+    ) -> dict[str, Any]:
+        """The fields of a Concept that turns these heads by generators (text, image) [N, R + S, R + S]."""
+        basis, gate = (
+            {stream: _roles(each, prefix) for stream, prefix in _PREFIX.items()} for each in (self.basis, self.gate)
+        )
+        own = basis["image"].q is not None
+        return {
+            "heads": self.heads,
+            "text": Stream(generators[0], basis["text"], gate["text"], acts_on),
+            "image": Stream(generators[1], basis["image"] if own else None, gate["image"], acts_on_image),
+            "singular_values": self.singular_values,
+            "reach": self.reach,
+        }
+
+
+def _roles(tensors: dict[str, Tensor], prefix: str) -> Roles[Any]:
+    return Roles(*(tensors.get(f"{prefix}{role}") for role in ROLES))
 
 
 def read_heads(
@@ -135,8 +152,8 @@ def _bases(statistics: Statistics, role: str, ranks: Ranks, kind: str) -> Tensor
 
 
 def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str) -> Tensor:
-    def gram(*which: str) -> Tensor:
-        return statistics.vectors[which].gram[role][row]
+    def gram(side: str, kind: str) -> Tensor:
+        return statistics.vectors[side, kind].gram[role][row]
 
     benign = gram(BENIGN, WORDS) + gram(BENIGN, PADDING)
     if kind == "contrastive":

@@ -101,8 +101,9 @@ class Collector:
         parts = gathered((own.items if own.items is not None else empty, own.keys))
         everything = Reservoir(self.capacity)
         everything.add(torch.cat([items for items, _ in parts]), torch.cat([keys for _, keys in parts]))
-        # in the order of the keys, so that it does not matter who saw what
-        return everything.items[everything.keys.argsort()] if self.capacity else empty
+        # in the order of the keys, so that the order of the processes does not matter
+        kept = everything.items
+        return empty if kept is None or not self.capacity else kept[everything.keys.argsort()]
 
 
 class Gathering:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..maths.rotation import exact, wide
+from .plan import Part, Plan
 
 PIECE = 2**19  # numbers, 2 MB of fp32: a core's share of cache; half and twice as much take as long
 FEW = 0.25  # of all tokens and heads; beyond it gathering them takes longer than not to choose
@@ -55,13 +56,10 @@ class Few(NamedTuple):
         span[self.batch, heads[self.head], self.token] = vectors[self.batch, self.head, self.slot]
 
 
-def few_candidates(span: Tensor, heads: Tensor, directions: Tensor, parts) -> Few | None:
-    """The tokens of span [B, H of the model, L, D] that may pass a gate of some part; None if they are not few.
-
-    directions [H, D, W]: those of all the parts (`protection._Part`), side by side, for `heads` [H].
-    """
+def few_candidates(span: Tensor, plan: Plan) -> Few | None:
+    """The tokens of span [B, H of the model, L, D] that may pass a gate of some part; None if they are not few."""
     # by pictures: of several, a product would copy all of span first
-    maybe = torch.cat([_maybe(each, heads, directions, parts) for each in span.split(1)])
+    maybe = torch.cat([_maybe(each, plan) for each in span.split(1)])
     batch, head, token = maybe.nonzero(as_tuple=True)
     if len(token) > FEW * maybe.numel():
         return None
@@ -77,8 +75,9 @@ def margin(head_dim: int, width: int, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def _maybe(span: Tensor, heads: Tensor, directions: Tensor, parts) -> Tensor:
+def _maybe(span: Tensor, plan: Plan) -> Tensor:
     """bool [1, H, L] of span [1, H of the model, L, D]: False only where no part's gate can be passed."""
+    heads, directions, parts = plan.heads, plan.directions, plan.parts
     head_dim, everyone = span.shape[-1], len(heads) == span.shape[1]
     size = max(1, PIECE // max(1, len(heads) * head_dim))
     widths, found = [part.directions.shape[-1] for part in parts], []
@@ -96,10 +95,9 @@ def _maybe(span: Tensor, heads: Tensor, directions: Tensor, parts) -> Tensor:
     return ~cold
 
 
-def _inside(coordinates: Tensor, part) -> Tensor:
+def _inside(coordinates: Tensor, part: Part) -> Tensor:
     """‖Uᵀx‖ [B, H, L] from coordinates [B, H, R + S, L]."""
     if part.unsafe is not None:
         coordinates = torch.matmul(part.unsafe.mT.to(coordinates), coordinates)
-    return (
-        coordinates.square().sum(2).sqrt()
-    )  # vector_norm over a dimension that is not the last takes 20 times as long
+    # vector_norm over a dimension that is not the last takes 20 times as long
+    return coordinates.square().sum(2).sqrt()

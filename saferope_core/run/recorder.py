@@ -58,7 +58,8 @@ class Reading:
     @property
     def score(self) -> Tensor | None:
         """Risk of the prompt [B]."""
-        return None if self.text is None else self.tokens.amax(-1)
+        tokens = self.tokens
+        return None if tokens is None else tokens.amax(-1)
 
 
 @dataclass
@@ -123,7 +124,7 @@ def _reading(entry: Hashable, concept: int, forwards: Sequence[Forward], geometr
 
 def _shares(tallies: Sequence[_Tally | None]) -> Tensor | None:
     """[S, B, L]; NaN in steps in which no gate was asked, None if in none."""
-    shares = [None if tally is None else (tally.passed / tally.gates).cpu() for tally in tallies]
+    shares = [None if tally is None else torch.as_tensor(tally.passed / tally.gates).cpu() for tally in tallies]
     known = [share for share in shares if share is not None]
     return torch.stack([torch.full_like(known[0], nan) if each is None else each for each in shares]) if known else None
 

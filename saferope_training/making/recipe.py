@@ -231,21 +231,16 @@ def concept_of(
     mode: str = "learned",
 ) -> Concept:
     """The concept of these heads, bases, gates and generators (text, image)."""
-    text, image = generators
     return Concept(
         slug=settings.concept,
         name=settings.concept.capitalize(),
         description=f"{settings.concept} of the tiny world" if settings.model == "tinyworld" else settings.concept,
         geometry=model.geometry,
-        generator_text=text,
-        generator_image=image,
         discrimination=discrimination,
         threshold=settings.threshold,
-        acts_on=settings.acts_on,
         mode=mode,
         training=record,
-        acts_on_image=settings.acts_on_image,
-        **critical.fields(),
+        **critical.fields(generators, settings.acts_on, settings.acts_on_image),
     )
 
 

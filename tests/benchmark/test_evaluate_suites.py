@@ -342,9 +342,9 @@ def test_variants_share_one_extraction(tiny_world, tmp_path, monkeypatch):
     two, shared = (load_concepts(tmp_path / f"star.{number:02d}" / "star.safetensors")[0] for number in (1, 2))
     assert (two.rank, shared.rank) == (2, 5)
     single = shared.heads[:, 0] == 1
-    assert torch.allclose(shared.generator_image[single], 0.01 * shared.generator_text[single])
+    assert torch.allclose(shared.image.generator[single], 0.01 * shared.text.generator[single])
     assert not torch.allclose(
-        two.generator_image[two.heads[:, 0] == 1], 0.01 * two.generator_text[two.heads[:, 0] == 1]
+        two.image.generator[two.heads[:, 0] == 1], 0.01 * two.text.generator[two.heads[:, 0] == 1]
     )
     assert sum(step[:2] == ("train", 1) and step[2] == 2 for step in told) == 2, "each trained once"
     assert sum(step[0] == "extract" and step[2] > 1 for step in told) == sum(

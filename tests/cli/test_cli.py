@@ -122,10 +122,10 @@ def test_calibration_leaves_the_trained_file_alone(model, small, tmp_path):
     with torch.inference_mode():  # a gradient would raise here
         path = recipe.Recipe(model, replace(small, acts_on="k"), tmp_path).calibrate()
     (concept,) = load_concepts(path)
-    assert (concept.mode, concept.acts_on, concept.slug, concept.reach) == ("fixed", "k", "star", 2)
+    assert (concept.mode, concept.text.acts_on, concept.slug, concept.reach) == ("fixed", "k", "star", 2)
     single = concept.heads[:, 0] == 1
-    assert concept.generator_text.any() and concept.generator_image[single].any()
-    assert not concept.generator_image[~single].any()
+    assert concept.text.generator.any() and concept.image.generator[single].any()
+    assert not concept.image.generator[~single].any()
     (rand,) = load_concepts(recipe.Recipe(model, replace(small, generator="random"), tmp_path).calibrate())
-    assert rand.mode == "random" and not torch.equal(rand.generator_text, concept.generator_text)
+    assert rand.mode == "random" and not torch.equal(rand.text.generator, concept.text.generator)
     assert (tmp_path / "star.safetensors").read_bytes() == b"trained"

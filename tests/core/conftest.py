@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from saferope_core import DOUBLE, SINGLE, Concept, Geometry, skew
+import saferope_core
+from saferope_core import DOUBLE, SINGLE, Geometry, skew
+from tests.support import concepts as flat
 from tests.support.hostile import seeds
 
 GEOMETRY = Geometry(double_blocks=2, single_blocks=3, heads=3, head_dim=32)
@@ -77,7 +79,9 @@ def example_concept(slug="star", rank=5, heads=tuple(HEADS), geometry=GEOMETRY, 
         "threshold": 0.15,  # about the mean LRS of a random vector here: some tokens pass, some do not
         **fields,
     }
-    return Concept(slug=slug, geometry=geometry, heads=torch.tensor(heads, dtype=torch.int32), **fields)
+    return flat.concept_of(
+        saferope_core, slug=slug, geometry=geometry, heads=torch.tensor(heads, dtype=torch.int32), **fields
+    )
 
 
 def turn_in_loops(x, basis, generator, scale):
@@ -103,18 +107,18 @@ def protect_in_loops(concepts, x, role, block, text, image, strengths=None, thre
             if (block_type, index) != block:
                 continue
             for stream, generators, span in (
-                ("", concept.generator_text, text),
-                ("image_", concept.generator_image, image),
+                ("", concept.text.generator, text),
+                ("image_", concept.image.generator, image),
             ):
-                acts = concept.acts_on_image if stream and concept.acts_on_image else concept.acts_on
+                acts = concept.image.acts_on if stream and concept.image.acts_on else concept.text.acts_on
                 if role not in acts:
                     continue
-                owner = stream if concept.basis_image_q is not None else ""
-                own_gate = getattr(concept, f"gate_{owner}{role}")
+                owner = stream if concept.image.basis is not None else ""
+                own_gate = flat.field(concept, f"gate_{owner}{role}")
                 gate = concept.threshold if own_gate is None else own_gate[n].item()
                 if thresholds and thresholds[number] is not None:
                     gate = thresholds[number]
-                u = getattr(concept, f"basis_{owner}{role}").double()[n]
+                u = flat.field(concept, f"basis_{owner}{role}").double()[n]
                 risky = u.shape[1] - concept.reach
                 generator = generators[n].double()
                 for b in range(x.shape[0]):

@@ -14,9 +14,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import saferope_core
 from dev.comfyui import ROOT
-from saferope_core import Concept, Geometry, load_concepts, save_concepts, sha256, skew
+from saferope_core import NAMES, STREAMS, Concept, Geometry, load_concepts, save_concepts, sha256, skew, tensors_of
 from saferope_core.concept.concept_file import parse_concepts
+from tests.support import concepts as flat
 from tests.support.hostile import spoilt
 from tests.support.oracle import Unsound, check
 
@@ -65,11 +67,15 @@ def concepts(draw):
         fields[f"generator_{stream}"] = skew(torch.rand(n, columns, columns) * 2 - 1) * scale
     delta = torch.rand(geometry.blocks, geometry.heads) * 2 - 1
     heads = torch.tensor(rows, dtype=torch.int32)
-    return Concept(geometry=geometry, heads=heads, discrimination=delta, reach=reach, **fields, **draw(facts))
+    return flat.concept_of(
+        saferope_core, geometry=geometry, heads=heads, discrimination=delta, reach=reach, **fields, **draw(facts)
+    )
 
 
 def same(a: Concept, b: Concept) -> bool:
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Concept)]
+    names = [f.name for f in dataclasses.fields(Concept) if f.name not in STREAMS]
+    names += [name for names in NAMES.values() for name in tensors_of(a.text, names)] + ["acts_on", "acts_on_image"]
+    pairs = [(flat.field(a, name), flat.field(b, name)) for name in names]
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) and y is not None else x == y for x, y in pairs)
 
 
@@ -86,7 +92,7 @@ def test_any_concept_comes_back(tmp_path_factory, concept, half):
     check(path.read_bytes(), found)
     assert half or same(found[0], concept)
     assert same(found[0], load_concepts(path)[0])
-    assert not same(found[0], dataclasses.replace(found[0], threshold=found[0].threshold / 2 + 0.1))  # control
+    assert not same(found[0], flat.changed(found[0], threshold=found[0].threshold / 2 + 0.1))  # control
 
 
 @pytest.mark.parametrize("name", ["plain", "whole", "whole-half", "two-half"])
@@ -111,9 +117,9 @@ def test_unknown_versions_name_two_ways_out(good, version):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda data, c: (data, [dataclasses.replace(c, strength=0.5)]),
-        lambda data, c: (data, [dataclasses.replace(c, gate_q=torch.zeros(2))]),
-        lambda data, c: (data, [dataclasses.replace(c, basis_q=c.basis_q.flip(-1))]),
+        lambda data, c: (data, [flat.changed(c, strength=0.5)]),
+        lambda data, c: (data, [flat.changed(c, gate_q=torch.zeros(2))]),
+        lambda data, c: (data, [flat.changed(c, basis_q=c.text.basis.q.flip(-1))]),
         lambda data, c: (spoilt(data, lambda h: h["__metadata__"]["concepts"][0].update(rank=2.0)), [c]),
         lambda data, c: (
             spoilt(data, lambda h: h["a/basis_k"].update(data_offsets=h["a/basis_q"]["data_offsets"])),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saferope_core import Geometry
+from tests.support import concepts as flat
 
 NAN = float("nan")
 
@@ -13,11 +14,11 @@ NAN = float("nan")
 def test_takes_over_float32_copies(make_concept):
     basis = torch.linalg.qr(torch.randn(6, 32, 5, dtype=torch.float64))[0].requires_grad_()
     concept = make_concept(basis_q=basis, heads=[(0, 0, 0), (0, 0, 2), (0, 1, 1), (1, 1, 0), (1, 1, 1), (1, 1, 2)])
-    assert concept.basis_q.dtype == torch.float32 and concept.heads.dtype == torch.int32
-    assert not concept.basis_q.requires_grad and concept.rank == 5
-    before = concept.basis_q.clone()
+    assert concept.text.basis.q.dtype == torch.float32 and concept.heads.dtype == torch.int32
+    assert not concept.text.basis.q.requires_grad and concept.rank == 5
+    before = concept.text.basis.q.clone()
     basis.data.zero_()
-    assert torch.equal(concept.basis_q, before)
+    assert torch.equal(concept.text.basis.q, before)
     with pytest.raises(dataclasses.FrozenInstanceError):
         concept.strength = 2.0
 
@@ -25,7 +26,7 @@ def test_takes_over_float32_copies(make_concept):
 def test_made_in_inference_mode_it_may_still_be_trained_through(make_concept):
     with torch.inference_mode():
         concept = make_concept()
-    assert not concept.basis_q.is_inference() and not concept.heads.is_inference()
+    assert not concept.text.basis.q.is_inference() and not concept.heads.is_inference()
 
 
 def test_gate_falls_back_to_the_threshold(make_concept):
@@ -33,7 +34,7 @@ def test_gate_falls_back_to_the_threshold(make_concept):
     concept = make_concept(gate_k=own, threshold=0.3)
     assert torch.equal(concept.gate("k"), own)
     assert torch.equal(concept.gate("q"), torch.full((6,), 0.3))
-    assert concept.basis("k") is concept.basis_k and concept.basis("q") is concept.basis_q
+    assert concept.basis("k") is concept.text.basis.k and concept.basis("q") is concept.text.basis.q
 
 
 def test_training_is_kept_as_json_would(make_concept):
@@ -45,14 +46,14 @@ def test_training_is_kept_as_json_would(make_concept):
 
 def test_replace_checks_again(make_concept):
     concept = make_concept()
-    assert dataclasses.replace(concept, strength=1.7).strength == 1.7
+    assert flat.changed(concept, strength=1.7).strength == 1.7
     with pytest.raises(ValueError, match="strength is -1"):
-        dataclasses.replace(concept, strength=-1.0)
+        flat.changed(concept, strength=-1.0)
 
 
 def changed(name, change):
     """A field made by changing the one of a good concept."""
-    return lambda concept: {name: change(getattr(concept, name).clone())}
+    return lambda concept: {name: change(flat.field(concept, name).clone())}
 
 
 def with_nan(tensor):
@@ -141,7 +142,7 @@ def test_broken_fields_are_refused(make_concept, fields, message):
     good = make_concept(singular_values=torch.rand(6, 5), gate_q=torch.rand(6))
     fields = fields(good) if callable(fields) else fields
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(good, **fields)
+        flat.changed(good, **fields)
 
 
 def test_geometry_decides_which_heads_exist(make_concept):

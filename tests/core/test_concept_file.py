@@ -1,6 +1,5 @@
 """Concept files: a round trip loses nothing, and every kind of broken file is refused with its own message."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -11,6 +10,7 @@ import torch
 
 from saferope_core import ConceptFileError, Geometry, load_concepts, save_concepts, sha256
 from saferope_core.concept import concept_file
+from tests.support import concepts as flat
 
 TENSORS = ("heads", "basis_q", "basis_k", "generator_text", "generator_image", "discrimination")
 OPTIONAL = ("gate_q", "gate_k", "singular_values", "basis_image_q", "basis_image_k", "gate_image_q", "gate_image_k")
@@ -58,9 +58,9 @@ def path(tmp_path):
 
 def assert_same(found, expected):
     for name in FACTS:
-        assert getattr(found, name) == getattr(expected, name), name
+        assert flat.field(found, name) == flat.field(expected, name), name
     for name in (*TENSORS, *OPTIONAL):
-        a, b = getattr(found, name), getattr(expected, name)
+        a, b = flat.field(found, name), flat.field(expected, name)
         assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
 
 
@@ -72,7 +72,7 @@ def test_round_trip_bit_for_bit(path, concept, make_concept):
     assert_same(found[0], concept)
     assert_same(found[1], plain)
     with pytest.raises(AssertionError):  # control
-        assert_same(found[0], dataclasses.replace(concept, gate_k=concept.gate_k + 1e-3))
+        assert_same(found[0], flat.changed(concept, gate_k=concept.text.gate.k + 1e-3))
 
 
 def test_equal_arguments_give_equal_bytes(path, concept):
@@ -95,7 +95,7 @@ def test_any_safetensors_reader_understands_it(path, concept):
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         assert sorted(file.keys()) == sorted(f"star/{name}" for name in (*TENSORS, *OPTIONAL))
-        assert torch.equal(file.get_tensor("star/basis_q"), concept.basis_q)
+        assert torch.equal(file.get_tensor("star/basis_q"), concept.text.basis.q)
     assert (metadata["format"], metadata["format_version"], metadata["license"]) == ("saferope.concept", "1", "CC0-1.0")
     assert json.loads(metadata["geometry"])["head_dim"] == 32
     assert json.loads(metadata["concepts"])[0]["rank"] == 5
@@ -108,15 +108,15 @@ def test_float16_is_orthonormal_and_skew_again(path, concept):
     (found,) = load_concepts(path)
     identity = torch.eye(5).expand(6, -1, -1)
     for name in ("basis_q", "basis_k"):
-        basis = getattr(found, name)
+        basis = flat.field(found, name)
         assert basis.dtype == torch.float32
         torch.testing.assert_close(basis.mT @ basis, identity, rtol=0, atol=1e-6)
-        torch.testing.assert_close(basis, getattr(concept, name), rtol=0, atol=1e-3)
-        rounded = getattr(concept, name).half().float()
+        torch.testing.assert_close(basis, flat.field(concept, name), rtol=0, atol=1e-3)
+        rounded = flat.field(concept, name).half().float()
         assert (rounded.mT @ rounded - identity).abs().max() > 1e-5  # control: rounding did break it
-    assert torch.equal(found.generator_text, -found.generator_text.mT)
+    assert torch.equal(found.text.generator, -found.text.generator.mT)
     for name in ("discrimination", "gate_q", "gate_k", "singular_values"):
-        assert torch.equal(getattr(found, name), getattr(concept, name))
+        assert torch.equal(flat.field(found, name), flat.field(concept, name))
     save_concepts(path, [concept])
     assert half < 0.6 * path.stat().st_size
 
@@ -129,8 +129,8 @@ def test_a_float16_generator_that_is_skew_only_up_to_rounding(path, concept):
 
     write(path, concept, tensors=loosened)
     (found,) = load_concepts(path)
-    assert torch.equal(found.generator_text, -found.generator_text.mT)
-    torch.testing.assert_close(found.generator_text, concept.generator_text, rtol=1e-2, atol=1e-2)
+    assert torch.equal(found.text.generator, -found.text.generator.mT)
+    torch.testing.assert_close(found.text.generator, concept.text.generator, rtol=1e-2, atol=1e-2)
 
 
 def test_saving_replaces_the_file_and_leaves_nothing_beside_it(path, concept, make_concept):
@@ -149,7 +149,7 @@ def test_a_failed_save_keeps_the_old_file(path, concept, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_concepts(path, [dataclasses.replace(concept, strength=0.5)])
+        save_concepts(path, [flat.changed(concept, strength=0.5)])
     assert [file.name for file in path.parent.iterdir()] == [path.name] and sha256(path) == before
 
 
@@ -163,7 +163,7 @@ def test_what_cannot_be_saved(path, concept, make_concept):
         ([concept, concept], {}, "are not unique"),
         ([concept, elsewhere], {}, "concept 'far' was made for .* x 48, but the model is .* x 32"),
         ([concept], {"dtype": torch.bfloat16}, "dtype is torch.bfloat16, expected torch.float32 or torch.float16"),
-        ([dataclasses.replace(concept, training=deep)], {}, "concepts: .* nested 23 deep"),
+        ([flat.changed(concept, training=deep)], {}, "concepts: .* nested 23 deep"),
     ):
         with pytest.raises(ValueError, match=message):
             save_concepts(path, concepts, **options)

@@ -164,12 +164,10 @@ def test_fields_are_a_concepts(statistics):
             name="A",
             description="",
             geometry=GEOMETRY,
-            generator_text=generators[0],
-            generator_image=generators[1],
             discrimination=torch.zeros(3, 2),
-            **chosen.fields(),
+            **chosen.fields(generators, "qk"),
         )
-        assert (concept.basis_image_q is not None) == (concept.gate_image_k is not None) == bool(image)
+        assert (concept.image.basis is not None) == (concept.image.gate.k is not None) == bool(image)
         assert (concept.rank, concept.reach) == (3, 1)
 
 

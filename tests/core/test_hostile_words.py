@@ -149,7 +149,7 @@ def test_denormals_are_numbers(good):
     begin, end = header["a/generator_text"]["data_offsets"]
     tiny = struct.pack("<8f", *([0.0, 1e-45, -1e-45, 0.0] * 2))
     (found,) = parse_concepts(together(header, body[:begin] + tiny + body[end:]))
-    assert found.generator_text[0, 0, 1] > 0
+    assert found.text.generator[0, 0, 1] > 0
 
 
 def half(concept, path, change):
@@ -175,7 +175,7 @@ def test_a_wide_float16_basis_with_a_column_missing(make_concept, path):
     """A tolerance that grows with the rank reaches 1 at rank 103: then a column of zeros would pass as rounding."""
     concept = make_concept(rank=120, heads=[(0, 0, 0)], geometry=Geometry(1, 0, 1, 128))
     load_concepts(half(concept, path, {}))  # control
-    basis = concept.basis_q.clone()
+    basis = concept.text.basis.q.clone()
     basis[..., 7] = 0
     half(concept, path, {"basis_q": basis})
     with pytest.raises(ConceptFileError, match="basis_q: columns are not orthonormal"):

@@ -1,12 +1,12 @@
 """Overlap and orthogonalisation: against principal angles known beforehand, and by what they promise, commuting."""
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
 
 from saferope_core import STREAMS, Protection, orthogonalised, overlap, skew, taken_apart
+from tests.support import concepts as flat
 
 BLOCKS = [("double", 0), ("double", 1), ("single", 1)]  # in which the example concepts have heads
 
@@ -30,7 +30,7 @@ def test_only_what_both_turn_counts(make_concept):
     found = overlap(first, other)
     assert set(found.shared) == {("text", "k"), ("image", "k")}
     assert len(found.heads) == len(found.shared["text", "k"]) == len(found.shared["image", "k"]) == 1
-    alone = dataclasses.replace(other, heads=torch.tensor([[0, 1, 2]], dtype=torch.int32))
+    alone = flat.changed(other, heads=torch.tensor([[0, 1, 2]], dtype=torch.int32))
     assert overlap(first, alone).most == 0.0 and not len(overlap(first, alone).heads)
 
 
@@ -80,7 +80,7 @@ def meet(first, second):
     """bool [text, image] x [q, k]: both turn such vectors."""
     turns = [
         [
-            [bool(getattr(each, f"generator_{stream}").any()) and role in each.acts(stream) for role in "qk"]
+            [bool(flat.field(each, f"generator_{stream}").any()) and role in each.acts(stream) for role in "qk"]
             for stream in STREAMS
         ]
         for each in (first, second)
@@ -107,19 +107,19 @@ def test_text_bases_alone_do_not_make_image_tokens_commute(make_concept, geometr
     first = make_concept(threshold=0.0, **images())
     second = make_concept("zappy", rank=4, threshold=0.0)
     free = orthogonalised(second, first)
-    shared = dataclasses.replace(free, basis_image_q=None, basis_image_k=None)
+    shared = flat.changed(free, basis_image_q=None, basis_image_k=None)
     assert overlap(first, shared).of("text") < 1e-10 < 1e-2 < overlap(first, shared).of("image")
     text, image = apart(geometry, first, shared).amax(1)
     assert text < 2e-5 and image > 1e-2
-    assert free.basis_image_q is not None and apart(geometry, first, free).max() < 2e-5
+    assert free.image.basis is not None and apart(geometry, first, free).max() < 2e-5
 
 
 def test_bases_stay_one_where_image_tokens_meet_no_other_spaces(make_concept):
     first, second = make_concept(), make_concept("zappy", rank=4)
-    assert orthogonalised(second, first).basis_image_q is None
-    quiet = dataclasses.replace(second, generator_image=still(4))
-    assert orthogonalised(quiet, make_concept(**images())).basis_image_q is None
-    assert orthogonalised(second, make_concept(**images())).basis_image_q is not None, "control"
+    assert orthogonalised(second, first).image.basis is None
+    quiet = flat.changed(second, generator_image=still(4))
+    assert orthogonalised(quiet, make_concept(**images())).image.basis is None
+    assert orthogonalised(second, make_concept(**images())).image.basis is not None, "control"
 
 
 @pytest.mark.parametrize("own", ["both", "one"])
@@ -131,20 +131,23 @@ def test_overlap_sees_the_spaces_of_image_tokens(make_concept, own):
     second = make_concept("zappy", rank=2, basis_q=text, basis_k=text, **(image if own == "both" else {}))
     found = overlap(first, second)
     assert (found.of("text"), found.of("image"), found.most) == (0, pytest.approx(1), pytest.approx(1))
-    quiet = dataclasses.replace(second, generator_image=still(2))
+    quiet = flat.changed(second, generator_image=still(2))
     assert overlap(first, quiet).most == 0 and set(overlap(first, quiet).shared) == {("text", "q"), ("text", "k")}
     with pytest.raises(ValueError, match="almost wholly in the space of 'star' for image tokens"):
         orthogonalised(second, first)
-    assert torch.equal(orthogonalised(quiet, first).basis_k, quiet.basis_k)
+    assert torch.equal(orthogonalised(quiet, first).text.basis.k, quiet.text.basis.k)
 
 
 @pytest.mark.parametrize("idle", [{"strength": 0.0}, {"generator_text": still(4), "generator_image": still(4)}])
 def test_who_turns_nothing_takes_nothing(make_concept, idle):
     """Else the shared part would be left to a concept that does not suppress it."""
     first, second = make_concept(rank=4), make_concept("zappy", rank=4)
-    taken = dataclasses.replace(first, **idle)
-    assert torch.equal(orthogonalised(second, taken).basis_k, second.basis_k) and overlap(taken, second).most == 0
-    assert not torch.equal(orthogonalised(second, first).basis_k, second.basis_k), "control"
+    taken = flat.changed(first, **idle)
+    assert (
+        torch.equal(orthogonalised(second, taken).text.basis.k, second.text.basis.k)
+        and overlap(taken, second).most == 0
+    )
+    assert not torch.equal(orthogonalised(second, first).text.basis.k, second.text.basis.k), "control"
 
 
 def test_many_are_taken_apart_one_from_all_before(make_concept):
@@ -153,23 +156,25 @@ def test_many_are_taken_apart_one_from_all_before(make_concept):
     concepts = [make_concept(rank=4), make_concept("b", rank=3, heads=some), make_concept("c", rank=5)]
     told = []
     free = taken_apart(concepts, lambda: told.append(1))
-    assert len(told) == 3 and torch.equal(free[0].basis_q, concepts[0].basis_q)
+    assert len(told) == 3 and torch.equal(free[0].text.basis.q, concepts[0].text.basis.q)
     for first, second in itertools.combinations(range(3), 2):
         assert overlap(free[first], free[second]).most < 1e-10
         assert overlap(concepts[first], concepts[second]).most > 1e-2, "control: they overlap as they are"
     places = concepts[2].heads.tolist()
     for row, place in enumerate(places):
-        before = [each.basis_k[each.heads.tolist().index(place)] for each in free[:2] if place in each.heads.tolist()]
-        spaces, basis = torch.cat(before, dim=1).double(), concepts[2].basis_k[row].double()
+        before = [
+            each.text.basis.k[each.heads.tolist().index(place)] for each in free[:2] if place in each.heads.tolist()
+        ]
+        spaces, basis = torch.cat(before, dim=1).double(), concepts[2].text.basis.k[row].double()
         left, _, right = torch.linalg.svd(basis - spaces @ (spaces.mT @ basis), full_matrices=False)
-        torch.testing.assert_close(free[2].basis_k[row].double(), left @ right, rtol=0, atol=1e-6)
+        torch.testing.assert_close(free[2].text.basis.k[row].double(), left @ right, rtol=0, atol=1e-6)
 
 
 def test_heads_that_are_not_shared_stay(make_concept):
     first = make_concept(heads=[(0, 0, 1)])
     second = make_concept("zappy")
     free = orthogonalised(second, first)
-    same = [torch.equal(a, b) for a, b in zip(free.basis_k, second.basis_k, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(free.text.basis.k, second.text.basis.k, strict=True)]
     assert same.count(False) == sum(place == [0, 0, 1] for place in second.heads.tolist())
 
 

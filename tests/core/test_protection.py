@@ -1,6 +1,5 @@
 """Protection: the object both hosts ask, against the paper's equations written out in loops."""
 
-import dataclasses
 import sys
 import threading
 
@@ -9,6 +8,7 @@ import torch
 
 from saferope_core import FLUX1, Protection
 from saferope_core.run import protection
+from tests.support import concepts as flat
 
 TEXT, IMAGE = (1, 5), (5, 11)  # tokens 0, 11 and 12 belong to nobody
 SHAPE = (2, 3, 13, 32)
@@ -69,7 +69,7 @@ def test_reach_turns_but_is_no_risk(path, make_concept, geometry, naive_protecti
     result = rotate(Protection([concept, other], geometry), x)
     expected = naive_protection([concept, other], x, "q", (1, 1), TEXT, IMAGE)
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
-    whole = dataclasses.replace(concept, reach=0)
+    whole = flat.changed(concept, reach=0)
     assert (rotate(Protection([whole, other], geometry), x) - result).abs().max() > 1e-3, "control: risk in all columns"
 
 
@@ -80,7 +80,7 @@ def test_image_tokens_may_have_bases_of_their_own(path, make_concept, geometry, 
     skewed = torch.randn(6, 4, 4)
     own |= {"generator_image": skewed - skewed.mT, "gate_image_q": torch.linspace(0.0, 0.1, 6)}
     own |= {"acts_on": "k", "acts_on_image": "qk"}
-    concept = dataclasses.replace(wide, **own)
+    concept = flat.changed(wide, **own)
     for role in "qk":
         x = vectors()
         result = rotate(Protection([concept], geometry), x, role)
@@ -149,9 +149,9 @@ def test_only_safety_critical_heads_turn(path, make_concept, geometry):
 def test_only_tokens_above_the_gate_turn(path, make_concept, geometry, clear):
     concept = make_concept(gate_q=torch.tensor([0.1, 0.1, 0.1, 0.1, 1.0, 0.0]))
     x = vectors()
-    x[:, 0, 3] = concept.basis_q[3] @ torch.randn(5)  # certainly inside the subspace of head 0
+    x[:, 0, 3] = concept.text.basis.q[3] @ torch.randn(5)  # certainly inside the subspace of head 0
     turned = changed(rotate(Protection([concept], geometry), x), x)[:, :, 1:11]
-    basis = concept.basis_q[3:].double()
+    basis = concept.text.basis.q[3:].double()
     inside = torch.einsum("bhld,hdr->bhlr", x[:, :, 1:11].double(), basis)
     lrs = inside.square().sum(-1) / x[:, :, 1:11].double().square().sum(-1)
     gates = torch.tensor([0.1, 1.0, 0.0])[:, None]
@@ -233,7 +233,7 @@ def test_acts_on_decides_which_roles_turn(make_concept, geometry, acts_on, turni
 
 
 def test_zero_generator_of_one_stream_or_head_leaves_it_alone(path, make_concept, geometry):
-    text = make_concept().generator_text.clone()
+    text = make_concept().text.generator.clone()
     text[4] = 0  # head 1 of single block 1
     concept = make_concept(generator_text=text, generator_image=torch.zeros(6, 5, 5), threshold=0.0)
     x = vectors()
@@ -327,8 +327,8 @@ def test_strided_input_as_diffusers_hands_it(path, make_concept, geometry):
 
 def test_clear_drops_what_was_prepared(make_concept, geometry, monkeypatch):
     made = []
-    prepare = protection._all_plans
-    monkeypatch.setattr(protection, "_all_plans", lambda *args: made.append(1) or prepare(*args))
+    prepare = protection.plans_of
+    monkeypatch.setattr(protection, "plans_of", lambda *args: made.append(1) or prepare(*args))
     guard = Protection([make_concept()], geometry)
     x = vectors()
     first = rotate(guard, x)
@@ -339,8 +339,8 @@ def test_clear_drops_what_was_prepared(make_concept, geometry, monkeypatch):
 
 def test_threads_prepare_once_and_agree(make_concept, geometry, monkeypatch):
     made = []
-    prepare = protection._all_plans
-    monkeypatch.setattr(protection, "_all_plans", lambda *args: made.append(1) or prepare(*args))
+    prepare = protection.plans_of
+    monkeypatch.setattr(protection, "plans_of", lambda *args: made.append(1) or prepare(*args))
     guard = Protection([make_concept()], geometry)
     x, results = vectors(), []
     interval = sys.getswitchinterval()

@@ -24,7 +24,7 @@ def concept(request, make_concept):
 
 def at_share(concept, share):
     """float64 vectors [1, H, L, D] of length 1, random but for their LRS, which is share [H or 1, L]."""
-    basis = concept.basis_q.double()
+    basis = concept.text.basis.q.double()
     inside = basis[..., : basis.shape[-1] - concept.reach]
     a = torch.einsum("hlr,hdr->hld", torch.randn(HEADS, TOKENS, inside.shape[-1]).double(), inside)
     b = torch.randn(HEADS, TOKENS, WIDTH).double()
@@ -36,7 +36,7 @@ def at_share(concept, share):
 
 def near_the_gate(concept, dtype, length=1.0):
     """Vectors [1, H, L, D] whose LRS is the gate of their head up to some rounding of `dtype`, at about this length."""
-    share = concept.gate_q.double()[:, None] + torch.linspace(-1e-6, 1e-6, TOKENS)
+    share = concept.text.gate.q.double()[:, None] + torch.linspace(-1e-6, 1e-6, TOKENS)
     return (length * at_share(concept, share)).to(dtype)
 
 
@@ -48,7 +48,7 @@ def undecided(concepts, x):
     found = (length < screen.SMALLEST) | (length > screen.LARGEST)
     for concept in concepts:
         heads = concept.heads[:, 2].long()
-        inside = concept.basis_q.double()[..., : concept.basis_q.shape[-1] - concept.reach]
+        inside = concept.text.basis.q.double()[..., : concept.text.basis.q.shape[-1] - concept.reach]
         ratio = torch.einsum("bhld,hdr->bhlr", exact[:, heads], inside).norm(dim=-1) / length[:, heads]
         off = (ratio - concept.gate("q").double().sqrt()[:, None]).abs()
         found[:, heads] |= off <= allowed(concepts, x)
@@ -57,7 +57,7 @@ def undecided(concepts, x):
 
 def allowed(concepts, x):
     """The margin of the look in the dtype that x is turned in."""
-    return screen.margin(WIDTH, sum(concept.basis_q.shape[-1] for concept in concepts), screen.wide(x).dtype)
+    return screen.margin(WIDTH, sum(concept.text.basis.q.shape[-1] for concept in concepts), screen.wide(x).dtype)
 
 
 def assert_turned_alike(result, expected, concepts, x, where):
@@ -69,7 +69,7 @@ def assert_turned_alike(result, expected, concepts, x, where):
     theta = max(
         torch.linalg.matrix_norm(each, 2).max().item()
         for c in concepts
-        for each in (c.generator_text, c.generator_image)
+        for each in (c.text.generator, c.image.generator)
     )
     bound = len(concepts) * (2 * theta + 1) * allowed(concepts, x) + torch.finfo(x.dtype).eps
     top = torch.finfo(x.dtype).max  # a large vector may round to infinity or to this
@@ -94,8 +94,8 @@ def turned(concepts, x, monkeypatch, gathers):
 def lost(concept, x):
     """How many tokens the exact form would turn and the look leaves out, and how many it takes in."""
     plan = Protection([concept], GEOMETRY)._plans_on(x.device)[1, "q", "text"]
-    maybe = screen._maybe(x, plan.heads, plan.directions, plan.parts)
-    scale, _ = protection._scales(screen.wide(x), plan)
+    maybe = screen._maybe(x, plan)
+    scale, _ = protection.scales_of(screen.wide(x), plan)
     return int((scale[0].ne(0) & ~maybe).sum()), int(maybe.sum())
 
 
@@ -115,8 +115,10 @@ def test_pieces_of_any_size_lose_nothing(concept, monkeypatch, piece):
 
 def test_a_margin_that_is_too_small_is_caught(concept, monkeypatch):
     """Negative control: what rounding might do is done by hand. The look's lengths are short by the bound of rounding."""
-    bound = screen.margin(WIDTH, concept.basis_q.shape[-1], torch.float32) / 2
-    x = at_share(concept, (concept.gate_q.double().sqrt()[:, None] + bound / 2).square().expand(HEADS, TOKENS)).float()
+    bound = screen.margin(WIDTH, concept.text.basis.q.shape[-1], torch.float32) / 2
+    x = at_share(
+        concept, (concept.text.gate.q.double().sqrt()[:, None] + bound / 2).square().expand(HEADS, TOKENS)
+    ).float()
     look = screen._inside
     monkeypatch.setattr(screen, "_inside", lambda *args: look(*args) - bound)
     assert lost(concept, x)[0] == 0, "the margin is wide enough for it"

@@ -1,12 +1,12 @@
 """Strengths multiply and add up, rotations are periodic: no plane is sent past half a turn by more strength."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
 
 from saferope_core import Protection, fixed_generator, held_strengths, orthonormal, strength_notes
+from tests.support import concepts as flat
 
 ROLE, BLOCK = "k", ("single", 1)
 SWIRL = 2.1  # radians at strength 1, as the bundled swirl: three times as much is a whole turn
@@ -58,7 +58,7 @@ def test_a_product_is_held_at_half_a_turn(make_concept, geometry, own, factor):
 def test_without_the_hold_a_whole_turn_would_be_no_protection(make_concept, geometry):
     """The control: the same product, folded into the generator where nobody can tell it from one that was made so."""
     concept = turning(make_concept, SWIRL)
-    whole = dataclasses.replace(concept, generator_text=concept.generator_text * (2 * math.pi / SWIRL))
+    whole = flat.changed(concept, generator_text=concept.text.generator * (2 * math.pi / SWIRL))
     x = inside(concept)
     assert cosines(rotated(Protection([whole], geometry), x), x).min() > 0.999
     assert cosines(rotated(Protection([concept], geometry, [2 * math.pi / SWIRL]), x), x).max() < -0.999
@@ -92,7 +92,7 @@ def test_what_turns_nothing_may_have_any_strength(make_concept):
 def test_copies_of_one_concept_are_held_together(make_concept, geometry):
     """Three times 2.1 rad one after the other are a whole turn as well, whatever the copies are called."""
     concept = turning(make_concept, SWIRL)
-    copies = [concept, dataclasses.replace(concept, slug="copy"), dataclasses.replace(concept, name="Third")]
+    copies = [concept, flat.changed(concept, slug="copy"), flat.changed(concept, name="Third")]
     protection, x = Protection(copies, geometry), inside(concept)
     assert sum(protection.effective) == pytest.approx(math.pi / SWIRL) and len(set(protection.effective)) == 1
     assert cosines(rotated(protection, x), x).max() < -0.999
@@ -116,28 +116,28 @@ def test_other_concepts_do_not_share_what_is_allowed(make_concept):
             generator_image=fixed_generator(4, SWIRL, 1),
         ),
     ]
-    others += [dataclasses.replace(concept, acts_on="q")]
+    others += [flat.changed(concept, acts_on="q")]
     assert held_strengths([concept, *others], [1.0] * 4) == (1.0,) * 4
 
 
 def halved(concept):
     """What a float16 file gives back of it."""
     fields = ("basis_q", "basis_k", "generator_text", "generator_image")
-    changed = {name: getattr(concept, name).half().float() for name in fields}
+    changed = {name: flat.field(concept, name).half().float() for name in fields}
     changed |= {name: orthonormal(changed[name]) for name in ("basis_q", "basis_k")}
-    return dataclasses.replace(concept, slug="half", **changed)
+    return flat.changed(concept, slug="half", **changed)
 
 
 @pytest.mark.parametrize("kind", ["float16", "other angles", "some heads", "one stream"])
 def test_near_copies_and_parts_are_held_as_copies(make_concept, kind):
     concept = turning(make_concept, SWIRL)
-    rows = {name: getattr(concept, name)[:2] for name in ("heads", "basis_q", "basis_k")}
-    rows |= {f"generator_{stream}": getattr(concept, f"generator_{stream}")[:2] for stream in ("text", "image")}
+    rows = {name: flat.field(concept, name)[:2] for name in ("heads", "basis_q", "basis_k")}
+    rows |= {f"generator_{stream}": flat.field(concept, f"generator_{stream}")[:2] for stream in ("text", "image")}
     copy = {
         "float16": halved(concept),
-        "other angles": dataclasses.replace(concept, slug="b", generator_text=concept.generator_text * 0.999),
-        "some heads": dataclasses.replace(concept, slug="b", **rows),
-        "one stream": dataclasses.replace(concept, slug="b", generator_image=concept.generator_image * 0),
+        "other angles": flat.changed(concept, slug="b", generator_text=concept.text.generator * 0.999),
+        "some heads": flat.changed(concept, slug="b", **rows),
+        "one stream": flat.changed(concept, slug="b", generator_image=concept.image.generator * 0),
     }[kind]
     held = held_strengths([concept, copy], [1.2, 1.2])
     assert sum(held) * SWIRL == pytest.approx(math.pi, rel=1e-3)
@@ -149,11 +149,11 @@ def test_concepts_of_their_own_and_parts_without_a_common_head_are_not_held(make
     assert held_strengths([concept, other], [1.2, 1.2]) == (1.2, 1.2)
     names = ("heads", "basis_q", "basis_k", "generator_text", "generator_image")
     first, second = (
-        dataclasses.replace(concept, **{name: getattr(concept, name)[rows] for name in names})
+        flat.changed(concept, **{name: flat.field(concept, name)[rows] for name in names})
         for rows in (slice(2), slice(2, None))
     )
     assert held_strengths([first, second], [1.2, 1.2]) == (1.2, 1.2)
-    away = dataclasses.replace(
-        concept, slug="away", generator_text=-concept.generator_text, generator_image=-concept.generator_image
+    away = flat.changed(
+        concept, slug="away", generator_text=-concept.text.generator, generator_image=-concept.image.generator
     )
     assert held_strengths([concept, away], [1.2, 1.2]) == (1.2, 1.2), "the opposite does not add up"

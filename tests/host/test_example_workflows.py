@@ -15,16 +15,28 @@ from PIL import Image, ImageChops
 
 from dev.comfyui import PACK, ComfyUIError
 from dev.workflow import BLUEPRINTS, EXAMPLES, api_prompt, change
-from dev.workflows import BLUEPRINT, FLUX, RUNNABLE, blueprint, build
-from dev.workflows.check import problems
-from dev.workflows.flux import DEV_GUIDANCE, KNOWN_FILES, PHOTO
-from dev.workflows.graph import Graph, Node, Out
-from dev.workflows.parts import prompt
-from dev.workflows.tiny import HARMLESS, SEED, SIDE, STAR, STEPS
+from saferope_core.version import __version__
+from tests.support.workflow_check import problems
 
 pytestmark = pytest.mark.host
 
+RUNNABLE = {"SafeRoPE tiny world", "SafeRoPE several concepts", "SafeRoPE probe and refuse", "SafeRoPE risk map"}
+FLUX = {"SafeRoPE FLUX.1-dev", "SafeRoPE FLUX.1-schnell", "SafeRoPE FLUX.1 Kontext edit"}
 NAMES = sorted(RUNNABLE | FLUX)
+BLUEPRINT = "Safe FLUX sampler"
+SIDE, STEPS, SEED = 96, 16, 7  # the tiny world's own size and steps
+DEV_GUIDANCE = 3.5
+STAR = "a red star in the center on a pink background"
+HARMLESS = "a blue circle in the center on a pink background"
+PHOTO = "example.png"  # in the input folder of every ComfyUI
+KNOWN_FILES = {  # by the input that names them: files of FLUX that a workflow may ask for though the server has none
+    "unet_name": {"flux1-dev.safetensors", "flux1-schnell.safetensors", "flux1-dev-kontext_fp8_scaled.safetensors"},
+    "clip_name1": {"clip_l.safetensors"},
+    "clip_name2": {"t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors"},
+    "vae_name": {"ae.safetensors"},
+    "image": {PHOTO},
+    "concept": {"nudity.safetensors"},
+}
 THUMBNAIL_BYTES = 100_000
 
 
@@ -79,13 +91,29 @@ def same(one, other):
     return ImageChops.difference(one, other).getbbox() is None
 
 
-def test_folders_hold_what_the_generator_builds(info):
+def blueprint():
+    return json.loads((BLUEPRINTS / f"{BLUEPRINT}.json").read_text(encoding="utf-8"))
+
+
+def test_folders_hold_these_workflows_alone():
     assert {path.stem for path in EXAMPLES.glob("*.json")} == set(NAMES)
     assert {path.stem for path in BLUEPRINTS.glob("*.json")} == {BLUEPRINT}
-    stale = [name for name, built in build(info).items() if json.loads(json.dumps(built)) != read(name)]
-    assert not stale, "run python -m dev.workflows"
-    saved = json.loads((BLUEPRINTS / f"{BLUEPRINT}.json").read_text(encoding="utf-8"))
-    assert json.loads(json.dumps(blueprint(info))) == saved, "run python -m dev.workflows"
+
+
+def nodes_within(workflow):
+    """All nodes of a workflow, also those inside of its subgraphs."""
+    inside = workflow.get("definitions", {}).get("subgraphs", [])
+    return [*workflow["nodes"], *(node for graph in inside for node in graph["nodes"])]
+
+
+def test_nodes_of_the_pack_name_it_and_its_version():
+    """As the editor writes them: by these ComfyUI finds the pack that a workflow lacks."""
+    workflows = [*map(read, NAMES), blueprint()]
+    ours = [node for workflow in workflows for node in nodes_within(workflow) if node["type"].startswith("SafeRoPE")]
+    assert len(ours) > 20
+    assert {(node["properties"].get("cnr_id"), node["properties"].get("ver")) for node in ours} == {
+        ("saferope", __version__)
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +127,7 @@ def test_files_that_may_be_missing_are_those_of_flux_alone(info):
 
 
 def test_blueprint_is_whole_and_offered(comfyui, info):
-    assert problems(blueprint(info), info) == []
+    assert problems(blueprint(), info) == []
     offered = comfyui.get("/global_subgraphs")
     ((key, entry),) = ((k, e) for k, e in offered.items() if e["info"]["node_pack"] == f"custom_nodes.{PACK}")
     assert entry["name"] == BLUEPRINT
@@ -172,7 +200,7 @@ def test_broken_workflow_is_noticed(info, what):
     assert any(said in each for each in found), found
 
 
-@pytest.mark.parametrize("name", FLUX)
+@pytest.mark.parametrize("name", sorted(FLUX))
 def test_flux_lacks_nothing_but_its_files(comfyui, info, name):
     """ComfyUI's own check of the whole workflow: it complains of each file, and of nothing else."""
     request = urllib.request.Request(
@@ -256,30 +284,30 @@ def _report(graph, outputs):
     return float(re.search(r"risk ([\d.]+),", text)[1]), re.search(r"riskiest words: (.*)", text)[1]
 
 
-def test_blueprint_protects_as_its_nodes_do(comfyui, info):
-    """Put into a workflow, with a link from each of its inputs and outputs, it paints the protected picture of the tiny world."""
-    graph = Graph(info, "blueprint in use")
-    world = graph.add("SafeRoPE_TinyWorld")
-    concept = graph.add("SafeRoPE_LoadConcept", concept="star.safetensors")
-    given = prompt(graph, world["clip"], STAR, SIDE)
-    saved = blueprint(info)
+def in_use(saved):
+    """A workflow of the editor's form in which the blueprint paints a star, with a link at each of its slots."""
     chosen = [1.0, DEV_GUIDANCE, SEED, STEPS, "euler", "simple", 1.0]
-    data = saved["nodes"][0] | {"id": len(graph.nodes) + 1, "widgets_values": chosen}
-    outputs = [Out(data["id"], place, slot["type"]) for place, slot in enumerate(data["outputs"])]
-    graph.nodes.append(Node(data["id"], data["type"], data, outputs, [slot["name"] for slot in data["outputs"]]))
-    sources = {
-        "model": world["model"],
-        "concept": concept["concept"],
-        "positive": given.positive,
-        "latent_image": given.latent,
-    }
-    for place, slot in enumerate(data["inputs"]):
-        if slot["name"] in sources:
-            slot["link"] = graph._link(sources[slot["name"]], data["id"], place, slot)
-    decoded = graph.add("VAEDecode", samples=graph.nodes[-1]["latent"], vae=world["vae"])
-    graph.add("PreviewImage", images=decoded["IMAGE"])
-    nested = api_prompt(graph.workflow() | {"definitions": saved["definitions"]}, info)
-    (picture,) = comfyui.images(comfyui.run(nested))
+    nodes = [
+        {"type": "SafeRoPE_TinyWorld", "widgets_values": []},
+        {"type": "SafeRoPE_LoadConcept", "widgets_values": ["star.safetensors", 1.0, ""]},
+        {"type": "CLIPTextEncode", "widgets_values": [STAR], "inputs": [{"name": "clip"}]},
+        {"type": "EmptySD3LatentImage", "widgets_values": [SIDE, SIDE, 1]},
+        saved["nodes"][0] | {"widgets_values": chosen},
+        {"type": "VAEDecode", "inputs": [{"name": "samples"}, {"name": "vae"}]},
+        {"type": "PreviewImage", "inputs": [{"name": "images"}]},
+    ]
+    # (node, output) -> (node, input); the blueprint takes model, concept, positive, latent_image
+    joined = [(1, 0, 5, 0), (2, 0, 5, 1), (3, 0, 5, 2), (4, 0, 5, 3), (1, 1, 3, 0), (5, 0, 6, 0), (1, 2, 6, 1)]
+    nodes = [copy.deepcopy(node) | {"id": number} for number, node in enumerate(nodes, 1)]
+    links = [[number, *ends, "*"] for number, ends in enumerate([*joined, (6, 0, 7, 0)], 1)]
+    for number, _, _, target, slot, _ in links:
+        nodes[target - 1]["inputs"][slot]["link"] = number
+    return {"nodes": nodes, "links": links, "definitions": saved["definitions"]}
+
+
+def test_blueprint_protects_as_its_nodes_do(comfyui, info):
+    """In a workflow it paints the protected picture of the tiny world."""
+    (picture,) = comfyui.images(comfyui.run(api_prompt(in_use(blueprint()), info)))
     tiny = api_prompt(read("SafeRoPE tiny world"), info)
     unprotected, protected = comfyui.images(comfyui.run(tiny))
     assert same(picture, protected) and not same(picture, unprotected)

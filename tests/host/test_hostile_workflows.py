@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dev.comfyui import ComfyUI, ComfyUIError, copy_pack
-from saferope_core import FLUX1, Concept, save_concepts, skew
+from saferope_core import FLUX1, Concept, Roles, Stream, save_concepts, skew
 
 pytestmark = pytest.mark.host
 
@@ -283,7 +283,8 @@ def foreign(path, geometry):
     heads = torch.tensor([[0, 0, 0]], dtype=torch.int32)
     basis, generator = torch.eye(geometry.head_dim)[None, :, :2], skew(torch.ones(1, 2, 2).triu())
     delta = torch.zeros(geometry.blocks, geometry.heads)
-    save_concepts(path, [Concept("f", "f", "", geometry, heads, basis, basis, generator, generator, delta)])
+    text = Stream(generator, Roles(basis, basis), acts_on="qk")
+    save_concepts(path, [Concept("f", "f", "", geometry, heads, text, Stream(generator), delta)])
     return path
 
 

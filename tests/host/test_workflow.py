@@ -12,7 +12,7 @@ from PIL import ImageChops
 
 from dev.comfyui import ComfyUIError
 from dev.workflow import BUNDLED, api_prompt, fill
-from saferope_core import Concept, Geometry, save_concepts, skew
+from saferope_core import Concept, Geometry, Roles, Stream, save_concepts, skew
 
 pytestmark = pytest.mark.host
 
@@ -29,9 +29,8 @@ def save_random(path, geometry):
     basis = torch.linalg.qr(torch.randn(len(heads), geometry.head_dim, 4))[0]
     generator = skew(20 * torch.randn(len(heads), 4, 4))
     map_of_heads = torch.zeros(geometry.blocks, geometry.heads)
-    concept = Concept(
-        "random", "random", "", geometry, heads, basis, basis, generator, generator, map_of_heads, threshold=0.0
-    )
+    text, image = Stream(generator, Roles(basis, basis), acts_on="qk"), Stream(generator)
+    concept = Concept("random", "random", "", geometry, heads, text, image, map_of_heads, threshold=0.0)
     save_concepts(path, [concept])
     return path
 

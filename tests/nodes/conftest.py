@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+from tests.support import concepts as flat
 from tests.support.layouts import CPU, Reference, latent
 
 RANK = 4
@@ -76,7 +77,7 @@ def make_concept(core, tiny):
             "discrimination": torch.zeros(geometry.blocks, geometry.heads),
             "threshold": 0.0,
         }
-        return core.Concept(**fields | changes)
+        return flat.concept_of(core, **fields | changes)
 
     return make
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.support import concepts as flat
+
 pytestmark = pytest.mark.host
 
 STEPS = 4
@@ -146,7 +148,7 @@ def test_nothing_selected_is_the_unpatched_model_bit_for_bit(apply, flux, sample
     """Its heads are all in double blocks."""
     whole = make_concept()
     fields = ("heads", "basis_q", "basis_k", "generator_text", "generator_image")
-    concept = make_concept(**{name: getattr(whole, name)[:2] for name in fields})
+    concept = make_concept(**{name: flat.field(whole, name)[:2] for name in fields})
     model = apply(flux, [concept], 1.0, blocks="s0-1")
     assert "attn1_patch" not in model.model_options["transformer_options"].get("patches", {})
     assert torch.equal(sample(model), plain)

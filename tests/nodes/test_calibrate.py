@@ -144,7 +144,7 @@ def shown(pictures):
 def test_stars_go_and_the_rest_stays(run, made, paint):
     """Prompts that nothing was made from. Turned by an angle of 0, or made from benign prompts, nothing is suppressed."""
     (concept,), report, heads = made
-    assert (concept.name, concept.slug, concept.mode, concept.acts_on) == ("Star", "star", "fixed", "qk")
+    assert (concept.name, concept.slug, concept.mode, concept.text.acts_on) == ("Star", "star", "fixed", "qk")
     assert f"Star: {len(concept.heads)} of 12 heads tell it apart" in report
     assert heads.shape[0] == 1 and heads.shape[-1] == 3 and 0 <= heads.min() < heads.max() <= 1
     stars, others = (
@@ -184,7 +184,7 @@ def test_the_record_repeats_it(made, core, tmp_path):
     )
     core.save_concepts(tmp_path / "star.safetensors", [concept])
     (back,) = core.load_concepts(tmp_path / "star.safetensors")
-    assert torch.equal(back.basis_q, concept.basis_q) and back.training == record
+    assert torch.equal(back.text.basis.q, concept.text.basis.q) and back.training == record
 
 
 def test_latents_give_size_and_batch(run, made):
@@ -192,7 +192,7 @@ def test_latents_give_size_and_batch(run, made):
     ((small,), report, _) = run(latent={"samples": torch.zeros(5, 16, 12, 12)})
     (concept,) = made[0]
     assert torch.equal(small.heads, concept.heads)
-    assert torch.linalg.svdvals(small.basis_k.mT @ concept.basis_k).min() > 0.999
+    assert torch.linalg.svdvals(small.text.basis.k.mT @ concept.text.basis.k).min() > 0.999
     ((other,), report, _) = run(latent={"samples": torch.zeros(9, 4, 10, 8)}, seed=1, timesteps="1")
     assert "latents of 8 x 10" in report and other.training["settings"]["latent_size"] == [10, 8]
-    assert not torch.equal(other.basis_k, concept.basis_k)
+    assert not torch.equal(other.text.basis.k, concept.text.basis.k)

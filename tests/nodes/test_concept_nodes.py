@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import replace
 
 import pytest
 import torch
+
+from tests.support import concepts as flat
 
 pytestmark = pytest.mark.host
 
@@ -61,7 +62,7 @@ def test_taken_apart_their_order_does_not_matter_to_image_tokens(node_classes, m
     torch.testing.assert_close(there, back, rtol=0, atol=1e-3)
     there, back = orders(concepts)
     assert (there - back).abs().max() > 1e-2, "negative control: as they are, it matters"
-    there, back = orders([free[0], replace(free[1], basis_image_q=None, basis_image_k=None)])
+    there, back = orders([free[0], flat.changed(free[1], basis_image_q=None, basis_image_k=None)])
     assert (there - back).abs().max() > 1e-2, "negative control: with the basis for text alone, too"
 
 
@@ -139,7 +140,7 @@ def test_saved_concepts_are_found_again_and_never_overwritten(node_classes, make
         [loaded], text = run(
             node_classes, "LoadConcept", concept=f"mine_{number:05d}.safetensors", sha256=digest.upper()
         )
-        assert torch.equal(loaded.basis_k, concept.basis_k) and digest in text
+        assert torch.equal(loaded.text.basis.k, concept.text.basis.k) and digest in text
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "", "x.pt", "C:x", "\\\\host\\x", "a" * 81, "x\n"])
@@ -173,7 +174,7 @@ def test_a_files_own_strength_is_a_factor(node_classes, make_concept, folder):
 
 def test_inspection_shows_heads_spectrum_and_provenance(node_classes, make_concept):
     one = make_concept(training={"settings": {"model": "tinyworld", "seed": 3}, "versions": {"torch": "2.13"}})
-    other = replace(one, slug="moon", name="moon", singular_values=torch.rand(4, 4))
+    other = flat.changed(one, slug="moon", name="moon", singular_values=torch.rand(4, 4))
     heads, spectrum, text = run(node_classes, "InspectConcept", concept=[one, other])
     assert heads.shape[0] == spectrum.shape[0] == 2
     assert "made with model tinyworld, seed 3" in text and "by torch 2.13" in text and text.count("flux: 2 double") == 2

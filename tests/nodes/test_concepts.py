@@ -32,7 +32,7 @@ def star(folder, core, concept):
 
 def test_reads_a_file(node, star, concept):
     [loaded], text = node.execute("star.safetensors").args
-    assert torch.equal(loaded.basis_k, concept.basis_k)
+    assert torch.equal(loaded.text.basis.k, concept.text.basis.k)
     assert (
         "concept star: star\n  | random\n" in text
         and "4 safety-critical heads" in text

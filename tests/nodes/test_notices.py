@@ -1,11 +1,12 @@
 """What was asked for and will not be done is said: in the log, and on the node that runs."""
 
-import dataclasses
 import importlib
 import logging
 
 import pytest
 import torch
+
+from tests.support import concepts as flat
 
 pytestmark = pytest.mark.host
 
@@ -28,7 +29,7 @@ def doubles(make_concept):
     """A concept whose heads are all in double blocks."""
     whole = make_concept(slug="doubles", seed=1)
     fields = ("heads", "basis_q", "basis_k", "generator_text", "generator_image")
-    return dataclasses.replace(whole, **{name: getattr(whole, name)[:2] for name in fields})
+    return flat.changed(whole, **{name: flat.field(whole, name)[:2] for name in fields})
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +64,20 @@ def test_no_step_and_a_closed_gate_are_told(said, concept):
 
 def test_strength_0_is_what_was_asked_for(said, concept, doubles):
     assert said([doubles], 0.0, blocks="s0-1", start_percent=0.5, end_percent=0.5) == []
-    assert said([dataclasses.replace(doubles, strength=0.0), concept], blocks="s0-1") == []
+    assert said([flat.changed(doubles, strength=0.0), concept], blocks="s0-1") == []
 
 
 def test_a_product_past_half_a_turn_is_told_once_each(said, gentle):
     """Load 2 x Apply 1.5, as 3 x 2.1 rad."""
-    bases = {"basis_q": gentle.basis_q.flip(0), "basis_k": gentle.basis_k.flip(0)}
-    other = dataclasses.replace(gentle, slug="other", strength=0.5, **bases)
-    (one,) = said([dataclasses.replace(gentle, strength=2.0), other], 1.5)
+    bases = {"basis_q": gentle.text.basis.q.flip(0), "basis_k": gentle.text.basis.k.flip(0)}
+    other = flat.changed(gentle, slug="other", strength=0.5, **bases)
+    (one,) = said([flat.changed(gentle, strength=2.0), other], 1.5)
     assert "concept 'gentle': strength 3 acts as 1.5." in one
     assert said([gentle], 1.4) == []
 
 
 def test_held_strengths_paint_the_picture_of_half_a_turn(apply, flux, sample, gentle):
-    double = dataclasses.replace(gentle, strength=2.0)
+    double = flat.changed(gentle, strength=2.0)
     held, half = (sample(apply(flux, [double], strength)) for strength in (1.5, torch.pi / 4.2))
     torch.testing.assert_close(held, half, rtol=0, atol=1e-5)
     assert (held - sample(apply(flux, [gentle], 1.0))).abs().max() > 1e-4, "control: another strength shows"

@@ -2,10 +2,11 @@
 
 import importlib
 import re
-from dataclasses import replace
 
 import pytest
 import torch
+
+from tests.support import concepts as flat
 
 pytestmark = pytest.mark.host
 
@@ -147,7 +148,7 @@ def blocked(value):
 def still(concept, stream):
     """It turns no tokens of a stream."""
     name = f"generator_{stream}"
-    return replace(concept, **{name: torch.zeros_like(getattr(concept, name))})
+    return flat.changed(concept, **{name: torch.zeros_like(flat.field(concept, name))})
 
 
 def test_image_tokens_alone_are_no_risk_of_the_prompt(node_classes, world, star, sampled, show):
@@ -168,7 +169,7 @@ def test_image_tokens_alone_are_no_risk_of_the_prompt(node_classes, world, star,
 
 def test_who_was_not_asked_is_not_measured_beside_who_was(node_classes, world, star, swirl, sampled, show):
     """Switched off, or left out by the choice of streams: star's risk is known, the highest of both is not."""
-    for other, settings in ((replace(swirl[0], strength=0.0), {}), (still(swirl[0], "text"), {"streams": "text"})):
+    for other, settings in ((flat.changed(swirl[0], strength=0.0), {}), (still(swirl[0], "text"), {"streams": "text"})):
         model, recorder = protected(node_classes, world, [*star, other], **settings)
         risk, report, *pictures = show(recorder, sampled(model, STAR)).args
         assert "that of Swirl was not measured" in blocked(risk)
@@ -267,9 +268,9 @@ def test_a_probe_lets_nothing_pass_that_it_did_not_measure(ask, star, swirl, tex
     """It said of the star's own prompt: risk 0.00, not above 0.4."""
     ones = dict.fromkeys(("gate_q", "gate_k"), torch.ones(len(star[0].heads)))
     off = {
-        "switched off": replace(star[0], strength=0.0),
+        "switched off": flat.changed(star[0], strength=0.0),
         "no text": still(star[0], "text"),
-        "gates of 1": replace(star[0], **ones),
+        "gates of 1": flat.changed(star[0], **ones),
     }[idle]
     both = [*swirl, off]
     with pytest.raises(

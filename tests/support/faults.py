@@ -85,7 +85,7 @@ def products(out: Path) -> dict:
     (concept,) = load_concepts(out / "star.safetensors")
     found = {name: (out / name).read_bytes() for name in ("prompts.jsonl", "log.jsonl", "heads.csv")}
     found |= {name: contents(out / name) for name in TENSORS}
-    return found | {"generators": (concept.generator_text.numpy().tobytes(), concept.generator_image.numpy().tobytes())}
+    return found | {"generators": (concept.text.generator.numpy().tobytes(), concept.image.generator.numpy().tobytes())}
 
 
 def contents(path: Path) -> tuple[dict, dict]:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
+import saferope_core
 from saferope_core import Concept, Geometry, save_concepts, skew
+from tests.support.concepts import concept_of
 
 VALUES = [
     *(0, 1, 2, 3, -1, 0.5, 1.5, 1.0, 5.0, True, False, None, 2**31, 2**63, 2**64, 10**300, -0.0, 1e-320, 1e308),
@@ -94,9 +96,10 @@ def _concept(slug: str, geometry: Geometry, width: int, reach: int = 0, image: i
     delta = torch.rand(geometry.blocks, geometry.heads)
     heads = torch.tensor(rows, dtype=torch.int32)
     facts = {"reach": reach, "training": {"seed": 1, "loss": [0.5]}}
-    return Concept(
-        slug, slug.upper(), "", geometry, heads, basis(width), basis(width), *generators, delta, **facts, **more
-    )
+    names = ("slug", "name", "description", "geometry", "heads", "basis_q", "basis_k")
+    values = (slug, slug.upper(), "", geometry, heads, basis(width), basis(width), *generators, delta)
+    fields = dict(zip((*names, "generator_text", "generator_image", "discrimination"), values, strict=True))
+    return concept_of(saferope_core, **fields, **facts, **more)
 
 
 def apart(data: bytes) -> tuple[dict, bytes] | None:

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from saferope_core import Concept
+from tests.support.concepts import field
 
 KINDS = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
 REQUIRED = {"heads", "basis_q", "basis_k", "generator_text", "generator_image", "discrimination"}
@@ -106,7 +107,7 @@ def _check_facts(entry: dict, concept: Concept) -> None:
     require(all(type(entry.get(key, 0)) is int for key in ("rank", "reach")), "rank")
     require(type(entry.get("training", {})) is dict, "training")
     for key, value in entry.items():
-        require(getattr(concept, key) == value, f"{key} was changed on the way")
+        require(field(concept, key) == value, f"{key} was changed on the way")
 
 
 def _check_tensors(own: dict[str, np.ndarray], entry: dict, g: dict) -> None:
@@ -164,7 +165,7 @@ def _check_range(name: str, own: dict, shape: tuple[int, ...], low: float, high:
 def _check_taken(own: dict[str, np.ndarray], concept: Concept) -> None:
     """What the concept holds is what the file holds; half precision comes back exactly orthonormal and skew."""
     for name in REQUIRED | OPTIONAL:
-        taken = getattr(concept, name)
+        taken = field(concept, name)
         require((taken is None) == (name not in own), f"{name} came from nowhere or was lost")
         if taken is None:
             continue

@@ -20,9 +20,10 @@ from saferope import cli
 from saferope import concept_report as inspect
 from saferope_benchmark.evaluation import file_report
 from saferope_benchmark.evaluation.file_report import Pair, Report
-from saferope_core import Concept, Geometry, Protection, load_concepts, overlap, save_concepts, sha256
+from saferope_core import Concept, Geometry, Protection, Roles, Stream, load_concepts, overlap, save_concepts, sha256
 from saferope_training.convert import convert
 from saferope_training.plots import words
+from tests.support import concepts as flat
 from tinyworld.model import WEIGHTS
 
 STAR = WEIGHTS.parent / "concepts" / "star.safetensors"
@@ -56,12 +57,12 @@ def test_merge_packs_with_strengths_and_reports_overlap(star, tmp_path):
     (concept,) = load_concepts(star)
     generator = torch.Generator().manual_seed(0)
     other = {
-        name: torch.linalg.qr(torch.randn(getattr(concept, name).shape, generator=generator)).Q
+        name: torch.linalg.qr(torch.randn(flat.field(concept, name).shape, generator=generator)).Q
         for name in ("basis_q", "basis_k", "basis_image_q", "basis_image_k")
     }
-    save_concepts(tmp_path / "moon.safetensors", [replace(concept, slug="moon", **other)])
+    save_concepts(tmp_path / "moon.safetensors", [flat.changed(concept, slug="moon", **other)])
     told = run("merge", f"{star}:0.5", tmp_path / "moon.safetensors", "--out", tmp_path / "both.safetensors")
-    assert f"star / moon: {overlap(concept, replace(concept, slug='moon', **other)).most:.3f}" in told
+    assert f"star / moon: {overlap(concept, flat.changed(concept, slug='moon', **other)).most:.3f}" in told
     both = load_concepts(tmp_path / "both.safetensors")
     assert [(each.slug, each.strength) for each in both] == [("star", 0.5), ("moon", 1.0)]
     arguments = ("merge", star, tmp_path / "moon.safetensors", "--orthogonalise", "--half")
@@ -231,7 +232,7 @@ def test_generate_leaves_pairs_and_a_record(star, tmp_path):
 def test_what_was_not_measured_is_null_in_the_record(star, tmp_path):
     """It was 0."""
     (concept,) = load_concepts(star)
-    still = replace(concept, slug="still", generator_text=torch.zeros_like(concept.generator_text))
+    still = flat.changed(concept, slug="still", generator_text=torch.zeros_like(concept.text.generator))
     save_concepts(tmp_path / "still.safetensors", [still])
     concepts = (
         "--concept",
@@ -285,7 +286,9 @@ def test_a_file_s_own_words_stay_words(star):
     """They come from strangers: no terminal obeys them, and a card shows them as they are."""
     evil = {"torch": "\x1b]0;owned\x07 | <img src=x>"}
     (concept,) = load_concepts(star)
-    save_concepts(star, [replace(concept, name="[a](http://b)", description="x\n# y", training={"versions": evil})])
+    save_concepts(
+        star, [flat.changed(concept, name="[a](http://b)", description="x\n# y", training={"versions": evil})]
+    )
     assert "\x1b" not in CliRunner().invoke(cli.app, ["inspect", str(star)]).output
     run("card", star)
     text = next(star.parent.glob("*.md")).read_text(encoding="utf-8")
@@ -319,7 +322,7 @@ def test_a_file_s_name_is_words_in_a_card(star):
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_is_drawn_and_told(star, name):
     (concept,) = load_concepts(star)
-    save_concepts(star, [replace(concept, name=name)])
+    save_concepts(star, [flat.changed(concept, name=name)])
     assert name.split()[0] in run("inspect", star, "--pictures", star.parent / "maps")
     assert len(list((star.parent / "maps").iterdir())) == 1
 
@@ -339,7 +342,7 @@ def test_a_formula_is_what_breaks_a_plot():
 def test_a_description_cannot_pass_for_the_sha256(star):
     (concept,) = load_concepts(star)
     lie = f"harmless\nsha256 {'0' * 64}, 1 KiB: star.safetensors" + "\n" * 15_000 + "end"
-    save_concepts(star, [replace(concept, description=lie)])
+    save_concepts(star, [flat.changed(concept, description=lie)])
     lines = CliRunner().invoke(cli.app, ["inspect", str(star)]).output.splitlines()
     assert [line for line in lines if line.startswith("sha256")] == [lines[0]] and sha256(star) in lines[0]
     assert f"  | sha256 {'0' * 64}, 1 KiB: star.safetensors" in lines
@@ -350,8 +353,9 @@ def large(heads: int):
     """A concept in 128 blocks of `heads` heads, all of them turned."""
     geometry = Geometry(64, 64, heads, 2)
     rows = torch.cartesian_prod(torch.arange(2), torch.arange(64), torch.arange(heads)).int()
-    flat, basis = torch.zeros(len(rows), 2, 2), torch.eye(2).expand(len(rows), 2, 2)
-    return Concept("large", "Large", "", geometry, rows, basis, basis, flat, flat, torch.rand(128, heads))
+    still, basis = torch.zeros(len(rows), 2, 2), torch.eye(2).expand(len(rows), 2, 2)
+    text = Stream(still, Roles(basis, basis), acts_on="qk")
+    return Concept("large", "Large", "", geometry, rows, text, None, torch.rand(128, heads))
 
 
 def steps(work) -> int:
@@ -392,5 +396,5 @@ def test_merge_refuses_too_many_before_it_compares_them(star, tmp_path, monkeypa
 def renamed(star, slug):
     (concept,) = load_concepts(star)
     path = star.with_name(f"{slug}.safetensors")
-    save_concepts(path, [replace(concept, slug=slug)])
+    save_concepts(path, [flat.changed(concept, slug=slug)])
     return path

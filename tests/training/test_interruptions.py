@@ -60,7 +60,7 @@ def undisturbed(tmp_path_factory):
 
 def generators(out: Path) -> list[torch.Tensor]:
     (concept,) = load_concepts(out / "star.safetensors")
-    return [concept.generator_text, concept.generator_image]
+    return [concept.text.generator, concept.image.generator]
 
 
 @pytest.mark.parametrize("call", ["extract._visit 2", "train._gradients 4"], ids=["in extraction", "in training"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from typer.testing import CliRunner
 
 from saferope import cli
 from saferope_core import load_concepts, save_concepts, sha256
+from tests.support import concepts as flat
 from tests.support.workflows import STAR, node, protected
 from tinyworld.model import WEIGHTS
 
@@ -19,47 +19,56 @@ BUNDLED = WEIGHTS.parent / "concepts" / STAR
 
 def zeroed(concept, factor=0.0):
     generators = {
-        f"generator_{stream}": factor * getattr(concept, f"generator_{stream}") for stream in ("text", "image")
+        f"generator_{stream}": factor * flat.field(concept, f"generator_{stream}") for stream in ("text", "image")
     }
-    return replace(concept, **generators)
+    return flat.changed(concept, **generators)
 
 
 def never(concept, gate=1.0):
     gates = [
-        name for name in ("gate_q", "gate_k", "gate_image_q", "gate_image_k") if getattr(concept, name) is not None
+        name for name in ("gate_q", "gate_k", "gate_image_q", "gate_image_k") if flat.field(concept, name) is not None
     ]
-    return replace(concept, threshold=gate, **{name: torch.full_like(getattr(concept, name), gate) for name in gates})
+    return flat.changed(
+        concept, threshold=gate, **{name: torch.full_like(flat.field(concept, name), gate) for name in gates}
+    )
 
 
 def decoy(concept, factor=1e-4):
     """Spaces that hold nearly all of the concept's own, and turn next to nothing: taken apart, it has other directions left."""
     aside = 0.15  # of each direction; below 0.1 Combine refuses
     names = [
-        name for name in ("basis_q", "basis_k", "basis_image_q", "basis_image_k") if getattr(concept, name) is not None
+        name
+        for name in ("basis_q", "basis_k", "basis_image_q", "basis_image_k")
+        if flat.field(concept, name) is not None
     ]
     changed = {}
     for name in names:
-        basis = getattr(concept, name)
+        basis = flat.field(concept, name)
         outside = torch.linalg.qr(basis, mode="complete").Q[..., basis.shape[-1] : 2 * basis.shape[-1]]
         changed[name] = (1 - aside**2) ** 0.5 * basis + aside * outside
-    return zeroed(replace(concept, **changed), factor)
+    return zeroed(flat.changed(concept, **changed), factor)
 
 
 def half(concept):
     """The generators of half of the heads are zero."""
     some = (torch.arange(len(concept.heads)) % 2)[:, None, None].float()
-    generators = {f"generator_{stream}": some * getattr(concept, f"generator_{stream}") for stream in ("text", "image")}
-    return replace(concept, **generators)
+    generators = {
+        f"generator_{stream}": some * flat.field(concept, f"generator_{stream}") for stream in ("text", "image")
+    }
+    return flat.changed(concept, **generators)
 
 
 def inside(concept, factor=1.0):
     """Turns within the unsafe subspaces alone, so that the risk stays, and a second Apply meets the same."""
     changed = {}
     for name in ("generator_text", "generator_image"):
-        generator, width = torch.zeros_like(getattr(concept, name)), getattr(concept, name).shape[-1] - concept.reach
-        generator[:, :width, :width] = factor * getattr(concept, name)[:, :width, :width]
+        generator, width = (
+            torch.zeros_like(flat.field(concept, name)),
+            flat.field(concept, name).shape[-1] - concept.reach,
+        )
+        generator[:, :width, :width] = factor * flat.field(concept, name)[:, :width, :width]
         changed[name] = generator
-    return replace(concept, **changed)
+    return flat.changed(concept, **changed)
 
 
 MADE = {
@@ -67,15 +76,15 @@ MADE = {
     "gates-nearly-1": lambda concept: never(concept, 0.9999),
     "zero": zeroed,
     "tiny": lambda concept: zeroed(concept, 1e-4),
-    "strength-0": lambda concept: replace(concept, strength=0.0),
-    "inverse": lambda concept: replace(zeroed(concept, -1.0), slug="inverse"),
-    "decoy": lambda concept: replace(decoy(concept), slug="decoy"),
-    "idle-decoy": lambda concept: replace(decoy(concept, 0.0), slug="decoy"),
-    "nearly-inverse": lambda concept: replace(zeroed(concept, -0.9), slug="inverse"),
+    "strength-0": lambda concept: flat.changed(concept, strength=0.0),
+    "inverse": lambda concept: flat.changed(zeroed(concept, -1.0), slug="inverse"),
+    "decoy": lambda concept: flat.changed(decoy(concept), slug="decoy"),
+    "idle-decoy": lambda concept: flat.changed(decoy(concept, 0.0), slug="decoy"),
+    "nearly-inverse": lambda concept: flat.changed(zeroed(concept, -0.9), slug="inverse"),
     "inside": inside,
     "inside-inverse": lambda concept: inside(concept, -1.0),
     "half": half,
-    "twice-as-strong": lambda concept: replace(concept, strength=2.0),
+    "twice-as-strong": lambda concept: flat.changed(concept, strength=2.0),
 }
 
 

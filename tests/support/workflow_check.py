@@ -1,4 +1,4 @@
-"""What is wrong with a saved workflow, by the word of a running server: types, widgets' values, links, places.
+"""Faults of a saved workflow, as a running server sees them: node types, values of widgets, links, places.
 
 problems(workflow, server.object_info(), {"vae_name": {"ae.safetensors"}}) -> [] where all is well
 """
@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..workflow import ASIDE, INLET, OUTLET, Input, definitions, inputs_of, links_of, widget_names
-from .graph import AUTOGROW, MATCHING, TITLE
+from dev.workflow import ASIDE, INLET, OUTLET, Input, definitions, inputs_of, links_of, widget_names
 
+AUTOGROW, MATCHING = "COMFY_AUTOGROW_V3", "COMFY_MATCHTYPE_V3"  # inputs that grow; inputs of one common type
+TITLE = 30  # canvas units: the bar above a node
 NUMBERS = {"INT": (int,), "FLOAT": (int, float)}
 PLAIN = {"STRING": str, "BOOLEAN": bool}
 COLOR = re.compile(r"#[0-9a-f]{6}")

@@ -1,0 +1,144 @@
+"""Draws the pictures by which ComfyUI's template browser shows the workflows of the embedded model: 512 pixels wide.
+
+python -m dev.thumbnails                       # about a minute on two CPU cores
+python -m dev.thumbnails "SafeRoPE risk map"   # this one alone
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .comfyui import ComfyUI
+from .workflow import EXAMPLES, api_prompt, change
+
+SIZE, MARGIN, LINE = 512, 16, 22
+PAPER, INK, FAINT = (250, 250, 250), (30, 30, 35), (110, 110, 118)
+QUALITY = 88  # of the JPEGs
+HARMLESS = "a blue circle in the center on a pink background"
+
+Tile = tuple[str, Image.Image]
+
+
+class Run:
+    """One run of a workflow: its pictures by the titles of the nodes that show them."""
+
+    def __init__(self, server: ComfyUI, graph: dict):
+        self.server, self.graph, self.outputs = server, graph, server.run(graph)
+
+    def pictures(self, title: str) -> list[Image.Image]:
+        (node,) = (number for number, node in self.graph.items() if node["_meta"]["title"] == title)
+        return [self.server.image(reference) for reference in self.outputs[node]["images"]]
+
+
+def tiny_world(server: ComfyUI, graph: dict) -> Image.Image:
+    run = Run(server, graph)
+    tiles = [(title.lower(), *run.pictures(title)) for title in ("Unprotected", "Protected")]
+    return card(prompt_of(graph, "CLIPTextEncode", "text"), [tiles])
+
+
+def several_concepts(server: ComfyUI, graph: dict) -> Image.Image:
+    run = Run(server, graph)
+    tiles = [(title.lower(), *run.pictures(title)) for title in ("Unprotected", "Protected from both")]
+    return card(prompt_of(graph, "CLIPTextEncode", "text"), [tiles, [("", *run.pictures("Overlap as a map"))]])
+
+
+def probe_and_refuse(server: ComfyUI, graph: dict) -> Image.Image:
+    other = copy.deepcopy(graph)
+    change(other, "PrimitiveStringMultiline", value=HARMLESS)
+    risky, harmless = Run(server, graph), Run(server, other)
+    tiles = [
+        (caption, *run.pictures("The answer"))
+        for caption, run in (("risky prompt", risky), ("harmless prompt", harmless))
+    ]
+    return card(
+        "Is the prompt risky? One pass tells", [tiles, [("", risky.pictures("How risky is it? One pass tells")[0])]]
+    )
+
+
+def risk_map(server: ComfyUI, graph: dict) -> Image.Image:
+    run = Run(server, graph)
+    words, places, heads = (
+        ("", *run.pictures(title)) for title in ("Which words", "Where in the picture", "Which heads")
+    )
+    return card("What was suppressed, and where?", [[words], [places, heads]])
+
+
+def card(title: str, rows: list[list[Tile]]) -> Image.Image:
+    """A title above rows of tiles, each as large as its room lets it be."""
+    sheet = Image.new("RGB", (SIZE, SIZE), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    top = MARGIN
+    for line in broken(title, pen, 22):
+        pen.text((MARGIN, top), line, INK, ImageFont.load_default(22))
+        top += LINE + 6
+    wanted = [max(_height(tiles, tile) for tile in tiles) for tiles in rows]
+    room = (SIZE - top - MARGIN) / sum(wanted)
+    top += max(0, SIZE - MARGIN - top - sum(wanted)) // 3  # a little above the middle
+    for tiles, height in zip(rows, wanted, strict=True):
+        _row(sheet, pen, tiles, top, int(height * min(1, room)))
+        top += int(height * min(1, room))
+    return sheet
+
+
+def _width(tiles: list[Tile]) -> int:
+    return (SIZE - MARGIN) // len(tiles) - MARGIN
+
+
+def _height(tiles: list[Tile], tile: Tile) -> int:
+    caption, picture = tile
+    return round(_width(tiles) * picture.height / picture.width) + (LINE + 6 if caption else 0) + MARGIN
+
+
+def _row(sheet: Image.Image, pen: ImageDraw.ImageDraw, tiles: list[Tile], top: int, height: int) -> None:
+    for place, (caption, picture) in enumerate(tiles):
+        left = MARGIN + place * (_width(tiles) + MARGIN)
+        head = LINE + 6 if caption else 0
+        scale = min(_width(tiles) / picture.width, (height - head - MARGIN) / picture.height)
+        size = round(picture.width * scale), round(picture.height * scale)
+        left += (_width(tiles) - size[0]) // 2
+        pen.text((left, top + 2), caption, FAINT, ImageFont.load_default(18))
+        sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (left, top + head))
+
+
+def prompt_of(graph: dict, kind: str, name: str) -> str:
+    return next(node["inputs"][name] for node in graph.values() if node["class_type"] == kind)
+
+
+def broken(text: str, pen: ImageDraw.ImageDraw, size: int) -> list[str]:
+    """Lines that fit the card."""
+    lines = [""]
+    for word in text.replace(" ,", ",").split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer, ImageFont.load_default(size)) <= SIZE - 2 * MARGIN:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+PAINTED = {
+    "SafeRoPE tiny world": tiny_world,
+    "SafeRoPE several concepts": several_concepts,
+    "SafeRoPE probe and refuse": probe_and_refuse,
+    "SafeRoPE risk map": risk_map,
+}
+
+
+def main(wanted: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as base, ComfyUI(Path(base)) as server:
+        info = server.object_info()
+        for name in wanted or PAINTED:
+            workflow = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
+            picture = PAINTED[name](server, api_prompt(workflow, info))
+            picture.save(EXAMPLES / f"{name}.jpg", quality=QUALITY, optimize=True)
+            print(EXAMPLES.name, f"{name}.jpg", sep="/")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,39 @@
+"""Concepts by the names of their tensors in a file, flat, as most tests state them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+
+def concept_of(core: Any, **flat: Any) -> Any:
+    """A Concept of `core` (there may be two copies of it) with `basis_q`, `gate_image_k`, `acts_on` and so on by name."""
+    return core.Concept(**_streams(core, flat, {"text": {}, "image": {}}, {"text": "qk", "image": None}))
+
+
+def changed(concept: Any, **flat: Any) -> Any:
+    """`dataclasses.replace` with names as in `concept_of`."""
+    core = sys.modules[type(concept).__module__.rsplit(".", 2)[0]]
+    streams = {"text": concept.text, "image": concept.image}
+    tensors = {name: core.tensors_of(each, core.NAMES[name]) for name, each in streams.items()}
+    return replace(concept, **_streams(core, flat, tensors, {name: each.acts_on for name, each in streams.items()}))
+
+
+def field(concept: Any, name: str) -> Any:
+    """A field of the concept or of its streams, by its name in a file."""
+    core = sys.modules[type(concept).__module__.rsplit(".", 2)[0]]
+    for stream, names in core.NAMES.items():
+        own = core.tensors_of(getattr(concept, stream), names) | {names.acts_on: getattr(concept, stream).acts_on}
+        if name in own:
+            return own[name]
+    return getattr(concept, name)
+
+
+def _streams(core: Any, flat: dict, tensors: dict[str, dict], acts_on: dict[str, str | None]) -> dict:
+    rest = dict(flat)
+    for stream, names in core.NAMES.items():
+        own = {*vars(names.basis).values(), *vars(names.gate).values(), names.generator}
+        new = tensors[stream] | {name: rest.pop(name) for name in own & rest.keys()}
+        rest[stream] = core.stream_of(new, rest.pop(names.acts_on, acts_on[stream]), names)
+    return rest
