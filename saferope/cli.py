@@ -8,19 +8,38 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Annotated
 
 import typer
 
-from saferope_training.console import guarded
+from saferope_training.console import guarded, say
 
 from .commands import attack, audit, bench, evaluate, files, generate, stages
 
 app = typer.Typer(
-    help="SafeRoPE for FLUX: make concept files that suppress what is not wanted, and measure what they do.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from saferope_core import __version__
+
+        say(f"saferope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """SafeRoPE for FLUX: make concept files that suppress unwanted content, and measure their effect."""
+
+
 for name in ("prompts", "extract", "heads", "train", "calibrate"):
     app.command(name)(getattr(stages, name))
 app.command("evaluate")(evaluate.evaluate)

@@ -55,7 +55,7 @@ PARTS = {
         {"suites"},
     ),
     "saferope": (
-        {"concept_effect", "concept_report"},
+        {"concept_effect", "concept_report", "pipeline"},
         {"commands"},
         {"cli"},
         {"__main__"},
