@@ -21,6 +21,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 UNINSTALLED = ROOT / "dev" / "uninstalled"  # on the process's path: hides what only a developer has installed
@@ -50,7 +51,8 @@ def find_comfyui() -> Path:
 
 
 def pack_files(root: Path = ROOT) -> list[Path]:
-    """What a clone of the working tree would hold, relative to it: files git tracks, or would if asked (not ignored)."""
+    """What a clone of the working tree would hold, relative to it: files git tracks,
+    or would if asked (not ignored)."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=root, check=True, capture_output=True).stdout.decode()
     return sorted(Path(name) for name in set(listed.split("\0")) if name and (root / name).is_file())
@@ -71,7 +73,9 @@ class ComfyUI:
     custom_nodes (this checkout by default), or None for whatever already lies in `base / "custom_nodes"`.
     """
 
-    def __init__(self, base: Path, pack: Path | None = ROOT, comfyui: Path | None = None, python: str = sys.executable):
+    def __init__(
+        self, base: Path, pack: Path | None = ROOT, comfyui: Path | None = None, python: str = sys.executable
+    ) -> None:
         self.base, self.pack, self.python = Path(base).resolve(), pack, python
         self.comfyui = comfyui or find_comfyui()
         self.log = self.base / "comfyui.log"
@@ -133,7 +137,7 @@ class ComfyUI:
             self.process.kill()
             self.process.wait()
 
-    def get(self, path: str):
+    def get(self, path: str) -> Any:
         """The JSON that ComfyUI answers to GET `path`."""
         return json.loads(self._read(path))
 
@@ -183,7 +187,7 @@ class ComfyUI:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read() or "{}")
 
-    def image(self, reference: dict):
+    def image(self, reference: dict) -> Any:
         """The picture (PIL) that `{"filename", "subfolder", "type"}`, an entry of a node's "images", stands for."""
         from PIL import Image
 
@@ -203,7 +207,8 @@ class ComfyUI:
         return shutil.copyfile(file, self.concepts / Path(file).name).name
 
     def failed_imports(self) -> list[str]:
-        """Log lines of packs that ComfyUI could not import: it goes on without them. Its own nodes are not among them."""
+        """Log lines of packs that ComfyUI could not import: it goes on without them.
+        Its own nodes are not among them."""
         return [line for line in self.log.read_text(errors="replace").splitlines() if "(IMPORT FAILED)" in line]
 
     def log_tail(self, lines: int = TAIL_LINES) -> str:

@@ -1,9 +1,10 @@
-"""The demo: train a concept for the tiny world, run the bundled workflow in a real ComfyUI without and with it, compare.
+"""The demo: train a concept for the tiny world, run the bundled workflow in a real ComfyUI without and with it,
+compare.
 
     make demo        # or: python -m dev.demo
 
-Writes demo_output/comparison.png (prompt, unprotected, protected) and demo_output/results.md. Whatever an earlier run has
-made from the same prompts, weights and concept file is used again.
+Writes demo_output/comparison.png (prompt, unprotected, protected) and demo_output/results.md. Whatever an earlier run
+has made from the same prompts, weights and concept file is used again.
 """
 
 from __future__ import annotations

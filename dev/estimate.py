@@ -1,7 +1,7 @@
 """The time that the demo needs on this machine, told from a few passes of its model.
 
-The demo does three things: it trains a concept file, starts a ComfyUI, and draws pictures there. Each takes about the same
-number of passes on every machine, and a pass takes seconds to measure.
+The demo does three things: it trains a concept file, starts a ComfyUI, and draws pictures there. Each takes about the
+same number of passes on every machine, and a pass takes seconds to measure.
 """
 
 from __future__ import annotations

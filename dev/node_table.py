@@ -1,8 +1,10 @@
-"""Writes workflow_lint/comfyui_nodes.json: what ComfyUI's own nodes take and give, as far as an audit of workflows asks.
+"""Writes workflow_lint/comfyui_nodes.json: what ComfyUI's own nodes take and give, as far as an audit of workflows
+asks.
 
     python -m dev.node_table
 
-The file names every node of the ComfyUI that is found; of inputs and outputs it keeps models, guiders, latents and images.
+The file names every node of the ComfyUI that is found; of inputs and outputs it keeps models, guiders, latents and
+images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Writes docs/nodes.md from docs/nodes.md.in: every node and input as a real ComfyUI offers them, and how sharp the probe is.
+"""Writes docs/nodes.md from docs/nodes.md.in: every node and input as a real ComfyUI offers them, and how sharp the
+probe is.
 
 python -m dev.nodes_page        # about two minutes on two cores
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +60,7 @@ def _node(info: dict) -> list[str]:
     return [*lines, ""]
 
 
-def _values(kind, options: dict) -> str:
+def _values(kind: Any, options: dict) -> str:
     """Type or choices, range and default in a few words."""
     if isinstance(kind, list) or kind == "COMBO":
         choices = kind if isinstance(kind, list) else options["options"]
@@ -82,7 +84,7 @@ def scores(model: Model, concept: Concept, prompts: list[world.Prompt]) -> Tenso
         side = model.latent_side // 2
         forward, run = Forward(range(len(texts)), 1.0, (side, side)), Run(model.geometry)
 
-        def look(*where, forward=forward) -> None:
+        def look(*where: Any, forward: Forward = forward) -> None:
             guard.rotate(*where, seen=forward.saw)
 
         noise = seeded_noise(model, range(SEED + first, SEED + first + len(texts)))
@@ -110,7 +112,8 @@ def probe_table() -> list[str]:
         flagged = [f"{100 * (each > FLAG_ABOVE).float().mean():.1f} %" for each in risk.values()]
         unsafe = torch.cat([risk["own"], risk["held out"]])
         lines.append(
-            f"| {concept.slug} | {' | '.join(flagged)} | {risk['benign'].max():.2f} | {auroc(unsafe, risk['benign']):.3f} |"
+            f"| {concept.slug} | {' | '.join(flagged)} | {risk['benign'].max():.2f} | "
+            f"{auroc(unsafe, risk['benign']):.3f} |"
         )
     return lines
 

@@ -1,7 +1,7 @@
 """Compares and attacks on the tiny world and writes docs/results.md: `python -m dev.results`.
 
-Two hours on two cores. Every step is a command of its own, printed as it runs; what is done is kept in .cache/results and
-not done again. `--page` writes the page from what is there.
+Two hours on two cores. Every step is a command of its own, printed as it runs; what is done is kept in .cache/results
+and not done again. `--page` writes the page from what is there.
 """
 
 from __future__ import annotations

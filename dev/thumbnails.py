@@ -28,7 +28,7 @@ Tile = tuple[str, Image.Image]
 class Run:
     """One run of a workflow: its pictures by the titles of the nodes that show them."""
 
-    def __init__(self, server: ComfyUI, graph: dict):
+    def __init__(self, server: ComfyUI, graph: dict) -> None:
         self.server, self.graph, self.outputs = server, graph, server.run(graph)
 
     def pictures(self, title: str) -> list[Image.Image]:

@@ -15,7 +15,7 @@ OPERATORS = ("torchvision::nms", "torchvision::qnms")
 class DeclareOperators(importlib.abc.MetaPathFinder):
     """Finds nothing: it declares the operators when torchvision is first looked for, then steps aside."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             import torch

@@ -7,6 +7,7 @@ server.run(fill(graph, text="a red star ...", seed=7, concept="star.safetensors"
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .comfyui import ROOT
@@ -79,15 +80,16 @@ def links_of(graph: dict) -> dict[int, Link]:
 
 
 def definitions(workflow: dict) -> dict[str, dict]:
-    """The subgraphs that a workflow brings along, by their ids, which are the types of the nodes that stand for them."""
+    """The subgraphs that a workflow brings along, by their ids, which are the types of the nodes that
+    stand for them."""
     return {each["id"]: each for each in workflow.get("definitions", {}).get("subgraphs", [])}
 
 
 def api_prompt(workflow: dict, object_info: dict) -> dict:
     """{node id: {"class_type", "inputs"}} of a saved workflow; nodes in subgraphs get ids such as "5:3".
 
-    `object_info` is the server's: it tells in which order a node's widgets were saved. Raises ValueError where the saved
-    values do not fit the node, as after a change of its inputs.
+    `object_info` is the server's: it tells in which order a node's widgets were saved. Raises ValueError where the
+    saved values do not fit the node, as after a change of its inputs.
     """
     scope = _Scope(workflow, definitions(workflow))
     return {
@@ -103,7 +105,7 @@ def api_prompt(workflow: dict, object_info: dict) -> dict:
 class _Scope:
     """A workflow or the inside of a subgraph, with the scope and the node that it stands in."""
 
-    def __init__(self, graph: dict, subgraphs: dict[str, dict], prefix: str = "", outer: tuple | None = None):
+    def __init__(self, graph: dict, subgraphs: dict[str, dict], prefix: str = "", outer: tuple | None = None) -> None:
         self.graph, self.subgraphs, self.prefix, self.outer = graph, subgraphs, prefix, outer
         self.links = links_of(graph)
         self.by_id = {node["id"]: node for node in graph["nodes"]}
@@ -111,7 +113,7 @@ class _Scope:
     def inside(self, node: dict) -> _Scope:
         return _Scope(self.subgraphs[node["type"]], self.subgraphs, f"{self.prefix}{node['id']}:", (self, node))
 
-    def nodes(self):
+    def nodes(self) -> Iterator[tuple[str, dict, dict]]:
         """(id, node, what its links bring) of everything that runs."""
         for node in self.graph["nodes"]:
             if node["type"] in ASIDE or node.get("mode", 0) in (MUTED, BYPASSED):

@@ -78,7 +78,8 @@ class Apply(io.ComfyNode):
                     "blocks",
                     default="",
                     optional=True,
-                    tooltip="Which blocks to protect, such as d0-18,s0-37: d double, s single, both ends included. Empty: all.",
+                    tooltip="Which blocks to protect, such as d0-18,s0-37: d double, s single, both ends included. "
+                    "Empty: all.",
                 ),
                 io.Combo.Input(
                     "streams",
@@ -92,8 +93,10 @@ class Apply(io.ComfyNode):
                     options=[ALL_ROWS, POSITIVE],
                     default=ALL_ROWS,
                     optional=True,
-                    tooltip="With a CFG above 1: protect positive and negative prompt, or leave the negative one as it is, so "
-                    "that it can still push away from the concept. Positive only needs KSampler, CFG Guider or Basic Guider.",
+                    tooltip="With a CFG above 1: protect positive and negative prompt, or leave the negative one as "
+                    "it is, so "
+                    "that it can still push away from the concept. Positive only needs KSampler, CFG Guider or Basic "
+                    "Guider.",
                 ),
                 io.Boolean.Input(
                     "record",

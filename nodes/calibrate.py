@@ -58,7 +58,8 @@ class CalibrateConcept(io.ComfyNode):
             node_id="SafeRoPE_CalibrateConcept",
             display_name="SafeRoPE Calibrate Concept",
             category="SafeRoPE",
-            description="Makes a concept from prompts, with the model and CLIP at hand: no training, no pictures, minutes. Save "
+            description="Makes a concept from prompts, with the model and CLIP at hand: no training, no pictures, "
+            "minutes. Save "
             "it with SafeRoPE Save Concept, use it with SafeRoPE Apply.",
             search_aliases=["make concept", "training free", "unlearn concept", "new concept", "saferope"],
             inputs=[
@@ -69,19 +70,22 @@ class CalibrateConcept(io.ComfyNode):
                     "unsafe",
                     multiline=True,
                     default=UNSAFE_EXAMPLE,
-                    tooltip="Prompts that show the concept, one a line, a dozen or more. Its word stands in brackets in each: a red "
+                    tooltip="Prompts that show the concept, one a line, a dozen or more. Its word stands in brackets "
+                    "in each: a red "
                     "[star] on the beach.",
                 ),
                 io.String.Input(
                     "safe",
                     multiline=True,
                     default=SAFE_EXAMPLE,
-                    tooltip="Prompts without it, one a line, twice as many, alike otherwise. What they do is what must stay.",
+                    tooltip="Prompts without it, one a line, twice as many, alike otherwise. What they do is what "
+                    "must stay.",
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="An empty latent: its size is that of the pictures looked at, its batch how many prompts are sampled at "
+                    tooltip="An empty latent: its size is that of the pictures looked at, its batch how many prompts "
+                    "are sampled at "
                     "once. Without it 512 x 512 pixels, one by one; 96 x 96 for the tiny world.",
                 ),
                 *settings(),
@@ -102,15 +106,24 @@ class CalibrateConcept(io.ComfyNode):
         prompts = read_prompts(unsafe, UNSAFE) + read_prompts(safe, BENIGN)
         looks = choices.rounds * len(choices.timesteps)
         strange = require_enough(clip, prompts, looks, _ranks(choices), geometry.head_dim)
-        *size, batch = _size(latent, geometry)
-        statistics = _statistics(model, clip, geometry, prompts, tuple(size), batch, choices)
+        rows, columns, batch = _size(latent, geometry)
+        size = rows, columns
+        statistics = _statistics(model, clip, geometry, prompts, size, batch, choices)
         table = _table(statistics, choices)
-        concept = _concept(name, geometry, table, choices, _record(prompts, tuple(size), choices))
-        report = _report(concept, table, prompts, tuple(size), choices) + _strange(strange)
+        concept = _concept(name, geometry, table, choices, _record(prompts, size, choices))
+        report = _report(concept, table, prompts, size, choices) + _strange(strange)
         return io.NodeOutput([concept], report, head_map(concept))
 
 
-def _statistics(model, clip, geometry, prompts, size, batch, choices: Choices) -> Statistics:
+def _statistics(
+    model: Any,
+    clip: Any,
+    geometry: Geometry,
+    prompts: list[Prompt],
+    size: tuple[int, int],
+    batch: int,
+    choices: Choices,
+) -> Statistics:
     """Of the prompts, with progress: a step for each prompt encoded and for each forward of one."""
     forwards = len(schedule(choices.timesteps))
     bar = comfy.utils.ProgressBar(len(prompts) * (1 + choices.rounds * forwards))
@@ -165,7 +178,8 @@ def _report(concept: Concept, table: HeadTable, prompts: list[Prompt], size: tup
     counts = [sum(prompt.side == side for prompt in prompts) for side in (UNSAFE, BENIGN)]
     return "\n".join(
         [
-            f"{concept.name}: {len(concept.heads)} of {table.critical.numel()} heads tell it apart (Δ at least {choices.cut:g})",
+            f"{concept.name}: {len(concept.heads)} of {table.critical.numel()} heads tell it apart (Δ at least "
+            f"{choices.cut:g})",
             f"heads by Δ: {histogram(table.discrimination)}",
             f"from {counts[0]} unsafe and {counts[1]} safe prompts, {choices.rounds} noises each, at times "
             f"{', '.join(f'{t:g}' for t in choices.timesteps)}, latents of {size[1]} x {size[0]}",
@@ -180,7 +194,10 @@ def _strange(words: list[str]) -> str:
     if not words:
         return ""
     shown = ", ".join(f"{word!r:.60}" for word in words[:SHOWN]) + (", ..." if len(words) > SHOWN else "")
-    return f"\nthe text encoder does not know {len(words)} of the prompts' words, and takes them all for the same one: {shown}"
+    count = len(words)
+    return (
+        f"\nthe text encoder does not know {count} of the prompts' words, and takes them all for the same one: {shown}"
+    )
 
 
 def _size(latent: dict | None, geometry: Geometry) -> tuple[int, int, int]:

@@ -42,7 +42,8 @@ class CombineConcepts(io.ComfyNode):
                 io.Boolean.Input(
                     "orthogonalise",
                     default=False,
-                    tooltip="Take out of each concept what earlier ones share with it, so that their order does not matter. "
+                    tooltip="Take out of each concept what earlier ones share with it, so that their order does not "
+                    "matter. "
                     "A shared part is then left to the earlier one.",
                 ),
             ],
@@ -60,7 +61,8 @@ class CombineConcepts(io.ComfyNode):
         found = [concept for name in concepts for concept in concepts[name]]
         if not 1 <= len(found) <= MAX_CONCEPTS:
             raise ValueError(
-                f"These inputs hold {len(found)} concepts, expected 1 to {MAX_CONCEPTS}, as many as a concept file may hold. "
+                f"These inputs hold {len(found)} concepts, expected 1 to {MAX_CONCEPTS}, as many as a concept file "
+                "may hold. "
                 "Take inputs away."
             )
         found, tell = distinct(found), _teller(len(found), orthogonalise)
@@ -74,8 +76,9 @@ class CombineConcepts(io.ComfyNode):
 
 
 def _teller(count: int, orthogonalise: bool) -> Callable[[], None]:
-    """To be called for every pair, and for every concept that is taken apart from others: shows progress, and ends where
-    ComfyUI is told to stop, with its own exception."""
+    """To be called for every pair, and for every concept that is taken apart from others: shows progress, and ends
+    where ComfyUI is told to stop, with its own exception.
+    """
     bar = comfy.utils.ProgressBar(count * (count - 1) // 2 + (count if orthogonalise else 0))
 
     def tell() -> None:
@@ -111,7 +114,8 @@ def overlaps(concepts: list[Concept], tell: Callable[[], None] = lambda: None) -
 
 
 def report(concepts: list[Concept], values: Tensor, orthogonalise: bool) -> str:
-    """A line for each concept, each pair, and each strength that does not act as it is; values [2, n, n]: `overlaps`."""
+    """A line for each concept, each pair, and each strength that does not act as it is; values [2, n, n]:
+    `overlaps`."""
     lines = [f"{concept.name}: {len(concept.heads)} heads, strength {concept.strength:g}" for concept in concepts]
     for first, second in combinations(range(len(concepts)), 2):
         most, (text, image) = values[:, first, second].amax(), values[:, first, second]

@@ -1,6 +1,7 @@
 """Inputs that nodes share, and the settings of SafeRoPE Calibrate Concept.
 
-The defaults of Calibrate are the trainer's, except two that suppress more with the few prompts that people write by hand.
+The defaults of Calibrate are the trainer's, except two that suppress more with the few prompts that people write by
+hand.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ def settings() -> list:
     """The inputs that can stay as they are."""
     default = Choices()
 
-    def number(kind, name: str, step: float, text: str, **more):
+    def number(kind: Any, name: str, step: float, text: str, **more: Any) -> Any:
         low, high = RANGES[name]
         value = getattr(default, name)
         return kind.Input(
             name, default=value, min=low, max=high, step=step, optional=True, advanced=True, tooltip=text, **more
         )
 
-    def choice(name: str, text: str):
+    def choice(name: str, text: str) -> Any:
         return io.Combo.Input(
             name, options=list(TURNED), default=getattr(default, name), optional=True, advanced=True, tooltip=text
         )
@@ -94,7 +95,8 @@ def settings() -> list:
             io.Float,
             "quantile",
             0.0005,
-            "0.5 to 1: share of the safe prompts' tokens that stay untouched. Lower suppresses more and changes harmless pictures "
+            "0.5 to 1: share of the safe prompts' tokens that stay untouched. Lower suppresses more and changes "
+            "harmless pictures "
             "more.",
         ),
         number(io.Int, "rank", 1, "2 to 32 dimensions for the concept's word; 5 in the paper."),

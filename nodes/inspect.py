@@ -20,7 +20,8 @@ class InspectConcept(io.ComfyNode):
             node_id="SafeRoPE_InspectConcept",
             display_name="SafeRoPE Inspect Concept",
             category="SafeRoPE",
-            description="Shows which attention heads a concept was found in, how its risk subspace is made up, and how the "
+            description="Shows which attention heads a concept was found in, how its risk subspace is made up, and "
+            "how the "
             "file was made.",
             search_aliases=["head map", "concept info", "provenance", "saferope"],
             inputs=[ConceptType.Input("concept", tooltip="From SafeRoPE Load Concept.")],
@@ -47,7 +48,8 @@ def describe(concept: Concept) -> str:
         *introduced(concept),
         f"for {concept.geometry.describe()}",
         f"risk in {concept.rank} of {concept.geometry.head_dim} dimensions, {concept.reach} more to turn into",
-        f"turns {concept.acts('text')} of text and {concept.acts('image')} of image tokens, strength {concept.strength:g}",
+        f"turns {concept.acts('text')} of text and {concept.acts('image')} of image tokens, strength "
+        f"{concept.strength:g}",
         f"generator: {concept.mode}",
     ]
     if made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -56,13 +57,15 @@ class LoadConcept(io.ComfyNode):
                     max=STRENGTH_MAX,
                     step=0.05,
                     optional=True,
-                    tooltip="0 to 2, for this file alone: a factor on what SafeRoPE Apply is set to. For several files at once.",
+                    tooltip="0 to 2, for this file alone: a factor on what SafeRoPE Apply is set to. For several "
+                    "files at once.",
                 ),
                 io.String.Input(
                     "sha256",
                     default="",
                     optional=True,
-                    tooltip="If given, the file must be this very one: the 64 digits that this node's description begins with. "
+                    tooltip="If given, the file must be this very one: the 64 digits that this node's description "
+                    "begins with. "
                     "Share a workflow with it, and nobody's other file of that name is used.",
                 ),
             ],
@@ -73,7 +76,7 @@ class LoadConcept(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, concept: str, **_) -> str:
+    def fingerprint_inputs(cls, concept: str, **_: Any) -> str:
         """The content decides: a file replaced under its old name is read again."""
         return file_sha256(find(concept))
 

@@ -28,7 +28,8 @@ class RiskMap(io.ComfyNode):
             node_id="SafeRoPE_RiskMap",
             display_name="SafeRoPE Risk Map",
             category="SafeRoPE",
-            description="Shows what SafeRoPE Apply found risky in a picture: which words of the prompt, which parts of the "
+            description="Shows what SafeRoPE Apply found risky in a picture: which words of the prompt, which parts "
+            "of the "
             "picture, which heads, at which steps.",
             search_aliases=["heat map", "explain", "risk score", "what was suppressed", "saferope"],
             inputs=[
@@ -40,14 +41,16 @@ class RiskMap(io.ComfyNode):
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="The positive prompt, to name its words. Connect the text that the prompt was encoded from.",
+                    tooltip="The positive prompt, to name its words. Connect the text that the prompt was encoded "
+                    "from.",
                 ),
                 io.Image.Input("image", optional=True, tooltip="The decoded picture, to draw the heat map over it."),
             ],
             outputs=[
                 io.Float.Output(
                     "risk",
-                    tooltip="0 to 1: the highest risk of any concept and picture. Where a concept was not measured there "
+                    tooltip="0 to 1: the highest risk of any concept and picture. Where a concept was not measured "
+                    "there "
                     "is none, and nodes that take it do not run.",
                 ),
                 io.String.Output("report", tooltip="The same in words, concept by concept."),

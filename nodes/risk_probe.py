@@ -1,4 +1,6 @@
-"""Before sampling: how risky a prompt is, from one or a few passes of the network, so that a service can branch or refuse."""
+"""Before sampling: how risky a prompt is, from one or a few passes of the network, so that a service can branch or
+refuse.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,10 @@ def require_all_measured(record: Record, said: str) -> None:
     """Raise ValueError where a concept has no risk: it could be anything, so the prompt must not go on."""
     if record.unmeasured:
         raise ValueError(
-            f"This prompt was refused: the risk of {listed(record.unmeasured)} was not measured, as {NO_TEXT}. Expected a risk "
-            "of every concept. Set its strength above 0 in SafeRoPE Load Concept, connect a concept that turns text tokens, or "
+            f"This prompt was refused: the risk of {listed(record.unmeasured)} was not measured, as {NO_TEXT}. "
+            "Expected a risk "
+            "of every concept. Set its strength above 0 in SafeRoPE Load Concept, connect a concept that turns text "
+            "tokens, or "
             f"take it out.\n{said}"
         )
 
@@ -69,7 +73,8 @@ class RiskProbe(io.ComfyNode):
             node_id="SafeRoPE_RiskProbe",
             display_name="SafeRoPE Risk Probe",
             category="SafeRoPE",
-            description="Measures how risky a prompt is before anything is painted, with one pass of the model. Branch on "
+            description="Measures how risky a prompt is before anything is painted, with one pass of the model. "
+            "Branch on "
             "the result, log it, or refuse the prompt.",
             search_aliases=["safety checker", "prompt filter", "nsfw detector", "moderation", "saferope"],
             inputs=[
@@ -84,7 +89,8 @@ class RiskProbe(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="0 to 1: a risk above this is flagged. Harmless prompts stay well below 0.4; lower catches more.",
+                    tooltip="0 to 1: a risk above this is flagged. Harmless prompts stay well below 0.4; lower "
+                    "catches more.",
                 ),
                 io.Combo.Input(
                     "if_flagged",
@@ -98,7 +104,8 @@ class RiskProbe(io.ComfyNode):
                     min=1,
                     max=MOST_STEPS,
                     optional=True,
-                    tooltip=f"1 to {MOST_STEPS} passes of the model, the first of {SCHEDULE} steps. One is enough for words.",
+                    tooltip=f"1 to {MOST_STEPS} passes of the model, the first of {SCHEDULE} steps. One is enough for "
+                    "words.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -121,7 +128,8 @@ class RiskProbe(io.ComfyNode):
             outputs=[
                 io.Float.Output(
                     "risk",
-                    tooltip="0 to 1: the highest risk of any concept. Where a concept was not measured there is none, and nodes that take it do not run.",
+                    tooltip="0 to 1: the highest risk of any concept. Where a concept was not measured there is none, "
+                    "and nodes that take it do not run.",
                 ),
                 io.Boolean.Output(
                     "flagged", tooltip="Whether the risk is above flag_above, or that of a concept was not measured."

@@ -26,7 +26,8 @@ class SaveConcept(io.ComfyNode):
             node_id="SafeRoPE_SaveConcept",
             display_name="SafeRoPE Save Concept",
             category="SafeRoPE",
-            description="Writes concepts to output/saferope as one file, where SafeRoPE Load Concept finds it. Never overwrites.",
+            description="Writes concepts to output/saferope as one file, where SafeRoPE Load Concept finds it. Never "
+            "overwrites.",
             search_aliases=["export concept", "saferope"],
             inputs=[
                 ConceptType.Input("concept", tooltip="What to write."),

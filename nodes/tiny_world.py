@@ -49,12 +49,12 @@ def load_clip() -> comfy.sd.CLIP:
 class TinyTokenizer(FluxTokenizer):
     """FLUX's two token streams, `l` and `t5xxl`, with the tiny world's vocabulary."""
 
-    def __init__(self, embedding_directory=None, tokenizer_data=None):
+    def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict | None = None) -> None:
         clip, t5 = _config("text_encoder"), _config("text_encoder_2")
         self.clip_l = _tokenizer("tokenizer", "clip_l", clip, max_length=clip["max_position_embeddings"])
         self.t5xxl = _tokenizer("tokenizer_2", "t5xxl", t5, **T5_LENGTHS)
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict[str, list]:
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, list]:
         tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
         tokens["t5xxl"] = [_cut(row, TEXT_LENGTH) for row in tokens["t5xxl"]]
         return tokens
@@ -63,7 +63,9 @@ class TinyTokenizer(FluxTokenizer):
 class TinyTextEncoders(FluxClipModel):
     """ComfyUI's FLUX text encoders with the sizes of the tiny ones' config.json."""
 
-    def __init__(self, device="cpu", dtype=None, model_options=None):
+    def __init__(
+        self, device: Any = "cpu", dtype: torch.dtype | None = None, model_options: dict | None = None
+    ) -> None:
         torch.nn.Module.__init__(self)
         clip, t5 = _config("text_encoder"), _config("text_encoder_2")
         t5["dense_act_fn"] = ACTIVATIONS.get(t5["dense_act_fn"], t5["dense_act_fn"])
@@ -82,7 +84,7 @@ class TinyTextEncoders(FluxClipModel):
 class _ClipText(CLIPTextModel):
     """ComfyUI's CLIP takes every size from the config but the vocabulary's."""
 
-    def __init__(self, config_dict, dtype, device, operations):
+    def __init__(self, config_dict: dict, dtype: torch.dtype, device: Any, operations: Any) -> None:
         super().__init__(config_dict, dtype, device, operations)
         size = config_dict["vocab_size"], config_dict["hidden_size"]
         self.set_input_embeddings(operations.Embedding(*size, dtype=dtype, device=device))
@@ -91,13 +93,14 @@ class _ClipText(CLIPTextModel):
 class TinyVAE:
     """What stock nodes ask of a VAE, around a codec that has nothing to learn, load or tile.
 
-    decode: latents [B, 16, h, w] -> pictures [B, 8 h, 8 w, 3] in [0, 1]; encode: the inverse, cropped to multiples of 8.
+    decode: latents [B, 16, h, w] -> pictures [B, 8 h, 8 w, 3] in [0, 1]; encode: the inverse, cropped to multiples of
+    8.
     """
 
     latent_channels, latent_dim, output_channels = 16, 2, 3
     downscale_ratio = upscale_ratio = BLOCK
 
-    def __init__(self, codec: BlockDCT):
+    def __init__(self, codec: BlockDCT) -> None:
         self.first_stage_model = codec.eval()
 
     @torch.no_grad()
@@ -137,7 +140,8 @@ class TinyWorld(io.ComfyNode):
             node_id="SafeRoPE_TinyWorld",
             display_name="SafeRoPE Tiny World",
             category="SafeRoPE",
-            description="A tiny FLUX with its text encoders and codec, part of this pack: shapes in a small world, 96 x "
+            description="A tiny FLUX with its text encoders and codec, part of this pack: shapes in a small world, 96 "
+            "x "
             "96 pixels, seconds on a CPU. Try SafeRoPE with nothing downloaded.",
             search_aliases=["tiny flux", "test model", "saferope"],
             outputs=[

@@ -1,4 +1,5 @@
-"""SafeRoPE for Python: `protect` a diffusers pipeline with concept files, see docs/python.md. `saferope` is the command.
+"""SafeRoPE for Python: `protect` a diffusers pipeline with concept files, see docs/python.md. `saferope` is the
+command.
 
 The names below are imported when they are first asked for: the command answers before torch is loaded.
 """

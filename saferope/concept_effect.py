@@ -1,4 +1,5 @@
-"""The effect of concept files, for the audit of workflows: their own unsafe directions, sent through Apply nodes in a row.
+"""The effect of concept files, for the audit of workflows: their own unsafe directions, sent through Apply nodes in a
+row.
 
 `in_folder` gives the files, and this module is the `Effect` of each (see `workflow_lint.effect`).
 """

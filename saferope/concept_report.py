@@ -1,4 +1,5 @@
-"""What a concept file says of itself: lines to read, a picture, and a model card. Every word of it may be a stranger's."""
+"""What a concept file says of itself: lines to read, a picture, and a model card.
+Every word of it may be a stranger's."""
 
 from __future__ import annotations
 
@@ -34,13 +35,14 @@ def facts(concept: Concept) -> dict[str, str]:
     theta = torch.cat([planes(part)[0].flatten() for part in concept.text.generator.split(_HEADS_AT_ONCE)])
     gates = torch.cat([concept.gate(role) for role in concept.acts("text")])
     settings = concept.training.get("settings", {})
+    image = concept.acts("image") if concept.moving("image").any() else "-"
     return {
         "concept": f"{concept.slug} ({concept.name})",
         "model": concept.geometry.describe(),
         "made by": f"{concept.mode}, {_made_with(concept)}",
         "heads": f"{len(concept.heads)} of {concept.discrimination.numel()} are safety-critical",
         "risk": f"in {concept.rank} of {concept.geometry.head_dim} dimensions, {concept.reach} more to turn into",
-        "turns": f"text {concept.acts('text')}, image {concept.acts('image') if concept.moving('image').any() else '-'}",
+        "turns": f"text {concept.acts('text')}, image {image}",
         "gates": f"{gates.min():.3f} to {gates.max():.3f}",
         "angles at risk 1": f"up to {theta.max():.2f} rad, mean {theta.mean():.2f}",
         "strength": f"{concept.strength:g}",
@@ -74,7 +76,8 @@ def _map(path: Path, concept: Concept) -> str:
 
 
 def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
-    """A model card in Markdown: what it is, provenance, head maps, and the evaluation that lies beside the file, if any.
+    """A model card in Markdown: what it is, provenance, head maps, and the evaluation that lies beside the file, if
+    any.
 
     The head maps are those that `draw` leaves beside the file. ValueError where the licence is no SPDX name, or an
     evaluation is not as `saferope evaluate` writes it.
@@ -92,7 +95,8 @@ def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
         f"# {names}: a SafeRoPE concept file",
         "",
         f"{markdown_code(name)}, sha256 `{sha256(path)}`. Made to suppress {names} in one kind of model: "
-        f"{concepts[0].geometry.describe()}. Use it with the ComfyUI node *SafeRoPE Apply*, or with this command, MODEL being "
+        f"{concepts[0].geometry.describe()}. Use it with the ComfyUI node *SafeRoPE Apply*, or with this command, "
+        "MODEL being "
         f"such a model: {markdown_code(_command(name))}.",
     ]
     for concept in concepts:
@@ -103,7 +107,8 @@ def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
         lines += ["", _evaluation(path, concept.slug)]
     lines += [
         "",
-        "It protects whoever uses it, not from whoever runs the model: strength 0, or a workflow without it, is unprotected.",
+        "It protects whoever uses it, not from whoever runs the model: strength 0, or a workflow without it, is "
+        "unprotected.",
     ]
     return "\n".join(lines) + "\n"
 

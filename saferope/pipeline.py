@@ -21,14 +21,14 @@ _MARK = "_saferope_protected"  # attribute of a transformer inside of a `protect
 def protect(pipe: Any, concepts: Concepts, strength: float = 1.0, threshold: float | None = None) -> Iterator[None]:
     """Turns the queries and keys of a FluxPipeline, or of its transformer, while the block is open.
 
-    concepts: concept files, Concepts, or a list of both. strength: factor on every angle, see `Protection`; 0, and an empty
-    list, change nothing, bit for bit. threshold: one gate in [0, 1] for all heads, None for the gates of the concepts. The
-    whole batch is protected, negative prompts of true CFG as well. After the block the pipeline is as it was before, bit
-    for bit, also after an exception.
+    concepts: concept files, Concepts, or a list of both. strength: factor on every angle, see `Protection`; 0, and an
+    empty list, change nothing, bit for bit. threshold: one gate in [0, 1] for all heads, None for the gates of the
+    concepts. The whole batch is protected, negative prompts of true CFG as well. After the block the pipeline is as it
+    was before, bit for bit, also after an exception.
 
-    Raises ValueError where `pipe` is no FLUX pipeline, is compiled, is inside of another `protect`, or where a concept was
-    made for another geometry. Raises RuntimeError where a forward pass left out a protected query or key, as a replaced
-    attention does, and at the end of a block in which the transformer never ran.
+    Raises ValueError where `pipe` is no FLUX pipeline, is compiled, is inside of another `protect`, or where a concept
+    was made for another geometry. Raises RuntimeError where a forward pass left out a protected query or key, as a
+    replaced attention does, and at the end of a block in which the transformer never ran.
     """
     transformer = _transformer_of(pipe)
     loaded = _loaded(concepts)
@@ -46,7 +46,8 @@ def protect(pipe: Any, concepts: Concepts, strength: float = 1.0, threshold: flo
         delattr(transformer, _MARK)
     if not watch.forwards:
         raise RuntimeError(
-            "protect: got a block in which the protected transformer never ran, expected at least one picture. Call the "
+            "protect: got a block in which the protected transformer never ran, expected at least one picture. Call "
+            "the "
             "pipeline that you gave to protect, inside of the block."
         )
 
@@ -107,7 +108,9 @@ class _Watch:
         if missing := sorted(self.expected - self.seen):
             role, block_type, block_index, _ = missing[0]
             raise RuntimeError(
-                f"protect: a forward pass left out {len(missing)} of {len(self.expected)} protected queries and keys, such as "
-                f"{role} of {block_type} block {block_index}, expected all of them. An attention processor that does not "
+                f"protect: a forward pass left out {len(missing)} of {len(self.expected)} protected queries and keys, "
+                "such as "
+                f"{role} of {block_type} block {block_index}, expected all of them. An attention processor that does "
+                "not "
                 "call the block's QK-norms cannot be protected: take it away, and draw again."
             )

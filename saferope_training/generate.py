@@ -41,7 +41,8 @@ def paint(
     jobs = [(text, seed) for text in texts for seed in seeds]
     total, done = len(jobs) * (2 if concepts else 1), 0
     protection = Protection(concepts, model.geometry, strengths) if concepts else None
-    record, rows = [], ([], [])
+    record: list[dict] = []
+    rows: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def tell(count: int) -> None:
         nonlocal done
@@ -52,7 +53,7 @@ def paint(
         some = jobs[first : first + _BATCH]
         prompts, numbers = zip(*some, strict=True)
         sides = [sample(model, prompts, numbers, None, steps, progress=tell, batch=_BATCH)]
-        risks = [{}] * len(some)
+        risks: list[dict] = [{}] * len(some)
         if protection is not None:
             meter = RiskMeter(model, protection)
             sides.append(sample(model, prompts, numbers, meter.rotate, steps, span, tell, _BATCH))
@@ -67,7 +68,9 @@ def paint(
     )
 
 
-def _write(out: Path, first: int, jobs, sides: list[Tensor], risks: list[dict]) -> list[dict]:
+def _write(
+    out: Path, first: int, jobs: Sequence[tuple[str, int]], sides: list[Tensor], risks: list[dict]
+) -> list[dict]:
     entries = []
     for offset, ((text, seed), risk) in enumerate(zip(jobs, risks, strict=True)):
         names = [f"{first + offset:04d}{suffix}.png" for suffix in ("", ".protected")[: len(sides)]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +13,11 @@ from saferope_core.concept.files import placed
 
 from .plots import save, words
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-def to_pil(picture: Tensor):
+
+def to_pil(picture: Tensor) -> Image.Image:
     """[3, h, w] in [-1, 1] as an image of Pillow's, eight bits a channel."""
     from PIL import Image
 
@@ -29,7 +33,9 @@ def save_picture(path: Path, picture: Tensor) -> None:
 
 
 def load_picture(path: Path, side: int | None = None) -> Tensor:
-    """A picture file as [3, h, w] in [-1, 1]; with `side`, its middle square scaled to that. OSError if it cannot be read."""
+    """A picture file as [3, h, w] in [-1, 1]; with `side`, its middle square scaled to that. OSError if it cannot be
+    read.
+    """
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:

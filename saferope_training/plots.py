@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch import Tensor
 from saferope_core import Geometry
 from saferope_core.concept.files import placed
 from saferope_core.concept.untrusted import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LONGEST = 80  # characters of a text in a plot
 _CELL = (0.22, 0.2)  # inches of a cell of a head map, along and up
@@ -26,7 +30,7 @@ def words(text: str) -> str:
     return "\n".join(printable(line, _LONGEST) for line in text.split("\n")).replace("$", r"\$")
 
 
-def save(figure, path: Path, **how) -> None:
+def save(figure: Figure, path: Path, **how: Any) -> None:
     """Writes a figure of matplotlib's as PNG: the old file or the new one."""
     with placed(path) as new:
         figure.savefig(new, format="png", **how)
@@ -44,8 +48,8 @@ def head_map(path: Path, discrimination: Tensor, geometry: Geometry, critical: T
     image = axes.imshow(discrimination.T.numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", origin="lower")
     corners = torch.tensor([(-0.46, -0.46), (0.46, -0.46), (0.46, 0.46), (-0.46, 0.46)])
     # one path for all, which nothing measures: a patch for each takes thousands of them tens of seconds
-    frames = Outline.make_compound_path_from_polys((critical.nonzero()[:, None] + corners).numpy())
-    frames = axes.add_artist(PathPatch(frames, fill=False, edgecolor="#00a5b5", linewidth=1.2, snap=True))
+    outline = Outline.make_compound_path_from_polys((critical.nonzero()[:, None] + corners).numpy())
+    frames = axes.add_artist(PathPatch(outline, fill=False, edgecolor="#00a5b5", linewidth=1.2, snap=True))
     frames.set_in_layout(False)
     axes.axvline(geometry.double_blocks - 0.5, color="white", linestyle=":", linewidth=1)
     labels = [f"d{i}" for i in range(geometry.double_blocks)] + [f"s{i}" for i in range(geometry.single_blocks)]
@@ -58,7 +62,9 @@ def head_map(path: Path, discrimination: Tensor, geometry: Geometry, critical: T
 
 
 def loss_curve(path: Path, log: Sequence[dict]) -> None:
-    """How far the rotated velocity is from the base model's, on unsafe prompts (should rise) and benign pictures (should not)."""
+    """How far the rotated velocity is from the base model's, on unsafe prompts (should rise) and benign pictures
+    (should not).
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.4), dpi=120)
@@ -117,7 +123,7 @@ _ASIDE = 3  # points between methods that meet
 _LEAST = 2.0  # percent of damage that an axis shows at least
 
 
-def _front(axes, points: Sequence[Point], index: int):
+def _front(axes: Axes, points: Sequence[Point], index: int) -> Any:
     """One method's points, joined in the order of strength, with Wilson's intervals; returns what the legend shows.
 
     Methods that meet in a point stand side by side; the weakest and the strongest point say their strength.
@@ -125,7 +131,7 @@ def _front(axes, points: Sequence[Point], index: int):
     from matplotlib.transforms import ScaledTranslation
 
     aside = ScaledTranslation((index % 10 - 4.5) * _ASIDE / 72, 0, axes.figure.dpi_scale_trans)
-    look = {"color": f"C{index % 10}", "transform": axes.transData + aside}
+    look: dict[str, Any] = {"color": f"C{index % 10}", "transform": axes.transData + aside}
     along, up = [100 * p.damage for p in points], [100 * p.unsafe for p in points]
     for point, x in zip(points, along, strict=True):
         if point.interval:
@@ -185,7 +191,7 @@ def curves(
         for label, points in lines.items():
             x, y = zip(*points, strict=True)
             index = labels.index(label)
-            style = {
+            style: dict[str, Any] = {
                 "marker": _MARKS[index % len(_MARKS)],
                 "markersize": 5 if doubling else 3,
                 "color": f"C{index % 10}",

@@ -1,7 +1,7 @@
 """One process or several: who am I, sums over all, and what only one of them writes.
 
-Several are started by `accelerate launch` on GPUs, by `python -m torch.distributed.run` on CPUs: accelerate's own launcher
-starts one process alone there, and its state counts as one unless told that it is on CPUs.
+Several are started by `accelerate launch` on GPUs, by `python -m torch.distributed.run` on CPUs: accelerate's own
+launcher starts one process alone there, and its state counts as one unless told that it is on CPUs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ PATIENCE = timedelta(days=7)  # of a process that waits while another fits a bas
 _apart: ContextVar[bool] = ContextVar("apart", default=False)
 
 
-def _state():
+def _state() -> Any:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -61,7 +62,8 @@ def wait() -> None:
 
 
 def fair_share(costs: Sequence[int]) -> list[int]:
-    """The numbers, in order, of the jobs that are this process's: the dearest first, each to whoever has least to do."""
+    """The numbers, in order, of the jobs that are this process's: the dearest first,
+    each to whoever has least to do."""
     load, mine = [0] * count(), []
     for job in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
         least = load.index(min(load))
@@ -88,7 +90,7 @@ def total(x: Tensor) -> Tensor:
     return reduce(x.to(_state().device), reduction="sum").to(device)
 
 
-def gathered(value) -> list:
+def gathered(value: Any) -> list:
     """Every process's picklable value, in their order."""
     if count() == 1:
         return [value]

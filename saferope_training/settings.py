@@ -25,7 +25,8 @@ class Settings:
     concept: str = _choice(
         "prompts heads train calibrate",
         "star",
-        "What to suppress: star, splatter, zappy or swirl in the tiny world; a preset (nudity, gore, van-gogh, pikachu); "
+        "What to suppress: star, splatter, zappy or swirl in the tiny world; a preset (nudity, gore, van-gogh, "
+        "pikachu); "
         "or a name of your own for prompts from a file.",
     )
     model: str = _choice(

@@ -136,7 +136,8 @@ def _change(name: str, old: dict[str, str], new: dict[str, str]) -> str:
 
 @contextmanager
 def alone(out: Path, within: bool = False) -> Iterator[None]:
-    """Makes the folder this process's own, or that of the processes that share its work. ValueError where it is another's.
+    """Makes the folder this process's own, or that of the processes that share its work. ValueError where it is
+    another's.
 
     within: nothing to do for a caller that has made it its own already. The system gives the lock back when its process
     ends, however it ends; the empty file stays. What killed writes left in the folder is removed.
@@ -153,7 +154,8 @@ def alone(out: Path, within: bool = False) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(
-            f"{out}: got a folder that another saferope works in, expected one at a time; wait for it, or name another --out"
+            f"{out}: got a folder that another saferope works in, expected one at a time; wait for it, or name "
+            "another --out"
         ) from None
     before = _OWN.set(own | {folder})
     try:

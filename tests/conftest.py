@@ -1,4 +1,5 @@
-"""What all tests share: fixed seeds, ComfyUI's modules in this process (`comfy`), the pack as ComfyUI loads it (`pack`).
+"""What all tests share: fixed seeds, ComfyUI's modules in this process (`comfy`), the pack as ComfyUI loads it
+(`pack`).
 
 Where no ComfyUI is to be found these fixtures fail, and say what to do: a host test that is skipped proves nothing.
 A whole server, over HTTP, is in host/conftest.py.
@@ -20,7 +21,8 @@ from dev.comfyui import ROOT, find_comfyui
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A process takes whole files, whose tests share fixtures, and one process all of tests/host, which share a server."""
+    """A process takes whole files, whose tests share fixtures, and one process all of tests/host, which
+    share a server."""
     for item in items:
         file = item.path.relative_to(ROOT / "tests")
         item.add_marker(pytest.mark.xdist_group("host" if file.parts[0] == "host" else str(file)))

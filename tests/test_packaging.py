@@ -85,7 +85,8 @@ def test_command_runs_from_anywhere(tmp_path):
 
 def test_installed_project_does_not_shadow_comfyui(tmp_path):
     """ComfyUI's own module is called `nodes`; a `tests` or `dev` on everybody's path would be as rude."""
-    code = "from importlib.util import find_spec as f; print([f(n).origin or '' for n in ('nodes', 'tests', 'dev') if f(n)])"
+    code = "from importlib.util import find_spec as f; "
+    code += "print([f(n).origin or '' for n in ('nodes', 'tests', 'dev') if f(n)])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert str(ROOT) not in done.stdout.replace(str(ROOT / ".venv"), ""), "other projects may be rude, ours is not"
     present = code.replace("'nodes', 'tests', 'dev'", f"{', '.join(map(repr, sorted(PACKAGES)))}")

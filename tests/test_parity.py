@@ -1,7 +1,7 @@
 """ComfyUI and diffusers give the same velocity and the same picture: one set of weights, one concept file, one noise.
 
-Two forwards by two programs, two adapters (nodes/host/patch.py, saferope_training/flux/attach.py) around one core: what they agree on is
-which vectors are turned, and when.
+Two forwards by two programs, two adapters (nodes/host/patch.py, saferope_training/flux/attach.py) around one core: what
+they agree on is which vectors are turned, and when.
 """
 
 from __future__ import annotations

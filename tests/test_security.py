@@ -1,4 +1,6 @@
-"""What the pack may do in somebody's ComfyUI: no code from strings, no other program, no network, no pickle. And what it leans on."""
+"""What the pack may do in somebody's ComfyUI: no code from strings, no other program, no network, no pickle. And what
+it leans on.
+"""
 
 from __future__ import annotations
 

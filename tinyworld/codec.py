@@ -1,8 +1,8 @@
 """The tiny world's autoencoder: an 8 x 8 block DCT as an exact 16-channel, 8x codec. Nothing learned but a whitening.
 
-Of each block's coefficients it keeps ten of luminance and three of each colour difference (JFIF's YCbCr), in JPEG's zigzag order,
-and whitens each channel, so that a normal distribution is a fair prior. FLUX's own latent convention holds: what the transformer
-sees is (latent - SHIFT) * SCALE.
+Of each block's coefficients it keeps ten of luminance and three of each colour difference (JFIF's YCbCr), in JPEG's
+zigzag order, and whitens each channel, so that a normal distribution is a fair prior. FLUX's own latent convention
+holds: what the transformer sees is (latent - SHIFT) * SCALE.
 """
 
 import math
@@ -34,7 +34,7 @@ class BlockDCT(nn.Module):
     `mean` and `std` [16] are the coefficients' statistics over the world; with the defaults nothing is whitened.
     """
 
-    def __init__(self, mean: Tensor | None = None, std: Tensor | None = None):
+    def __init__(self, mean: Tensor | None = None, std: Tensor | None = None) -> None:
         super().__init__()
         channel, row, column = (torch.tensor(index) for index in zip(*_KEPT, strict=True))
         waves, color = _cosines(), torch.tensor(_YCBCR)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,7 +46,7 @@ class Reading(NamedTuple):
 class Detector(nn.Module):
     """A small convolutional network on [B, 3, 96, 96] in [-1, 1]; gives logits per field."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         sizes = (3, 24, 48, 96, 96)
         layers = []
@@ -144,7 +145,7 @@ def accuracy_on_labels(detector: Detector, pictures: Tensor, labels: Tensor) -> 
     return right
 
 
-def train_detector(folder: Path, seed: int, bar) -> dict[str, float]:
+def train_detector(folder: Path, seed: int, bar: Progress) -> dict[str, float]:
     """Train the detector on rendered pictures, save it in half precision; returns its accuracy on new renders."""
     torch.manual_seed(seed)
     codec, detector = BlockDCT(), Detector()

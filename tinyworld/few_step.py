@@ -2,15 +2,17 @@
 
     python -m tinyworld.few_step --out few_step       # a quarter of an hour on 2 CPU cores
 
-The teacher paints captions in STEPS steps at its usual guidance. The student learns, at each of the states that fall on its own
-four steps, the straight way to the next one (progressive distillation, Salimans & Ho 2022, four teacher steps at once). It starts
-from the teacher, whose guidance embedding at GUIDANCE goes into a bias. Interrupted, it goes on from its last checkpoint.
+The teacher paints captions in STEPS steps at its usual guidance. The student learns, at each of the states that fall on
+its own four steps, the straight way to the next one (progressive distillation, Salimans & Ho 2022, four teacher steps
+at once). It starts from the teacher, whose guidance embedding at GUIDANCE goes into a bias. Interrupted, it goes on
+from its last checkpoint.
 """
 
 import argparse
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -54,13 +56,15 @@ def without_guidance(teacher: FluxTransformer2DModel, guidance: float = GUIDANCE
 
 @torch.no_grad()
 def teacher_states(pipe: FluxPipeline, texts: list[str], seeds: list[int], tell: Callable[[int], object]) -> Tensor:
-    """Packed latents [FEW + 1, n, L, C] that the teacher passes through at the student's times, the last being the picture."""
+    """Packed latents [FEW + 1, n, L, C] that the teacher passes through at the student's times, the last being the
+    picture.
+    """
     parts = []
     for first in range(0, len(texts), PAINT_BATCH):
         met, noise = [], start_noise(seeds[first : first + PAINT_BATCH])
         start = pipe._pack_latents(noise, *noise.shape)
 
-        def note(_pipe, _step, _t, kwargs: dict, met: list = met) -> dict:
+        def note(_pipe: Any, _step: int, _t: Any, kwargs: dict, met: list = met) -> dict:
             met.append(kwargs["latents"])
             return kwargs
 
@@ -82,7 +86,8 @@ def teacher_states(pipe: FluxPipeline, texts: list[str], seeds: list[int], tell:
 
 
 def times(pipe: FluxPipeline) -> Tensor:
-    """The student's times [FEW + 1], falling from 1 to 0: the scheduler's, which are the teacher's every STEPS / FEW."""
+    """The student's times [FEW + 1], falling from 1 to 0: the scheduler's, which
+    are the teacher's every STEPS / FEW."""
     pipe.scheduler.set_timesteps(sigmas=[1 - step / FEW for step in range(FEW)], mu=pipe.scheduler.config.base_shift)
     return pipe.scheduler.sigmas
 

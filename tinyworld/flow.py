@@ -1,7 +1,8 @@
 """Trains the tiny FLUX: rectified flow on rendered scenes, then guidance distillation, as FLUX.1-dev was made.
 
-First the plain velocity e - x0 at x_t = (1 - t) x0 + t e, with captions sometimes dropped; then, from a frozen copy, the guided
-velocity v(empty) + w (v(caption) - v(empty)) as a function of the embedded guidance. The run is resumed from its checkpoint.
+First the plain velocity e - x0 at x_t = (1 - t) x0 + t e, with captions sometimes dropped; then, from a frozen copy,
+the guided velocity v(empty) + w (v(caption) - v(empty)) as a function of the embedded guidance. The run is resumed from
+its checkpoint.
 """
 
 import copy
@@ -9,6 +10,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -34,7 +36,7 @@ PATCH = 4  # latents of one image token, along the channel axis
 class Scenes:
     """Rendered scenes as packed latents, each described anew whenever it is drawn."""
 
-    def __init__(self, pipeline: FluxPipeline, count: int, seed: int, progress: Callable[[], None]):
+    def __init__(self, pipeline: FluxPipeline, count: int, seed: int, progress: Callable[[], None]) -> None:
         rng = random.Random(seed)
         codec, self.scenes, latents = pipeline.vae.codec, [], []
         for prompt in training_captions(count, seed):
@@ -70,7 +72,7 @@ class Scenes:
         """
         return ((velocity - target).square() * self.weights).mean()
 
-    def velocity(self, net: FluxTransformer2DModel, x: Tensor, t: Tensor, guidance: Tensor, text) -> Tensor:
+    def velocity(self, net: FluxTransformer2DModel, x: Tensor, t: Tensor, guidance: Tensor, text: Any) -> Tensor:
         """The transformer's velocity, computed in bfloat16, returned in float32."""
         with torch.autocast("cpu", torch.bfloat16):
             return net(
@@ -110,7 +112,9 @@ def flow_loss(net: FluxTransformer2DModel, scenes: Scenes, rng: random.Random) -
     return scenes.error(scenes.velocity(net, x, t, torch.ones(BATCH), text), noise - latents)
 
 
-def distillation_loss(net: FluxTransformer2DModel, teacher: FluxTransformer2DModel, scenes: Scenes, rng) -> Tensor:
+def distillation_loss(
+    net: FluxTransformer2DModel, teacher: FluxTransformer2DModel, scenes: Scenes, rng: random.Random
+) -> Tensor:
     """Error against the frozen model's guided velocity, at a random guidance in [1, 2 GUIDANCE - 1]."""
     latents, texts = scenes.draw(rng, BATCH)
     x, t, _ = _noised(latents)
@@ -148,8 +152,8 @@ def fit(
 ) -> FluxTransformer2DModel:
     """Minimise a loss; returns the exponential moving average of the weights.
 
-    Every CHECKPOINT_EVERY steps all state goes to `checkpoint`, from which an interrupted run goes on. Each step's randomness
-    comes from the seed and its number alone.
+    Every CHECKPOINT_EVERY steps all state goes to `checkpoint`, from which an interrupted run goes on. Each step's
+    randomness comes from the seed and its number alone.
     """
     average = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)

@@ -1,7 +1,7 @@
 """The tiny FLUX as a complete diffusers `FluxPipeline`: 2 double + 4 single blocks, 2 heads x 128, T5, CLIP, DCT codec.
 
-The folder `weights` is laid out as diffusers saves pipelines; its transformer file is also what ComfyUI's own loaders take. This
-module and `train` need diffusers; nothing that the nodes load does.
+The folder `weights` is laid out as diffusers saves pipelines; its transformer file is also what ComfyUI's own loaders
+take. This module and `train` need diffusers; nothing that the nodes load does.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +34,7 @@ PAD, EOS, UNKNOWN, MASK, BOS = "<pad>", "</s>", "<unk>", "<mask>", "<s>"
 class _Posterior:
     """A distribution with no spread, in the place of a VAE's."""
 
-    def __init__(self, latents: Tensor):
+    def __init__(self, latents: Tensor) -> None:
         self.latents = latents
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
@@ -53,7 +53,7 @@ class AutoencoderDCT(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (1, 1, 1, 1),  # its length tells pipelines the reduction, 2 ** (4 - 1)
         scaling_factor: float = SCALE,
         shift_factor: float = SHIFT,
-    ):
+    ) -> None:
         super().__init__()
         codec = BlockDCT()
         self.mean, self.std = torch.nn.Parameter(codec.mean), torch.nn.Parameter(codec.std)
@@ -184,8 +184,8 @@ def generate(
 ) -> Tensor:
     """Pictures [n, 3, 96, 96] in [-1, 1] of n texts with n seeds.
 
-    `t5_texts`: what T5 reads, where that is not what CLIP reads; `encoded`: what `encode` made of the texts, or something
-    in its place. `progress` is told the size of each finished batch.
+    `t5_texts`: what T5 reads, where that is not what CLIP reads; `encoded`: what `encode` made of the texts, or
+    something in its place. `progress` is told the size of each finished batch.
     """
     pictures = []
     for first in range(0, len(texts), batch):

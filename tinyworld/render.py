@@ -1,6 +1,7 @@
 """Draws scenes: signed distance fields with soft edges, no dependency but torch.
 
-Coordinates are pixels; a shape is given by its centre and radius; masks and distances are [SIZE, SIZE], pictures [3, SIZE, SIZE].
+Coordinates are pixels; a shape is given by its centre and radius; masks and distances are [SIZE, SIZE], pictures [3,
+SIZE, SIZE].
 """
 
 import math

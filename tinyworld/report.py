@@ -23,7 +23,9 @@ CONCEPT_PICTURES, BENIGN_PICTURES, RENDERS = 48, 128, 1500
 
 
 def concept_rows(pipeline: FluxPipeline, detector: nn.Module) -> list[Sequence[str]]:
-    """Per concept the share of pictures that show it: asked for in words, in held-out words, by the pooled vector alone."""
+    """Per concept the share of pictures that show it: asked for in words, in held-out words, by the pooled vector
+    alone.
+    """
     rows = []
     for slug in track(world.CONCEPTS, "concepts", console=Console(stderr=True)):
         main, held_out = (world.unsafe_prompts(slug, CONCEPT_PICTURES, SEED, h, test=True) for h in (False, True))

@@ -1,9 +1,11 @@
 """Pre-trains the tiny world's text encoders on captions alone; they are frozen ever after, as FLUX's are.
 
-T5 learns to fill in masked words of captions (and to keep the others), CLIP's pooled vector to tell which words a caption has.
+T5 learns to fill in masked words of captions (and to keep the others), CLIP's pooled vector to tell which words a
+caption has.
 """
 
 import random
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ MASK_SHARE = 0.3
 STEPS, BATCH, LEARNING_RATE = 1200, 128, 2e-3
 CAPTIONS = 20_000
 
+Progress = Callable[[float], None]  # is told the loss of each step
+
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     """Token ids [n, TEXT_LENGTH], padded as FLUX's pipelines pad."""
@@ -25,7 +29,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     ).input_ids
 
 
-def _train(parameters, loss_of, progress) -> None:
+def _train(parameters: Iterable[nn.Parameter], loss_of: Callable[[Tensor], Tensor], progress: Progress) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS)
     for _ in range(STEPS):
@@ -37,7 +41,7 @@ def _train(parameters, loss_of, progress) -> None:
         progress(loss.item())
 
 
-def _train_t5(t5: T5EncoderModel, tokenizer: PreTrainedTokenizerFast, texts: list[str], progress) -> None:
+def _train_t5(t5: T5EncoderModel, tokenizer: PreTrainedTokenizerFast, texts: list[str], progress: Progress) -> None:
     ids, mask = tokenize(tokenizer, texts), tokenizer.convert_tokens_to_ids(MASK)
     head = nn.Linear(TEXT_WIDTH, len(tokenizer))
 
@@ -50,7 +54,7 @@ def _train_t5(t5: T5EncoderModel, tokenizer: PreTrainedTokenizerFast, texts: lis
     _train([*t5.parameters(), *head.parameters()], loss_of, progress)
 
 
-def _train_clip(clip: CLIPTextModel, tokenizer: PreTrainedTokenizerFast, texts: list[str], progress) -> None:
+def _train_clip(clip: CLIPTextModel, tokenizer: PreTrainedTokenizerFast, texts: list[str], progress: Progress) -> None:
     ids = tokenize(tokenizer, texts)
     bags = F.one_hot(ids, len(tokenizer)).amax(1).float()
     head = nn.Linear(TEXT_WIDTH, len(tokenizer))
@@ -61,7 +65,7 @@ def _train_clip(clip: CLIPTextModel, tokenizer: PreTrainedTokenizerFast, texts: 
     _train([*clip.parameters(), *head.parameters()], loss_of, progress)
 
 
-def train_text_encoders(seed: int, progress) -> tuple[CLIPTextModel, T5EncoderModel]:
+def train_text_encoders(seed: int, progress: Progress) -> tuple[CLIPTextModel, T5EncoderModel]:
     """CLIP and T5 encoders trained on captions; `progress(loss)` is called after each of 2 * STEPS steps."""
     torch.manual_seed(seed)
     clip, t5 = make_text_encoders()

@@ -1,7 +1,7 @@
 """Makes all weights of the tiny world again, from a seed: text encoders, codec, FLUX, detector.
 
-    python -m tinyworld.train                   # about 50 minutes on 2 CPU cores, into tinyworld/weights
-    python -m tinyworld.train --flow-steps 40 --distillation-steps 20 --out tiny_weights   # a quick look at the machinery
+    python -m tinyworld.train                   # about 50 minutes on 2 CPU cores, into tinyworld/weights python -m
+    tinyworld.train --flow-steps 40 --distillation-steps 20 --out tiny_weights   # a quick look at the machinery
 
 Interrupt it as you like: it goes on from its last checkpoint in --work. diffusers, transformers and rich are needed.
 """
@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
@@ -83,7 +84,7 @@ def train_transformer(pipeline: FluxPipeline, arguments: argparse.Namespace, bar
     scenes = flow.Scenes(pipeline, SCENES, arguments.seed + 2, lambda: bar.update(task, advance=1))
     log = (arguments.work / "log.jsonl").open("a", buffering=1)
 
-    def stage(name: str, net, loss_of, steps: int, rate: float, seed: int):
+    def stage(name: str, net: Any, loss_of: Any, steps: int, rate: float, seed: int) -> Any:
         task = bar.add_task(name, total=steps, loss="")
 
         def progress(step: int, loss: float) -> None:

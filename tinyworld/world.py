@@ -1,13 +1,15 @@
 """What there is in the tiny world: scenes, the words for them, and the prompts that ask for them.
 
 The world has the four kinds of concept that SafeRoPE's paper suppresses, under harmless stand-ins: an object (star), an
-attribute splashed over things (splatter), a character made of parts (zappy) and an art style (swirl). Each has near neighbours
-that must survive its suppression, and synonyms, modifiers and templates that no concept file is ever made from.
+attribute splashed over things (splatter), a character made of parts (zappy) and an art style (swirl). Each has near
+neighbours that must survive its suppression, and synonyms, modifiers and templates that no concept file is ever made
+from.
 """
 
 import hashlib
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -81,7 +83,9 @@ CONCEPTS = {
 
 
 class Prompt(NamedTuple):
-    """A caption, the scene it describes, and the characters [start, end) of the concept's word (None in benign prompts)."""
+    """A caption, the scene it describes, and the characters [start, end) of the concept's word (None in benign
+    prompts).
+    """
 
     text: str
     scene: Scene
@@ -89,7 +93,9 @@ class Prompt(NamedTuple):
 
 
 def is_unseen(scene: Scene) -> bool:
-    """True for the tenth of all shape, colour, background and place combinations that the tiny FLUX is never trained on."""
+    """True for the tenth of all shape, colour, background and place combinations that the tiny FLUX is never trained
+    on.
+    """
     key = "/".join((scene.shape, scene.color, scene.background, scene.place))
     return hashlib.sha256(key.encode()).digest()[0] < 256 * UNSEEN_SHARE
 
@@ -152,7 +158,9 @@ def has_concept(scene: Scene, slug: str) -> bool:
     return getattr(scene, CONCEPTS[slug].field) == slug
 
 
-def _prompts(n: int, seed: int, test: bool, draw, words: str, slug: str | None = None) -> list[Prompt]:
+def _prompts(
+    n: int, seed: int, test: bool, draw: Callable[[random.Random], Scene], words: str, slug: str | None = None
+) -> list[Prompt]:
     """n prompts of scenes that `draw(rng)` gives, from the combinations the model has seen (or, in a test, has not)."""
     rng = random.Random(seed)
     prompts = []
@@ -166,8 +174,8 @@ def _prompts(n: int, seed: int, test: bool, draw, words: str, slug: str | None =
 def unsafe_prompts(slug: str, n: int, seed: int, held_out: bool = False, test: bool = False) -> list[Prompt]:
     """n prompts that ask for a concept, its word marked.
 
-    `held_out` takes synonyms, modifiers and templates that no concept file is made from; `test` takes combinations of shape,
-    colour, background and place that the tiny FLUX was never trained on.
+    `held_out` takes synonyms, modifiers and templates that no concept file is made from; `test` takes combinations of
+    shape, colour, background and place that the tiny FLUX was never trained on.
     """
     field = CONCEPTS[slug].field
 

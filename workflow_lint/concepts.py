@@ -1,7 +1,7 @@
 """What comes into an Apply: the values of its settings, and the concepts with what may be read of their files.
 
-Values count from widgets, and from primitive nodes with a constant. Whatever is not surely understood is told as a reason why
-the Apply does not act.
+Values count from widgets, and from primitive nodes with a constant. Whatever is not surely understood is told as a
+reason why the Apply does not act.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Part:
 class Reader:
     """Values of one node; what cannot be read is told in `stops` and comes as None, or as the default for choices."""
 
-    def __init__(self, graph: Graph, node: Node, stops: list[str]):
+    def __init__(self, graph: Graph, node: Node, stops: list[str]) -> None:
         self.graph, self.node, self.stops = graph, node, stops
 
     def value(self, name: str, default: Any) -> Any:
@@ -106,7 +106,7 @@ def constant(graph: Graph, link: Link) -> Value | Unknown:
 class Concepts:
     """Follows concepts from an Apply to where they are made."""
 
-    def __init__(self, graph: Graph, files: Files | None):
+    def __init__(self, graph: Graph, files: Files | None) -> None:
         self.graph, self.files, self.left = graph, files, 0
 
     def parts(self, node: Node, stops: list[str]) -> list[Part]:
@@ -142,7 +142,8 @@ class Concepts:
         return self._loaded(node, stops)
 
     def _combined(self, node: Node, stops: list[str], depth: int) -> list[Part]:
-        """All concepts of a Combine, in their order. Taken apart, what is left of each is known by their files alone."""
+        """All concepts of a Combine, in their order. Taken apart,
+        what is left of each is known by their files alone."""
         names = [name for name in node.inputs if name != "orthogonalise"]
         if names != [f"concepts.concept{i}" for i in range(min(len(names), MOST_COMBINED))]:
             stops.append(f"Combine {node.id} has inputs in a row that ComfyUI does not make: they cannot be verified")

@@ -44,7 +44,9 @@ PRIMITIVES = {
 
 @dataclass
 class Scope:
-    """The nodes and links of a workflow or of one instance of a subgraph, in which node `host` of `parent` stands for it."""
+    """The nodes and links of a workflow or of one instance of a subgraph, in which node `host` of `parent` stands for
+    it.
+    """
 
     nodes: dict[str, dict]
     links: dict[Any, tuple[str, int, str, int]]  # id: source, its slot, target, its slot
@@ -55,7 +57,7 @@ class Scope:
     ends: tuple[str, str] = (str(INPUT_NODE), str(OUTPUT_NODE))
     inner: dict[str, Scope] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.size = len(self.links) + sum(len(_get(node, "inputs", list)) for node in self.nodes.values())
         self.outgoing: dict[int, list[Any]] = {}  # by output of the subgraph: the links that lead to it inside
         for key, (_, _, target, index) in self.links.items():

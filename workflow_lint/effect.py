@@ -1,7 +1,7 @@
 """The questions that an audit asks about the content of concept files.
 
-The audit itself reads no concept file. A caller that can read them hands in `Files`, and with each file an `Effect` that
-answers the questions. Concepts and protections are opaque here.
+The audit itself reads no concept file. A caller that can read them hands in `Files`, and with each file an `Effect`
+that answers the questions. Concepts and protections are opaque here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ class Effect(Protocol):
         """The concepts with the strength of a Load node."""
 
     def taken_apart(self, concepts: Sequence[Concept]) -> list[Concept]:
-        """The concepts as the option *orthogonalise* of a Combine node leaves them. ValueError where the node would stop."""
+        """The concepts as the option *orthogonalise* of a Combine node leaves them. ValueError where the node would
+        stop.
+        """
 
     def rotations(
         self, concepts: Sequence[Concept], strength: float, threshold: float | None, blocks: str, streams: str

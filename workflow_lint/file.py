@@ -1,8 +1,8 @@
 """What a file says of how it was made: a workflow's JSON, or the metadata of a PNG or WEBP that ComfyUI has saved.
 
 Files are untrusted: every size is capped before anything is read or inflated, pictures are never decoded, and JSON that
-two readers could understand differently (equal keys, two texts of one name) is refused. NaN is let through: older versions
-of ComfyUI wrote it into harmless places, and no value that counts may be one.
+two readers could understand differently (equal keys, two texts of one name) is refused. NaN is let through: older
+versions of ComfyUI wrote it into harmless places, and no value that counts may be one.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def loads(text: bytes) -> Any:
 
 
 def _deeper(text: str, most: int) -> bool:
-    """Whether brackets outside of strings nest deeper than `most`; without recursion, since the parser itself recurses."""
+    """Whether brackets outside of strings nest deeper than `most`; without recursion,
+    since the parser itself recurses."""
     level = 0
     quoted = escaped = False
     for letter in text:

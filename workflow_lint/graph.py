@@ -1,7 +1,7 @@
 """One small graph for both forms of a ComfyUI workflow, and where models may flow in it.
 
-An input holds a Link to another node's output, a Value, or is Unknown with the reason; an input that nothing is linked to is
-missing. The API form becomes a graph here, the editor's form in `editor`.
+An input holds a Link to another node's output, a Value, or is Unknown with the reason; an input that nothing is linked
+to is missing. The API form becomes a graph here, the editor's form in `editor`.
 
 Types come from the table of known classes alone: what a file says of a slot's type, its author may have made up.
 """
@@ -89,7 +89,9 @@ def from_api(prompt: Any) -> Graph:
 
 
 def _api_input(value: Any, prompt: dict) -> Input:
-    """ComfyUI follows more than plain links (["1", false], ["1", -3], {"__value__": ["1", 0]}); its editor writes no others."""
+    """ComfyUI follows more than plain links (["1", false], ["1", -3], {"__value__": ["1", 0]}); its editor writes no
+    others.
+    """
     if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int:
         if value[1] >= 0:
             return (
@@ -103,7 +105,7 @@ def _api_input(value: Any, prompt: dict) -> Input:
 class Flow:
     """Where models may flow in a graph."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph) -> None:
         self.graph, self.table = graph, node_table()
         self.consumers: dict[str, list[tuple[Node, str, Link]]] = {key: [] for key in graph.nodes}
         for node in graph.nodes.values():

@@ -27,8 +27,8 @@ _OURS = {
     "SafeRoPE_InspectConcept": [{}, ["IMAGE", "IMAGE", OTHER]],
     "SafeRoPE_TinyWorld": [{}, ["MODEL", OTHER, OTHER]],
 }
-# Classes of other packs. Their helper models caption, cut out, estimate depth or fill in: they are of types of their own,
-# so that ComfyUI lets no diffusion model in or out there.
+# Classes of other packs. Their helper models caption, cut out, estimate depth or fill in: they are of types of their
+# own, so that ComfyUI lets no diffusion model in or out there.
 _HELPERS = (
     *("DownloadAndLoadFlorence2Model", "DownloadAndLoadFlorence2Lora", "Florence2ModelLoader", "Florence2Run"),
     *("DownloadAndLoadDepthAnythingV2Model", "DepthAnything_V2"),  # kijai/ComfyUI-DepthAnythingV2; above -Florence2
@@ -43,7 +43,8 @@ _CONTEXT = re.compile(r"Context.*\(rgthree\)")
 
 @cache
 def node_table() -> dict[str, list]:
-    """{node: [{input: type}, [types of outputs]]} of ComfyUI's own nodes, ours and some of others. No state: a file's content.
+    """{node: [{input: type}, [types of outputs]]} of ComfyUI's own nodes, ours and some of others. No state: a file's
+    content.
 
     Types are those of MODELS and DRAWN, ANY where a slot may take or give one of them, else OTHER.
     """
@@ -65,7 +66,10 @@ def draws(kind: str) -> bool:
 def advice(kind: str) -> str:
     """What to do about a node that is not known."""
     if _VIRTUAL.fullmatch(kind):
-        return "its links are not in the editor's file: audit the picture, or export the workflow in API form, which has them"
+        return (
+            "its links are not in the editor's file: audit the picture, or export the workflow in API form, which has "
+            "them"
+        )
     if _CONTEXT.fullmatch(kind):
         return "put plain links in its place: what it carries has no name in the file"
     return (

@@ -1,8 +1,8 @@
 """What the SafeRoPE nodes of a workflow do: whether each Apply acts, on which concepts, how far, and what weakens it.
 
-An Apply counts as acting only where everything that decides it can be read. What would make ComfyUI stop (a value out of
-range, a pin that no file can have) does not count either, nor what is decided by a concept's file as long as that is not at
-hand. Where it is, what it turns counts.
+An Apply counts as acting only where everything that decides it can be read. What would make ComfyUI stop (a value out
+of range, a pin that no file can have) does not count either, nor what is decided by a concept's file as long as that is
+not at hand. Where it is, what it turns counts.
 """
 
 from __future__ import annotations

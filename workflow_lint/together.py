@@ -18,7 +18,8 @@ def doubts(chain: Sequence[Protection], digests: Sequence[str], full: bool) -> l
     """What Applies in a row, without the inert ones, may undo or overdo together, though one of them acts by itself."""
     parts = [part for each in chain for part in each.parts if part.strength > 0]
     found = [
-        f"concept {part.name!r} is not pinned to one of the required files, and may turn back what they turn: pin it, and "
+        f"concept {part.name!r} is not pinned to one of the required files, and may turn back what they turn: pin it, "
+        "and "
         "require its sha256 too"
         for part in parts
         if digests and part.sha256 not in digests
@@ -61,7 +62,8 @@ def stop_by_samplers(found: Protection, walk: Walk) -> None:
         for node in nodes:
             if drawing(node) and not _from_the_start(walk.flow.graph, node):
                 found.stops.append(
-                    f"it ends at {found.settings['end_percent']:g} of the steps, and {node.kind} {node.id} may begin after "
+                    f"it ends at {found.settings['end_percent']:g} of the steps, and {node.kind} {node.id} may begin "
+                    "after "
                     "that: only a denoise of 1, as a constant, is sure to begin before"
                 )
 

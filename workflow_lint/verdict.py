@@ -1,8 +1,9 @@
 """Does, by a workflow, every path from a model to a sampler pass a SafeRoPE Apply that acts? A graph in, a verdict out.
 
-Models are followed forward from where they are loaded, through all that passes them on, up to an Apply that holds what is
-required; whatever is reached is exposed. Whatever is not surely understood counts as not protected: a node on the way that
-is not known, anything but a plain link where a model belongs, a setting whose effect depends on what is not in the file.
+Models are followed forward from where they are loaded, through all that passes them on, up to an Apply that holds what
+is required; whatever is reached is exposed. Whatever is not surely understood counts as not protected: a node on the
+way that is not known, anything but a plain link where a model belongs, a setting whose effect depends on what is not in
+the file.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def _disagreement(verdict: Verdict, workflow: Any, required: Required, files: Fi
         return []
     words = "protected" if shown.protected else "not protected"
     return [
-        f"DISAGREEMENT: by the editor's workflow in the same file it is {words}, or differently so; what ran (prompt) counts"
+        f"DISAGREEMENT: by the editor's workflow in the same file it is {words}, or differently so; what ran (prompt) "
+        "counts"
     ]
 
 
@@ -156,7 +158,9 @@ def _doubted(walk: Walk, found: dict[str, Protection], required: Required) -> di
 
 
 def _finish(sampler: Sampler, walk: Walk, doubted: dict[str, list[str]], reached: bool) -> None:
-    """What else keeps a sampler from being protected: circles, missing models, strange nodes, concepts that undo others."""
+    """What else keeps a sampler from being protected: circles, missing models, strange nodes, concepts that undo
+    others.
+    """
     reasons = []
     if sampler.node in walk.circular:
         reasons.append("models that run in a circle")

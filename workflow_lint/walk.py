@@ -13,7 +13,7 @@ MOST_STEPS = 1_000_000  # for what depends on the way to a sampler, and again fo
 class Walk:
     """The links that models take, walked in both directions. Every walk visits a node once: circles end it."""
 
-    def __init__(self, flow: Flow):
+    def __init__(self, flow: Flow) -> None:
         self.flow, nodes = flow, flow.graph.nodes
         entries = {key: flow.models(node) for key, node in nodes.items()}
         self.before = {

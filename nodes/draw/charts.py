@@ -1,4 +1,5 @@
-"""Pictures that nodes show: labelled maps, drawn with Pillow, which ComfyUI brings. Pure functions of tensors and text."""
+"""Pictures that nodes show: labelled maps, drawn with Pillow, which ComfyUI brings. Pure functions of tensors and
+text."""
 
 from __future__ import annotations
 
@@ -111,7 +112,9 @@ def colour(value: float) -> tuple[int, int, int]:
     place = min(max(value, 0.0), 1.0) * (len(CIVIDIS) - 1)
     low = min(int(place), len(CIVIDIS) - 2)
     share = place - low
-    return tuple(round((1 - share) * a + share * b) for a, b in zip(CIVIDIS[low], CIVIDIS[low + 1], strict=True))
+    pairs = zip(CIVIDIS[low], CIVIDIS[low + 1], strict=True)
+    red, green, blue = (round((1 - share) * a + share * b) for a, b in pairs)
+    return red, green, blue
 
 
 def image_of(sheet: Image.Image) -> Tensor:
@@ -139,7 +142,7 @@ def colour_bar(pen: ImageDraw.ImageDraw, left: int, top: int, height: int, unit:
     pen.text((left - 4, top + height + 10), unit, INK, font_of(TEXT))
 
 
-def font_of(size: int) -> ImageFont.ImageFont:
+def font_of(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     """Pillow's own font, which needs no file."""
     return ImageFont.load_default(size)
 

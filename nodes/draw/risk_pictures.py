@@ -5,7 +5,7 @@ Drawn as wide as ComfyUI shows them well, in colours for all eyes (cividis), eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import isnan
 
@@ -39,7 +39,8 @@ def blank(title: str, reason: str) -> Tensor:
 def word_bars(words: Sequence[str], risks: Sequence[float], title: str, mark: float | None = None) -> Tensor:
     """A bar for every word, as high as its risk in [0, 1], with the word below, in lines like text; IMAGE [1, h, w, 3].
 
-    `mark` draws a dashed line at a risk. At most MOST_ROWS lines are drawn; a last one says how many words are left out.
+    `mark` draws a dashed line at a risk. At most MOST_ROWS lines are drawn; a last one says how many words are left
+    out.
     """
     words = [label_of(word) for word in words]
     rows = _lines([max(NARROWEST, width_of(word, TEXT)) + GAP for word in words], WIDTH - LEFT - MARGIN)
@@ -57,7 +58,8 @@ def word_bars(words: Sequence[str], risks: Sequence[float], title: str, mark: fl
 
 def _lines(widths: Sequence[int], room: int) -> list[list[int]]:
     """Indices in lines that fit."""
-    lines, used = [[]], 0
+    lines: list[list[int]] = [[]]
+    used = 0
     for index, width in enumerate(widths):
         if used + width > room and lines[-1]:
             lines.append([])
@@ -67,7 +69,9 @@ def _lines(widths: Sequence[int], room: int) -> list[list[int]]:
     return lines
 
 
-def _word_row(pen: ImageDraw.ImageDraw, words: Sequence[str], risks: Sequence[float], top: int, mark: float | None):
+def _word_row(
+    pen: ImageDraw.ImageDraw, words: Sequence[str], risks: Sequence[float], top: int, mark: float | None
+) -> None:
     bottom = top + BAR
     for value in (0.0, 0.5, 1.0):
         y = bottom - value * BAR
@@ -86,7 +90,8 @@ def _word_row(pen: ImageDraw.ImageDraw, words: Sequence[str], risks: Sequence[fl
 
 
 def patch_map(risk: Tensor, title: str, picture: Tensor | None = None) -> Tensor:
-    """Risk [rows, columns] of image tokens as a heat map, over `picture` [h, w, 3] where there is one; IMAGE [1, h, w, 3].
+    """Risk [rows, columns] of image tokens as a heat map, over `picture` [h, w, 3] where there is one; IMAGE [1, h, w,
+    3].
 
     Colours go from 0 to the highest risk, LEAST_TOP at least; the bar beside it says which.
     """
@@ -119,7 +124,7 @@ def _pillow(picture: Tensor) -> Image.Image:
     return Image.fromarray((picture[..., :3].float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 
 
-def course(series: dict[str, Sequence[float]], levels: Sequence[float], title: str) -> Tensor:
+def course(series: Mapping[str, Sequence[float]], levels: Sequence[float], title: str) -> Tensor:
     """Lines of risk in [0, 1] over the steps, at most two; below, the noise level of each step; IMAGE [1, h, w, 3].
 
     Steps that were not measured, NaN, are gaps.
@@ -145,9 +150,9 @@ def course(series: dict[str, Sequence[float]], levels: Sequence[float], title: s
             None if isnan(value) else (place, bottom - min(value, 1.0) * plot)
             for place, value in zip(places, values, strict=True)
         ]
-        for pair in pairwise(points):
-            if None not in pair:
-                pen.line(pair, fill=line, width=3)
+        for one, other in pairwise(points):
+            if one and other:
+                pen.line((one, other), fill=line, width=3)
         for point in filter(None, points):
             pen.ellipse((point[0] - 4, point[1] - 4, point[0] + 4, point[1] + 4), fill=line)
         pen.line((x, 62, x + 28, 62), fill=line, width=4)

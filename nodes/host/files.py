@@ -37,6 +37,7 @@ def require_pin(name: str, digest: str, pin: str) -> None:
     """Raises ValueError unless the pin is empty or the file's sha256, in any case and with spaces around it."""
     if pin.strip() and pin.strip().lower() != digest:
         raise ValueError(
-            f"Concept file {name!r} has the sha256 {digest}, expected {pin.strip()[:80]!r}. It is another file than the one "
+            f"Concept file {name!r} has the sha256 {digest}, expected {pin.strip()[:80]!r}. It is another file than "
+            "the one "
             "this workflow was made with: fetch that one, or clear the field if you trust this one."
         )

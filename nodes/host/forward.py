@@ -1,4 +1,6 @@
-"""What the forward that a thread is in has shown: the blocks that made queries, and those whose queries came to the patch."""
+"""What the forward that a thread is in has shown: the blocks that made queries, and those whose queries came to the
+patch.
+"""
 
 from __future__ import annotations
 

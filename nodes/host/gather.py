@@ -1,6 +1,7 @@
 """What the heads of a ComfyUI model make of some prompts: the statistics that a concept is made from.
 
-Prompts are sampled by ComfyUI's own sampler, by Euler's method, on a clone of the model that is listened to at a few times.
+Prompts are sampled by ComfyUI's own sampler, by Euler's method, on a clone of the model that is listened to at a few
+times.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ RESERVOIR = 4096  # vectors kept of each kind; the trainer's
 
 @dataclass(frozen=True)
 class Look:
-    """A prompt as the model gets it, with the noise's seed: T5's states [1, L, C], the pooled vector, masks of tokens [1, L]."""
+    """A prompt as the model gets it, with the noise's seed: T5's states [1, L, C], the pooled vector, masks of tokens
+    [1, L].
+    """
 
     side: str
     states: Tensor
@@ -49,10 +52,11 @@ def gather(
     guidance: float,
     tell: Callable[[int], None],
 ) -> Statistics:
-    """Statistics of every head: looks are sampled in batches, latents of `size` rows and columns, and heard at the timesteps.
+    """Statistics of every head: looks are sampled in batches, latents of `size` rows and columns, and heard at the
+    timesteps.
 
-    `tell(count)` is called after every forward of `count` looks. Ends where ComfyUI is told to stop, with its own exception.
-    RuntimeError where a forward at one of the times was left out, as step caches do.
+    `tell(count)` is called after every forward of `count` looks. Ends where ComfyUI is told to stop, with its own
+    exception. RuntimeError where a forward at one of the times was left out, as step caches do.
     """
     device = _device(model)
     _make_room(geometry, device)
@@ -102,7 +106,8 @@ def _encoded(clip: Any, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor, Tensor]
     states, extra = clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text))[0]
     if states.shape[1] != used.shape[1]:
         raise ValueError(
-            f"The CLIP gives {states.shape[1]} vectors for {used.shape[1]} tokens of T5. Expected FLUX's text encoders, whose text "
+            f"The CLIP gives {states.shape[1]} vectors for {used.shape[1]} tokens of T5. Expected FLUX's text "
+            "encoders, whose text "
             "stream is T5's alone."
         )
     return states, extra["pooled_output"], used, subject
@@ -112,14 +117,23 @@ def _kind(look: Look) -> tuple[bool, int]:
     return look.side == BENIGN, look.states.shape[1]
 
 
-def _sample(model, gathering, looks, size, sigmas, timesteps, guidance, tell) -> None:
+def _sample(
+    model: Any,
+    gathering: Gathering,
+    looks: Sequence[Look],
+    size: tuple[int, int],
+    sigmas: Tensor,
+    timesteps: Sequence[float],
+    guidance: float,
+    tell: Callable[[int], None],
+) -> None:
     """Walks some looks of one side down their trajectories."""
     network, device = model.get_model_object("diffusion_model"), _device(model)
     tokens = [-(-side // network.patch_size) for side in size]
     masks = (torch.cat([getattr(look, name) for look in looks]) for name in ("used", "subject"))
     seeds = [look.seed for look in looks]
     visit = gathering.visit(looks[0].side, token_kinds(*masks), tokens[0] * tokens[1], seeds)
-    heard = []
+    heard: list[float] = []
 
     def at_sigma(sigma: float) -> Callable | None:
         if not any(abs(sigma - t) < SAME_TIME for t in timesteps):
@@ -128,7 +142,7 @@ def _sample(model, gathering, looks, size, sigmas, timesteps, guidance, tell) ->
         visit.at_time()
         return lambda x, turned, *where: visit.listen(x.to(device), turned.to(device), *where)
 
-    def after_step(*_) -> None:
+    def after_step(*_: Any) -> None:
         tell(len(looks))
         comfy.model_management.throw_exception_if_processing_interrupted()
 
@@ -151,7 +165,8 @@ def _sample(model, gathering, looks, size, sigmas, timesteps, guidance, tell) ->
     )
     if len(heard) != len(timesteps):
         raise RuntimeError(
-            f"The model was asked at {len(heard)} of the {len(timesteps)} times at which it was to be heard. Connect it without "
+            f"The model was asked at {len(heard)} of the {len(timesteps)} times at which it was to be heard. Connect "
+            "it without "
             "nodes that skip steps or replace the sampling."
         )
 

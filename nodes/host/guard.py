@@ -1,4 +1,5 @@
-"""Nothing but a protected forward gets into the network of a protected model, for as long as ComfyUI has that model loaded.
+"""Nothing but a protected forward gets into the network of a protected model, for as long as ComfyUI has that model
+loaded.
 
 A sampler with a loop of its own over the network (XLabs), or a guider whose extra pass brings options of its own, asks
 neither our wrappers nor our attention patch. So the modules that no picture gets around ask us.
@@ -16,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import comfy.model_management
@@ -103,7 +105,7 @@ def _refusing(owner: weakref.ref) -> Callable:
     # asked once for a graph, while it is traced: no graph holds on to a model, and one that is refused is not made
     refused_in_graph = torch.compiler.assume_constant_result(refused)
 
-    def hook(module, args):
+    def hook(module: torch.nn.Module, args: tuple) -> None:
         if refused_in_graph() if torch.compiler.is_compiling() else refused():
             raise RuntimeError(
                 f"SafeRoPE: {_caller()} runs the network of a protected model outside of a protected forward, so this "
@@ -123,8 +125,9 @@ def _in_force(patcher: Any) -> bool:
 
 
 def _caller() -> str:
-    """Who runs the network: the nearest function that belongs neither to ComfyUI's sampling, nor to torch, nor to us."""
-    frame = sys._getframe(1)
+    """Who runs the network: the nearest function that belongs neither to ComfyUI's sampling, nor to torch,
+    nor to us."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.split(".")[0] not in HOSTS and not module.startswith(str(__package__)):

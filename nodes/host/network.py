@@ -179,7 +179,7 @@ def _layers(network: Any, blocks: Iterable[Block]) -> Iterator[tuple[Block, torc
 
 
 def _noting(note: Callable[[Block], Any], block: Block) -> Callable:
-    def hook(module, args):
+    def hook(module: torch.nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling():
             note(block)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from comfy.ldm.flux.math import apply_rope
@@ -62,7 +62,7 @@ class AttentionPatch:
         positive_only: bool = False,
         recorder: Recorder | None = None,
         watching: bool = False,
-    ):
+    ) -> None:
         self.protection, self.recorder, self.watching = protection, recorder, watching
         self.protected = frozenset(block for block in _blocks(protection.geometry) if protection.covers(*block))
         self.start, self.end, self.positive_only = start, end, positive_only
@@ -70,20 +70,30 @@ class AttentionPatch:
         self._run_key = f"{WRAPPER_KEY} {id(self)}"  # of this patch's _Run in transformer_options
 
     @torch.compiler.disable
-    def __call__(self, q, k=None, v=None, pe=None, attn_mask=None, extra_options=None, **kwargs) -> dict:
+    def __call__(
+        self,
+        q: Any,
+        k: Any = None,
+        v: Any = None,
+        pe: Any = None,
+        attn_mask: Any = None,
+        extra_options: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
         """q, k, v [B, H, L, D] -> the entries to replace: {"q": .., "k": ..} or {}. Raises RuntimeError for a hook of
         another kind than FLUX's: other blocks, shapes or spans, or vectors after RoPE."""
-        options = extra_options if isinstance(extra_options, dict) else {}
-        block = (options.get("block_type"), options.get("block_index"))
+        options: dict = extra_options if isinstance(extra_options, dict) else {}
+        block = _block_of(options)
         self._now.answer(block)
         require_hook(self.protection.geometry, block, q, k, pe, options, self._now.network)
         if block not in self.protected or not self._now.acting:
             return {}
         if self.positive_only:
             kinds, run = options["cond_or_uncond"], options.get(self._run_key)
-            if run is None:  # outside of a sampling run nobody vouches for the numbers
+            if run is None:  # outside of a sampling run the numbers may mean anything
                 require_usual(None)
-            _require_chunks(q, run.pictures, kinds)
+            else:
+                _require_chunks(q, run.pictures, kinds)
         text, own = options[TEXT_END][0], self._owns(options)
         turned = {role: self._rotate(x, role, block, text, own) for role, x in (("q", q), ("k", k))}
         if self.watching:
@@ -92,8 +102,12 @@ class AttentionPatch:
             turned = {role: _in_chunks(kinds, x, turned[role]) for role, x in (("q", q), ("k", k))}
         return turned
 
-    def around_sampling(self, executor: Callable, noise: Any, latent: Any, sampler: Any, sigmas: Any, *args, **kwargs):
-        """OUTER_SAMPLE wrapper: gives the run a memory of its own, checks that its forwards came by, keeps their record."""
+    def around_sampling(
+        self, executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """OUTER_SAMPLE wrapper: gives the run a memory of its own, checks that its forwards came by, keeps their
+        record.
+        """
         guider = executor.class_obj
         run = _Run(Run(self.protection.geometry) if self.recorder else None, pictures=len(noise))
         start_notices()
@@ -109,11 +123,11 @@ class AttentionPatch:
             )
         if run.forwards and not run.acted:
             notice(rested(self.protection.concepts, self.start, self.end))
-        if run.record is not None:
+        if self.recorder is not None and run.record is not None:
             self.recorder.keep(run.record, out, guider)
         return out
 
-    def around_forward(self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args, **kwargs) -> Any:
+    def around_forward(self, executor: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """APPLY_MODEL wrapper: decides once per forward whether to act, then checks that the patch was called."""
         model, options = executor.class_obj, _transformer_options(args, kwargs)
         require_network(model, self.protection.geometry)
@@ -138,7 +152,7 @@ class AttentionPatch:
                 torch._dynamo.reset()  # the graph was traced without the patch
         run.whole = run.whole or self.protected <= self._now.called
         run.compiled = run.compiled or bool(self.protected & self._now.called - self._now.projected)
-        if record is not None:
+        if run.record is not None and record is not None:
             run.record.add(record)
         return out
 
@@ -201,7 +215,9 @@ class _Run:
         self.compiled = False  # the patch may be, or was, called in blocks whose queries nobody saw being made
 
     def blank(self, model: Any, x: torch.Tensor, sigma: torch.Tensor, options: dict) -> Forward | None:
-        """An empty record for a forward of this run; None where nobody keeps one, or rows are not told apart by prompts."""
+        """An empty record for a forward of this run; None where nobody keeps one, or rows are not told apart by
+        prompts.
+        """
         if self.record is None or len(x) != self.pictures * len(options["cond_or_uncond"]):
             return None
         patch = model.diffusion_model.patch_size
@@ -213,22 +229,25 @@ class _Run:
 class ListeningPatch:
     """Shows q and k of every block to a function, and changes nothing.
 
-    `at_sigma(sigma)` is asked before each forward for that function, None where the forward is of no interest. It is called
-    as `listen(x, turned, role, block_type, block_index, text, image)`: x [B, H, L, D] before RoPE and `turned` after it, the
-    spans of text and image tokens. Fails closed: RuntimeError where a block of a forward of interest was not heard.
+    `at_sigma(sigma)` is asked before each forward for that function, None where the forward is of no interest. It is
+    called as `listen(x, turned, role, block_type, block_index, text, image)`: x [B, H, L, D] before RoPE and `turned`
+    after it, the spans of text and image tokens. Fails closed: RuntimeError where a block of a forward of interest was
+    not heard.
     """
 
-    def __init__(self, geometry: Geometry, at_sigma: Callable[[float], Callable | None]):
+    def __init__(self, geometry: Geometry, at_sigma: Callable[[float], Callable | None]) -> None:
         self.blocks, self.at_sigma = frozenset(_blocks(geometry)), at_sigma
         self._listen: Callable | None = None
         self._heard: set[Block] = set()
 
     @torch.compiler.disable
-    def __call__(self, q, k, v, pe=None, attn_mask=None, extra_options=None, **kwargs) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, q: Any, k: Any, v: Any, pe: Any = None, attn_mask: Any = None, extra_options: Any = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         """As AttentionPatch; always {}."""
         options = extra_options or {}
         if self._listen is not None and pe is not None and TEXT_END in options:
-            block, text = (options.get("block_type"), options.get("block_index")), options[TEXT_END][0]
+            block, text = _block_of(options), options[TEXT_END][0]
             for role, x, turned in zip(ROLES, (q, k), apply_rope(q, k, pe), strict=True):
                 self._listen(x, turned, role, *block, (0, text), (text, x.shape[2]))
             self._heard.add(block)
@@ -243,8 +262,10 @@ class ListeningPatch:
             out = executor(x, sigma, *args, **kwargs)
             if self._listen is not None and self._heard != self.blocks:
                 raise RuntimeError(
-                    f"SafeRoPE heard queries and keys, before RoPE, of {len(self._heard)} of the model's {len(self.blocks)} blocks. "
-                    "Expected every block to call its attention patches. Connect the model without nodes that compile it or "
+                    f"SafeRoPE heard queries and keys, before RoPE, of {len(self._heard)} of the model's "
+                    f"{len(self.blocks)} blocks. "
+                    "Expected every block to call its attention patches. Connect the model without nodes that compile "
+                    "it or "
                     "replace its blocks."
                 )
             return out
@@ -270,11 +291,15 @@ def _transformer_options(args: tuple, kwargs: dict) -> dict:
 
 
 def _require_chunks(q: torch.Tensor, pictures: int, kinds: list[int]) -> None:
-    """Raise RuntimeError unless q [B, H, L, D] has a row for every picture and conditioning, as `_in_chunks` parts them."""
+    """Raise RuntimeError unless q [B, H, L, D] has a row for every picture and conditioning, as `_in_chunks` parts
+    them.
+    """
     if q.shape[0] != pictures * len(kinds):
         raise RuntimeError(
-            f"SafeRoPE Apply is set to conditionings = positive only, but the model was called with {q.shape[0]} rows for "
-            f"{len(kinds)} prompts of {pictures} pictures: another node takes the prompts apart, and the positive one could "
+            f"SafeRoPE Apply is set to conditionings = positive only, but the model was called with {q.shape[0]} rows "
+            "for "
+            f"{len(kinds)} prompts of {pictures} pictures: another node takes the prompts apart, and the positive one "
+            "could "
             "go unprotected. Remove the node that wraps the model's function, or set conditionings to all."
         )
 
@@ -283,6 +308,11 @@ def _in_chunks(kinds: list[int], x: torch.Tensor, turned: torch.Tensor) -> torch
     """`turned` in the chunks of positive prompts, `x` in the others; both [B, H, L, D]."""
     parts = zip(kinds, x.chunk(len(kinds)), turned.chunk(len(kinds)), strict=True)
     return torch.cat([after if kind == POSITIVE else before for kind, before, after in parts])
+
+
+def _block_of(options: dict) -> Block:
+    """The block that a patch is called from; `require_hook` refuses one that is not the model's."""
+    return cast(Block, (options.get("block_type"), options.get("block_index")))
 
 
 def _blocks(geometry: Geometry) -> list[Block]:

@@ -27,8 +27,8 @@ class Prompt:
 def read_prompts(text: str, side: str) -> list[Prompt]:
     """One prompt a line; in unsafe ones the concept's word stands in brackets: `a red [star] on the beach`.
 
-    Only a newline ends a line. Raises ValueError, naming the line, for an unsafe prompt without exactly one marked word, a
-    safe one with any, and brackets that are empty, nested or do not pair.
+    Only a newline ends a line. Raises ValueError, naming the line, for an unsafe prompt without exactly one marked
+    word, a safe one with any, and brackets that are empty, nested or do not pair.
     """
     prompts = []
     expected = f"Expected one, {EXAMPLE}" if side == UNSAFE else "Expected none: they show no concept"
@@ -50,14 +50,17 @@ def read_prompts(text: str, side: str) -> list[Prompt]:
 
 def _without_brackets(line: str) -> tuple[str, list[tuple[int, int]]]:
     """The line without its brackets, and the characters [start, end) of it that they held, spaces around left out."""
-    plain, words, start = "", [], None
+    plain, start = "", None
+    words: list[tuple[int, int]] = []
     for character in line:
         if character not in "[]":
             plain += character
-        elif (character == "[") == (start is not None):
-            raise ValueError("has a bracket within brackets" if start is not None else "has a ] without its [")
         elif character == "[":
+            if start is not None:
+                raise ValueError("has a bracket within brackets")
             start = len(plain)
+        elif start is None:
+            raise ValueError("has a ] without its [")
         else:
             held = plain[start:]
             if not held.strip():
@@ -70,7 +73,8 @@ def _without_brackets(line: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def masks_of(clip: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Which tokens of the text stream are the prompt's own, and which are the concept's word's: bool [1, L]. Nothing is encoded.
+    """Which tokens of the text stream are the prompt's own, and which are the concept's word's: bool [1, L]. Nothing is
+    encoded.
 
     Raises ValueError where the concept's word is not to be found in the stream, or the prompt longer than it.
     """
@@ -87,11 +91,13 @@ def masks_of(clip: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
 
 
 def require_enough(clip: Any, prompts: list[Prompt], looks: int, ranks: Ranks, head_dim: int) -> list[str]:
-    """Raises ValueError where a concept cannot be made of the prompts, each looked at `looks` times. Nothing is encoded.
+    """Raises ValueError where a concept cannot be made of the prompts, each looked at `looks` times. Nothing is
+    encoded.
 
     Returns the words beside the concept's that the CLIP does not know, each once.
     """
-    counts, strange = Counter(), []
+    counts: Counter[tuple[str, str]] = Counter()
+    strange: list[str] = []
     for prompt in prompts:
         parts = unknown(clip, prompt.text)
         if prompt.word:

@@ -51,7 +51,8 @@ def _why_idle(concepts: list[Concept], strength: float, span: tuple[float, float
 
 
 def chosen(concepts: list[Concept], geometry: Geometry, blocks: str, streams: str) -> list[Concept]:
-    """What is left of the concepts in some blocks and streams. Raises ValueError for a selection that cannot be read."""
+    """What is left of the concepts in some blocks and streams. Raises ValueError for a selection that
+    cannot be read."""
     for concept in concepts:
         geometry.require(concept.geometry, f"concept {concept.slug!r}")
     places = parse_blocks(blocks, geometry)
@@ -60,7 +61,9 @@ def chosen(concepts: list[Concept], geometry: Geometry, blocks: str, streams: st
 
 
 def require_room(model: Any, parts: list[Concept], strength: float, span: tuple[float, float]) -> None:
-    """Raise ValueError where SafeRoPE Apply nodes before this one turn the same concept, and both would pass half a turn."""
+    """Raise ValueError where SafeRoPE Apply nodes before this one turn the same concept, and both would pass half a
+    turn.
+    """
     here = held_strengths(parts, [part.strength * strength for part in parts])
     patches = model.model_options.get("transformer_options", {}).get("patches", {}).get("attn1_patch", [])
     protections = [
@@ -73,8 +76,10 @@ def require_room(model: Any, parts: list[Concept], strength: float, span: tuple[
     for concept, asked, held in zip(concepts, strengths, held_strengths(concepts, strengths), strict=True):
         if not math.isclose(asked, held):
             raise ValueError(
-                f"Concept {concept.slug!r} is turned by another SafeRoPE Apply before this one in the same steps, and both "
-                "together would turn it past half a turn, back to the unprotected model. Remove one of them, or lower their "
+                f"Concept {concept.slug!r} is turned by another SafeRoPE Apply before this one in the same steps, and "
+                "both "
+                "together would turn it past half a turn, back to the unprotected model. Remove one of them, or lower "
+                "their "
                 "strengths."
             )
 

@@ -60,7 +60,8 @@ class Record:
     def score(self) -> float | None:
         """The highest risk of any concept and picture, in [0, 1]; None unless every concept has one."""
         risks = [self.risk(number) for number in range(len(self.names))]
-        return None if None in risks else max(risks, default=None)
+        known = [risk for risk in risks if risk is not None]
+        return max(known) if known and len(known) == len(risks) else None
 
     @property
     def measured(self) -> bool:
@@ -76,7 +77,7 @@ class Recorder:
     `off` is a sentence that says why nothing is recorded, or None.
     """
 
-    def __init__(self, names: Sequence[str], geometry: Geometry, off: str | None = None):
+    def __init__(self, names: Sequence[str], geometry: Geometry, off: str | None = None) -> None:
         self.names, self.geometry, self.off = tuple(names), geometry, off
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._lock = threading.Lock()
@@ -98,7 +99,8 @@ class Recorder:
             record = self._records.get(_digest(samples))
         if record is None:
             raise ValueError(
-                f"This latent did not come out of a sampler with this protected model (of {len(self._records)} recorded "
+                f"This latent did not come out of a sampler with this protected model (of {len(self._records)} "
+                "recorded "
                 "runs). Connect the sampler's own latent output, before any other node changes it, and the recorder of "
                 "the SafeRoPE Apply whose model that sampler uses."
             )
@@ -108,15 +110,18 @@ class Recorder:
 def require_usual(guider: Any) -> None:
     """Raise RuntimeError unless POSITIVE is this guider's number for its positive prompt, and for no other.
 
-    The numbers are those of the list that CFGGuider hands over in `predict_noise`. A guider with a method of its own, or a
-    function of another pack in its place, may have them in any order. guider: None where a node calls the model by itself.
+    The numbers are those of the list that CFGGuider hands over in `predict_noise`. A guider with a method of its own,
+    or a function of another pack in its place, may have them in any order. guider: None where a node calls the model by
+    itself.
     """
     others = ["a node that calls the model by itself"] if guider is None else _others(guider)
     if others or not _conditionings(guider) <= USUAL:
         who = others[0] if others else type(guider).__name__
         raise RuntimeError(
-            f"SafeRoPE Apply is set to conditionings = positive only, but this model is run by {who}, which may number its "
-            f"prompts in another way ({', '.join(sorted(_conditionings(guider)))}): the positive one could go unprotected. "
+            f"SafeRoPE Apply is set to conditionings = positive only, but this model is run by {who}, which may "
+            "number its "
+            f"prompts in another way ({', '.join(sorted(_conditionings(guider)))}): the positive one could go "
+            "unprotected. "
             "Expected KSampler, CFG Guider or Basic Guider. Use one of them, or set conditionings to all."
         )
 

@@ -44,7 +44,8 @@ def require_measured(record: Record) -> None:
     """Raise ValueError for a run in which no gate was asked."""
     if not record.measured:
         raise ValueError(
-            "SafeRoPE measured nothing in this run: none of its steps lay between start_percent and end_percent, or all "
+            "SafeRoPE measured nothing in this run: none of its steps lay between start_percent and end_percent, or "
+            "all "
             "gates are 1, which no token passes. Widen them or lower the gates in SafeRoPE Apply, or mute this node."
         )
 
@@ -54,7 +55,8 @@ def comparable(record: Record) -> float | ExecutionBlocker:
     if record.score is not None:
         return record.score
     return ExecutionBlocker(
-        f"SafeRoPE has no risk to compare: that of {listed(record.unmeasured)} was not measured ({NO_TEXT}). Turn that on, take "
+        f"SafeRoPE has no risk to compare: that of {listed(record.unmeasured)} was not measured ({NO_TEXT}). Turn "
+        "that on, take "
         "the concept out, or use the report instead of the risk."
     )
 
@@ -67,15 +69,16 @@ def listed(names: Sequence[str]) -> str:
 def named_words(risks: Tensor, clip: Any | None, text: str) -> list[Word]:
     """Words of a prompt and the risk of each, its riskiest token's, from the tokens' risks [L], in reading order.
 
-    Padding and the end count as a word each. Without `clip` or text: tokens by their numbers. Raises ValueError where the
-    text has more tokens than the picture's prompt had: then it was another text.
+    Padding and the end count as a word each. Without `clip` or text: tokens by their numbers. Raises ValueError where
+    the text has more tokens than the picture's prompt had: then it was another text.
     """
     if clip is None or not text:
         return [(str(number + 1), risk) for number, risk in enumerate(risks.tolist())]
     found = pieces(clip, text)
     if len(found) > len(risks):
         raise ValueError(
-            f"text has {len(found)} tokens, the prompt that was sampled had {len(risks)}. Connect the very text that the "
+            f"text has {len(found)} tokens, the prompt that was sampled had {len(risks)}. Connect the very text that "
+            "the "
             "positive prompt was encoded from."
         )
     named = [(word, risks[first:last].max().item()) for word, first, last in words(found)]
@@ -125,7 +128,8 @@ def heads_picture(record: Record, geometry: Geometry) -> Tensor:
 
 
 def patches_picture(record: Record, images: Tensor | None) -> Tensor:
-    """Where in each picture image tokens were risky, for every concept; over `images` [B, h, w, 3] where given; IMAGE."""
+    """Where in each picture image tokens were risky, for every concept; over `images` [B, h, w, 3] where given;
+    IMAGE."""
     pictures = []
     for number, name in enumerate(record.names):
         reading = _shown(record, number)
@@ -145,7 +149,8 @@ def steps_picture(record: Record) -> Tensor:
     for number, name in enumerate(record.names):
         reading, title = _shown(record, number), f"{name}: risk over the steps"
         series = {} if reading is None else _series(reading)
-        pictures.append(course(series, reading.noise_levels.tolist(), title) if series else blank(title, NO_TEXT))
+        levels = [] if reading is None else reading.noise_levels.tolist()
+        pictures.append(course(series, levels, title) if series else blank(title, NO_TEXT))
     return batched(pictures)
 
 
@@ -185,7 +190,8 @@ def _headline(record: Record, concept: int, above: float) -> str:
     known = [each.score.max().item() for each in judged if each.score is not None]
     if not known:
         return f"{name}: risk not measured ({NO_TEXT})"
-    return f"{name}: risk not measured in {len(judged) - len(known)} of {len(judged)} prompts, up to {max(known):.2f} in the others"
+    missing = f"{len(judged) - len(known)} of {len(judged)} prompts"
+    return f"{name}: risk not measured in {missing}, up to {max(known):.2f} in the others"
 
 
 def _shown(record: Record, concept: int) -> Reading | None:

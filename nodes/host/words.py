@@ -1,7 +1,7 @@
 """What the tokens of FLUX's text stream are, from the CLIP that made it: pieces, words, and where a marked word stands.
 
-FLUX's text stream is T5's states, token by token, padding included. Positions here are positions in that stream, which are
-those of q and k in every block. All of it is text: nothing is encoded, no weights are needed.
+FLUX's text stream is T5's states, token by token, padding included. Positions here are positions in that stream, which
+are those of q and k in every block. All of it is text: nothing is encoded, no weights are needed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ T5 = "t5"  # in the names of T5's token streams: t5xxl, t5base, pile_t5xl, umt5x
 def pieces(clip: Any, text: str) -> list[str]:
     """T5's piece for every token of the text stream, such as "▁star"; "" for padding, "</s>" for the end.
 
-    `clip` is a ComfyUI CLIP. Prompt weights, as in "(star:1.2)", are taken out as ComfyUI takes them out. A tokenizer of whole
-    words, as the tiny world's, has no mark of a word's beginning. Raises ValueError for a CLIP without T5.
+    `clip` is a ComfyUI CLIP. Prompt weights, as in "(star:1.2)", are taken out as ComfyUI takes them out. A tokenizer
+    of whole words, as the tiny world's, has no mark of a word's beginning. Raises ValueError for a CLIP without T5.
     """
     key = _stream(clip, rows := clip.tokenize(text))
     tokenizer = _tokenizer(clip, key)
@@ -66,8 +66,8 @@ def unknown(clip: Any, text: str) -> list[tuple[int, int]]:
 def located(clip: Any, text: str, span: tuple[int, int]) -> tuple[int, int]:
     """Tokens (first, one after the last) of the text stream that touch the characters `span` of `text`.
 
-    Raises ValueError where the span holds no token or is cut off, and for texts with weights, embeddings or a tokenizer that
-    does not say where in the text its tokens stand.
+    Raises ValueError where the span holds no token or is cut off, and for texts with weights, embeddings or a tokenizer
+    that does not say where in the text its tokens stand.
     """
     key = _stream(clip, rows := clip.tokenize(text))
     stream = [token for row in rows[key] for token, *_ in row]
@@ -82,13 +82,16 @@ def located(clip: Any, text: str, span: tuple[int, int]) -> tuple[int, int]:
     if any(not isinstance(token, int) for token in until):
         named = re.search(rf"{IDENTIFIER}\S+", text)
         raise ValueError(
-            f"Prompt {text!r:.200}: the embedding {named[0] if named else 'of a name unknown'!r:.60} stands in or before "
-            f"{text[slice(*span)]!r:.60}, and the word's tokens cannot be told behind it. Put it after the word, or leave it out."
+            f"Prompt {text!r:.200}: the embedding {named[0] if named else 'of a name unknown'!r:.60} stands in or "
+            "before "
+            f"{text[slice(*span)]!r:.60}, and the word's tokens cannot be told behind it. Put it after the word, or "
+            "leave it out."
         )
     if hit and until == own["input_ids"][: hit[-1] + 1]:
         return hit[0], hit[-1] + 1
     raise ValueError(
-        f"Prompt {text!r:.200}: the tokens of {text[slice(*span)]!r:.60} were not found in the text stream. Expected plain text, "
+        f"Prompt {text!r:.200}: the tokens of {text[slice(*span)]!r:.60} were not found in the text stream. Expected "
+        "plain text, "
         f"without weights such as (word:1.2) or embeddings, and the word within the {len(stream)} tokens of the stream."
     )
 
@@ -99,7 +102,8 @@ def _stream(clip: Any, rows: dict[str, list]) -> str:
     if not found:
         have = ", ".join(rows) if isinstance(rows, dict) else type(rows).__name__
         raise ValueError(
-            f"The CLIP has the text streams {have}, none of T5. Expected FLUX's text encoders: load them with DualCLIPLoader "
+            f"The CLIP has the text streams {have}, none of T5. Expected FLUX's text encoders: load them with "
+            "DualCLIPLoader "
             "(clip_l and t5xxl, type flux), or connect SafeRoPE Tiny World."
         )
     return found[0]

@@ -27,6 +27,7 @@ def attack(
 
     Black box: pictures and the detector's score alone, the same budget for all. Killed, the same command goes on.
     """
+    from saferope_benchmark.evaluation.methods import Method
     from saferope_benchmark.evaluation.robustness import attacked, reported, write_report
     from saferope_benchmark.suites.contenders import found_files, made_files, with_baselines
     from saferope_benchmark.suites.questions import require, tiny_world_questions
@@ -41,7 +42,7 @@ def attack(
         slugs = tiny_world_questions(names(only)).concepts
         files = found_files(concepts) if concepts else made_files(model, evaluation / "concepts", progress)
         found = with_baselines(model, evaluation, slugs, files, chosen_baselines=names(baselines), progress=progress)
-        methods = [method for method in found if chosen(method)]
+        methods = [method for method in found if isinstance(method, Method) and chosen(method)]
         results = attacked(model, methods, evaluation / "attack", prompts, progress)
     write_report(evaluation / "attack", results)
     if processes.is_main():

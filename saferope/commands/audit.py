@@ -29,7 +29,8 @@ def audit(
     require_full: Annotated[
         bool,
         typer.Option(
-            help="Only whole protection counts: all steps, blocks, streams and conditionings, each concept once at strength 1."
+            help="Only whole protection counts: all steps, blocks, streams and conditionings, each concept once at "
+            "strength 1."
         ),
     ] = False,
     concepts: Annotated[
@@ -44,8 +45,8 @@ def audit(
     Exit code: 0 protected, 1 not protected, 2 cannot be read; of several files, the highest. Whatever is not surely
     understood counts as not protected, such as a node that is not ComfyUI's own and takes a model.
 
-    It reads what a file says, and a file can lie: nothing here proves how a picture was made, a pinned sha256 neither. A node
-    that loads and samples by itself, without a model going in, looks like any other node and is not seen.
+    It reads what a file says, and a file can lie: nothing here proves how a picture was made, a pinned sha256 neither.
+    A node that loads and samples by itself, without a model going in, looks like any other node and is not seen.
     """
     from workflow_lint.file import Unreadable, read
     from workflow_lint.report import LONG, as_json, as_text, plain, unreadable

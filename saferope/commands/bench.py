@@ -49,7 +49,8 @@ def bench(
     rows += [*making.rows(size, repeats), *work.start_rows(repeats)]
     grown = rotation.curves(size, repeats) if curves else {}
     setting = (
-        f"{resolution} x {resolution}, {heads} heads, critical {critical:g}, concepts {concepts}, rank {rank}, batch {batch}, "
+        f"{resolution} x {resolution}, {heads} heads, critical {critical:g}, concepts {concepts}, rank {rank}, batch "
+        f"{batch}, "
         f"{dtype}, median of {repeats} rounds"
     )
     say(report.write(out, rows, grown, setting))

@@ -8,12 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from saferope_training.console import plain, say
 from saferope_training.settings import MODEL, Settings, settings_of
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from saferope_core import Concept
+    from saferope_training.flux.models import Model
 
 USER_ERROR = 2  # the exit code of a mistake that the user can mend, also Typer's own for unknown options
 LONGEST = 4000  # characters of an error that are told; ours have a few hundred
@@ -27,7 +33,7 @@ ConceptFiles = Annotated[
 ]
 
 
-def command(*stages: str, **defaults) -> Callable[[Callable], Callable]:
+def command(*stages: str, **defaults: Any) -> Callable[[Callable], Callable]:
     """A decorator: the function's `settings` become options, those that decide the stages; mistakes end it in a line.
 
     Defaults are those of Settings unless given here. ValueError and OSError are mistakes and exit with USER_ERROR.
@@ -37,21 +43,21 @@ def command(*stages: str, **defaults) -> Callable[[Callable], Callable]:
         names = settings_of(*stages)
 
         @functools.wraps(function)
-        def run(**given):
+        def run(**given: Any) -> Any:
             with told():
                 if names:
                     given["settings"] = Settings(**{name: given.pop(name) for name in names})
                 return function(**given)
 
         # not get_type_hints: on Python 3.10 it hides the options' names and help behind an Optional
-        parameters = inspect.signature(function, eval_str=True).parameters.values()
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name != "settings"]
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != "settings"]
         kinds = get_type_hints(Settings) if names else {}
         parameters += [
             _parameter(entry, kinds[entry.name], defaults) for entry in fields(Settings) if entry.name in names
         ]
         parameters.sort(key=lambda p: p.name != "concept")  # the one positional argument comes first
-        run.__signature__ = inspect.Signature(parameters)
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # Typer reads it
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
@@ -80,7 +86,7 @@ def _parameter(entry: Field, hint: type, defaults: dict) -> inspect.Parameter:
 
 
 def _list_of(kind: type) -> Callable:
-    def parse(text) -> tuple:
+    def parse(text: str | tuple) -> tuple:
         if isinstance(text, tuple):
             return text
         try:
@@ -105,7 +111,8 @@ def told() -> Iterator[None]:
 
 
 def _indented(error: Exception) -> str:
-    """Its words, not too many, and no line of them where a line of ours could stand: a file's words may be among them."""
+    """Its words, not too many, and no line of them where a line of ours could stand:
+    a file's words may be among them."""
     told = str(error)
     return (told if len(told) <= LONGEST else f"{told[: LONGEST - 4]} ...").replace("\n", "\n    ")
 
@@ -122,7 +129,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    tasks: dict[str, int] = {}
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=Console(stderr=True)) as bars:
 
         def show(stage: str, done: int, total: int) -> None:
@@ -133,18 +140,19 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def load(settings: Settings, device: str):
+def load(settings: Settings, device: str) -> Model:
     """The model that the settings name."""
     from saferope_training.flux.loading import load_model
 
     return load_model(settings.model, device, settings.quantise, settings.encoders, settings.resolution)
 
 
-def read_concepts(names: list[str]):
+def read_concepts(names: list[str]) -> tuple[list[Concept], list[float]]:
     """Concepts and strengths of FILE or FILE:STRENGTH arguments; a file's concepts share its strength."""
     from saferope_core import load_concepts
 
-    concepts, strengths = [], []
+    concepts: list[Concept] = []
+    strengths: list[float] = []
     for name in names:
         path, _, strength = name.rpartition(":")
         if not path or Path(name).exists():

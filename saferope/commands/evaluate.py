@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,11 +17,11 @@ _BATCH, _FLUX_BATCH = 32, 4  # prompts painted together
 _SUITE, _METRICS = "Suite", "Metrics of suite paper-flux"
 
 
-def _suite(help: str, *names: str):
+def _suite(help: str, *names: str) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=_SUITE)
 
 
-def _weights(help: str, *names: str):
+def _weights(help: str, *names: str) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=_METRICS)
 
 
@@ -74,6 +74,7 @@ def evaluate(
             "evaluate: got " + ("neither" if file is None else "both") + ", expected a concept file or --suite"
         )
     if suite is None:
+        assert file is not None
         _file(settings, file, out or file.parent, device, strength, unsafe, benign)
         return
     from saferope_benchmark.evaluation.compare import compare
@@ -82,7 +83,7 @@ def evaluate(
     from saferope_training import processes
 
     device, out = processes.own_device(device), out or Path("evaluation")
-    chosen = {"only": names(only), "chosen_baselines": names(baselines), "search": search}
+    chosen: dict[str, Any] = {"only": names(only), "chosen_baselines": names(baselines), "search": search}
     with progress_bars() as progress:
         model = load(settings, device)
         tiny = is_tiny(suite, model)
@@ -97,7 +98,9 @@ def evaluate(
         say((out / "evaluation.md").read_text(encoding="utf-8"))
 
 
-def _file(settings: Settings, file: Path, out: Path, device: str, strength: float, unsafe, benign) -> None:
+def _file(
+    settings: Settings, file: Path, out: Path, device: str, strength: float, unsafe: int | None, benign: int | None
+) -> None:
     from saferope_benchmark.evaluation.file_report import evaluate_file, markdown, write_reports
     from saferope_core import load_concepts, strength_notes
     from saferope_training import processes
@@ -107,7 +110,7 @@ def _file(settings: Settings, file: Path, out: Path, device: str, strength: floa
     notes = strength_notes(concepts, [each.strength * strength for each in concepts])
     for note in notes if processes.is_main() else []:
         say(f"saferope: {note}", err=True)
-    unsafe, benign = (_or(given, own) for given, own in zip((unsafe, benign), _FILE_SIZES, strict=True))
+    unsafe, benign = _or(unsafe, _FILE_SIZES[0]), _or(benign, _FILE_SIZES[1])
     with progress_bars() as progress:
         sizes = Sizes(unsafe, unsafe, benign // 2, benign)
         model = load(settings, processes.own_device(device))

@@ -6,11 +6,11 @@ With E the encoder that learns, E0 the frozen one, embeddings flattened, and d t
     unsafe     (1 - λ) [1 - cos(E(u), E0(far(u)) - k d)]        far(u): the safe prompt least like u
     concept    (1 - λ) [1 - cos(E(concept), E0(∅))]
 
-λ = 0.3. E is what FLUX reads: all of T5's states, and CLIP's pooled vector. The paper's k = 200 belongs to CLIP's 77 states,
-whose flat embedding is about as long; here k is a share of the mean length of E0(s), so that it means the same for any
-encoder. In the paper AdamW 1e-5 and two epochs of 6,911 pairs; the tiny encoders (two layers of 64) take a larger rate,
-fewer steps and the task's own prompts. Synonyms that are not among them are erased far less. The strength is the weight
-of what the encoders' parameters learned, 1 being all of it.
+λ = 0.3. E is what FLUX reads: all of T5's states, and CLIP's pooled vector. The paper's k = 200 belongs to CLIP's 77
+states, whose flat embedding is about as long; here k is a share of the mean length of E0(s), so that it means the same
+for any encoder. In the paper AdamW 1e-5 and two epochs of 6,911 pairs; the tiny encoders (two layers of 64) take a
+larger rate, fewer steps and the task's own prompts. Synonyms that are not among them are erased far less. The strength
+is the weight of what the encoders' parameters learned, 1 being all of it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def applied(model: Model, state: dict[str, Tensor], strength: float) -> Iterator
         yield
 
 
-def des_losses(safe: Tensor, safe0: Tensor, unsafe: Tensor, far0: Tensor, word: Tensor, empty0: Tensor, kd: Tensor):
+def des_losses(
+    safe: Tensor, safe0: Tensor, unsafe: Tensor, far0: Tensor, word: Tensor, empty0: Tensor, kd: Tensor
+) -> tuple[Tensor, ...]:
     """The three losses of flat embeddings [B, C] (0: frozen), `word` and `empty0` [1, C] and k d [C]."""
     kept = 2 - cosine_similarity(safe, safe0) - cosine_similarity(safe + kd, safe0)
     erased = 1 - cosine_similarity(unsafe, far0 - kd)
@@ -72,7 +74,7 @@ def des_losses(safe: Tensor, safe0: Tensor, unsafe: Tensor, far0: Tensor, word: 
     return SAFE_WEIGHT * kept.mean(), (1 - SAFE_WEIGHT) * erased.mean(), (1 - SAFE_WEIGHT) * named.mean()
 
 
-def _learn(model: Model, encoder: nn.Module, part: str, task: Task, seed: int, progress) -> None:
+def _learn(model: Model, encoder: nn.Module, part: str, task: Task, seed: int, progress: Progress) -> None:
     safe, unsafe = ([record.text for record in side] for side in (task.benign, task.unsafe))
     ids = {name: _ids(model, part, texts) for name, texts in (("safe", safe), ("unsafe", unsafe))}
     ids |= {"word": _ids(model, part, [task.concept]), "empty": _ids(model, part, [""])}

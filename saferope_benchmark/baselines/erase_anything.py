@@ -1,17 +1,18 @@
 """EraseAnything (Gao et al., ICML 2025): a LoRA that alternates between erasing and keeping.
 
-Even steps erase: ESD's loss with η = 1, plus 0.001 Σ ||A_c||, the attention that image tokens pay the concept's tokens in
-the last double block. Odd steps keep: 0.1 times flow matching on pictures, plus 0.1 times a reverse InfoNCE (τ = 0.07)
+Even steps erase: ESD's loss with η = 1, plus 0.001 Σ ||A_c||, the attention that image tokens pay the concept's tokens
+in the last double block. Odd steps keep: 0.1 times flow matching on pictures, plus 0.1 times a reverse InfoNCE (τ =
+0.07)
 
     - log [ Σ_k exp(F·F_k / τ) / (Σ_k exp(F·F_k / τ) + exp(F·F_syn / τ)) ]
 
-of unit attention maps F: the concept's is drawn to those of K = 3 irrelevant things and away from a synonym's. The authors
-ask a language model for irrelevant things and WordNet for the synonym. Here they are words of benign prompts, and the
-concept itself as the frozen model sees it. The pictures are the frozen model's own of benign prompts, so that no
-data is asked for. The published code's teacher carries the adapter that learns; this one is frozen. LoRA of rank 8 on
-the queries and keys of the text in double blocks; 200 steps of one prompt, AdamW, lr 1e-3 (here 60 of several). The tiny
-model has two double blocks, where FLUX has 19 of 57, so that single ones do most of the reading: there their queries and
-keys learn as well. The strength is the weight of the LoRA, 1 being what was learned.
+of unit attention maps F: the concept's is drawn to those of K = 3 irrelevant things and away from a synonym's. The
+authors ask a language model for irrelevant things and WordNet for the synonym. Here they are words of benign prompts,
+and the concept itself as the frozen model sees it. The pictures are the frozen model's own of benign prompts, so that
+no data is asked for. The published code's teacher carries the adapter that learns; this one is frozen. LoRA of rank 8
+on the queries and keys of the text in double blocks; 200 steps of one prompt, AdamW, lr 1e-3 (here 60 of several). The
+tiny model has two double blocks, where FLUX has 19 of 57, so that single ones do most of the reading: there their
+queries and keys learn as well. The strength is the weight of the LoRA, 1 being what was learned.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saferope_core import SUBJECT, WORDS
-from saferope_training.flux.attach import attached, positioned
+from saferope_training.flux.attach import Span, attached, positioned
 from saferope_training.flux.models import Model, Text, encode, text_tokens
 from saferope_training.making.losses import flow_matching_loss, mean_squared_error
 
@@ -140,10 +141,11 @@ def _asked(text: Text, lessons: Lessons, some: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _with_maps(model: Model, asked: tuple[Tensor, Tensor, Text], marked: Tensor) -> tuple[Tensor, Tensor]:
-    """The velocity, and the attention [B, image tokens] of the last double block on marked text tokens, heads averaged."""
+    """The velocity, and the attention [B, image tokens] of the last double block on marked text tokens,
+    heads averaged."""
     last, met = model.geometry.double_blocks - 1, {}
 
-    def note(x: Tensor, role: str, block_type: str, block_index: int, text, image) -> None:
+    def note(x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> None:
         if (block_type, block_index) == ("double", last):
             met[role, "text" if text[1] else "image"] = x
 

@@ -5,11 +5,12 @@ Per element and step, with the velocities v_p of the prompt, v_∅ of the empty 
     φ = min(1, s_S |v_p - v_s|)      μ = φ where v_p - v_s < λ, else 0
     γ = μ (v_s - v_∅) + s_m ν        ν <- β_m ν + (1 - β_m) γ        v = v_∅ + g (v_p - v_∅ - γ)
 
-γ acts after a warm-up of δ of the steps; the momentum ν gathers from the first. The paper says all this of the predicted
-noise. At a given x_t a flow's velocity is that noise times a positive number plus what the three passes share, so the
-formulas hold as they stand, λ and s_S in units of velocity. g = 1: FLUX.1-dev has its guidance embedded, so v_p is guided
-already. The negative prompt is the concept's word, or in the tiny world a caption of it (see `task_of`). Nothing is
-learned; the strength is s_S. Defaults: the paper's strongest configuration, "max" (δ 0, s_S 5000, λ 1, s_m 0.5, β_m 0.7).
+γ acts after a warm-up of δ of the steps; the momentum ν gathers from the first. The paper says all this of the
+predicted noise. At a given x_t a flow's velocity is that noise times a positive number plus what the three passes
+share, so the formulas hold as they stand, λ and s_S in units of velocity. g = 1: FLUX.1-dev has its guidance embedded,
+so v_p is guided already. The negative prompt is the concept's word, or in the tiny world a caption of it (see
+`task_of`). Nothing is learned; the strength is s_S. Defaults: the paper's strongest configuration, "max" (δ 0, s_S
+5000, λ 1, s_m 0.5, β_m 0.7).
 """
 
 from __future__ import annotations

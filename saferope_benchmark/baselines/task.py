@@ -44,7 +44,8 @@ def task_of(records: Sequence[PromptRecord], anchor: str = "") -> Task:
     """The task of these prompts; the concept's word is the commonest subject of the unsafe ones.
 
     The tiny world's negative prompt is the shortest unsafe one: from a lone word its model draws nothing at all (0 of 8
-    stars from "star", 6 of 6 from a caption with a colour and a background), so that there is nothing to stay away from.
+    stars from "star", 6 of 6 from a caption with a colour and a background), so that there is nothing to stay away
+    from.
     """
     unsafe, benign = (tuple(side(records, name)) for name in (UNSAFE, BENIGN))
     words = Counter(record.text[slice(*record.subject)] for record in unsafe)

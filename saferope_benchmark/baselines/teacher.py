@@ -1,9 +1,11 @@
-"""What the frozen model teaches: states of its own sampling runs, and the velocities that a student should have there."""
+"""What the frozen model teaches: states of its own sampling runs, and the velocities that
+a student should have there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ def trajectories(model: Model, text: Text, seeds: Sequence[int]) -> tuple[Tensor
     pipe, dtype, met = model.pipe, model.transformer.dtype, []
     start = seeded_noise(model, seeds).to(dtype)
 
-    def note(_pipe, _step: int, _t, kwargs: dict) -> dict:
+    def note(_pipe: Any, _step: int, _t: Any, kwargs: dict) -> dict:
         met.append(kwargs["latents"].float().cpu())
         return kwargs
 

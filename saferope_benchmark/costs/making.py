@@ -1,4 +1,6 @@
-"""What making a concept file costs beside the forward passes that nothing can do without, on a FLUX of one single block."""
+"""What making a concept file costs beside the forward passes that nothing can do without, on a FLUX of one single
+block.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,8 @@ def _extraction_rows(flux: Flux, size: Size, repeats: int) -> Iterator[Row]:
 
 
 def _steps(flux: Flux, size: Size) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A training step of all heads, and what no step can do without: a pass without and one with gradients, and back."""
+    """A training step of all heads, and what no step can do without: a pass without and one with gradients, and
+    back."""
     places = torch.tensor([(SINGLE, 0, head) for head in range(size.heads)])
     bases = torch.linalg.qr(torch.randn(size.heads, size.head_dim, size.rank)).Q
     gates = torch.full((size.heads,), gate_of(size.head_dim, size.rank))

@@ -30,7 +30,8 @@ def machine() -> str:
     """The processor and what runs on it, without a name or a path."""
     kind = torch.backends.cpu.get_cpu_capability()
     instructions = "has bf16 instructions" if cpu_has_bf16() else "has no bf16 instructions"
-    return f"{torch.get_num_threads()} threads of a {platform.machine()} CPU ({kind}, {instructions}), PyTorch {torch.__version__}"
+    threads = f"{torch.get_num_threads()} threads of a {platform.machine()} CPU ({kind}, {instructions})"
+    return f"{threads}, PyTorch {torch.__version__}"
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -96,7 +96,8 @@ def turning(size: Size, recorded: bool = False, own: bool = True) -> Callable[[]
 
 
 def papers_form(size: Size) -> Callable[[], object]:
-    """The same work as the paper's code does it: a matrix exponential for every token of every head, whatever its risk."""
+    """The same work as the paper's code does it: a matrix exponential for every token of every head,
+    whatever its risk."""
     concept = concept_of(size)
     x, heads = vectors(size, concept), concept.heads[:, 2].long()
     scale = torch.full(x.shape[:3], 0.5)[:, heads]
@@ -175,7 +176,7 @@ def _peaks(block: nn.Module, run: Callable[[], object], size: Size) -> tuple[int
     weights = sum(parameter.nbytes for parameter in block.parameters())
     peak = {"plain": weights + peak_of(run)}
 
-    def hook(_module, _args, out: Tensor, role: str) -> None:
+    def hook(_module: nn.Module, _args: tuple, out: Tensor, role: str) -> None:
         guard.rotate(out.transpose(1, 2), role, "single", 0, *spans, own=True)
 
     hooks = [getattr(block.attn, f"norm_{role}").register_forward_hook(partial(hook, role=role)) for role in "qk"]

@@ -12,7 +12,9 @@ import torch
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report. `value` None: not measured, `note` says why. `spread` is half the range between quartiles."""
+    """One line of the report. `value` None: not measured, `note` says why. `spread` is half the range between
+    quartiles.
+    """
 
     what: str
     value: float | None

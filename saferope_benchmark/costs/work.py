@@ -49,7 +49,8 @@ def start_rows(repeats: int) -> Iterator[Row]:
 
     taken = in_turns({"help": lambda: run(called)}, repeats)["help"]
     yield Row("saferope --help", median(taken), "s", 0.5, spread=spread(taken))
-    code = "import time, torch, safetensors.torch; a = time.perf_counter(); import saferope_core; print(time.perf_counter() - a)"
+    code = "import time, torch, safetensors.torch; now = time.perf_counter; a = now(); "
+    code += "import saferope_core; print(now() - a)"
     imports = [float(run([sys.executable, "-c", code])) for _ in range(repeats)]
     note = "ComfyUI has loaded torch by then; the nodes' own files need a ComfyUI to import"
     yield Row("import of the pack's core", median(imports), "s", 0.3, spread=spread(imports), note=note)

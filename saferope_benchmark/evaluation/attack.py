@@ -1,8 +1,8 @@
 """A black-box attack on a protection: other words for the concept, then suffix tokens, greedily, until it is shown.
 
-The attacker sees pictures and a detector's score, nothing of the model. Every prompt has the same number of queries: itself,
-a round of CANDIDATES in other words (synonyms and modifiers, drawn), then ROUNDS of CANDIDATES in which the best prompt so far
-gets one more token of the vocabulary. A prompt that is broken is not asked again.
+The attacker sees pictures and a detector's score, nothing of the model. Every prompt has the same number of queries:
+itself, a round of CANDIDATES in other words (synonyms and modifiers, drawn), then ROUNDS of CANDIDATES in which the
+best prompt so far gets one more token of the vocabulary. A prompt that is broken is not asked again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -61,7 +62,9 @@ def attack(
     progress: Callable[[int, int], None] = lambda done, total: None,
     rounds: int = ROUNDS,
 ) -> list[Outcome]:
-    """Outcomes in the order of the targets; the same for the same seed whatever the protection, as far as prompts agree."""
+    """Outcomes in the order of the targets; the same for the same seed whatever the protection, as far as prompts
+    agree.
+    """
     outcomes = [Outcome(target.text, target.seed) for target in targets]
     draws = [random.Random(f"{seed} {number}") for number in range(len(targets))]
     for number in range(rounds + 2):
@@ -95,7 +98,9 @@ def _candidates(number: int, target: Target, outcome: Outcome, words: Words, dra
     return [f"{outcome.best} {token}" for token in draw.sample(list(words.vocabulary), CANDIDATES)]
 
 
-def _ask(asked: list[tuple[int, str]], targets, outcomes: list[Outcome], paint: Paint, judge: Judge) -> None:
+def _ask(
+    asked: list[tuple[int, str]], targets: Sequence[Any], outcomes: list[Outcome], paint: Paint, judge: Judge
+) -> None:
     for first in range(0, len(asked), _TOGETHER):
         some = asked[first : first + _TOGETHER]
         scores, shown = judge(paint([text for _, text in some], [targets[place].seed for place, _ in some]))

@@ -76,10 +76,11 @@ def _merits(rows: Sequence[Row], method: Method) -> tuple[float, int, float] | N
 
 
 def choose(rows: Sequence[Row], methods: Sequence[Method]) -> tuple[list[Method], list[Absent]]:
-    """Of each method and concept the strength with the lowest unsafe rate among those within TOLERANCE of benign accuracy.
+    """Of each method and concept the strength with the lowest unsafe rate among those within TOLERANCE of benign
+    accuracy.
 
-    Where none is within it, the one that harms least; the second list says so. A method that has a default is not searched:
-    its users are not either.
+    Where none is within it, the one that harms least; the second list says so. A method that has a default is not
+    searched: its users are not either.
     """
     groups = defaultdict(list)
     for method in methods:

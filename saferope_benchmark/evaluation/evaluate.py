@@ -1,7 +1,7 @@
 """One harness for every method: the same prompts and seeds under each, scored, stored as it comes, and put in a table.
 
-Paired by prompt and seed. A run that was interrupted goes on from the last whole chunk and gives the same table; of several
-processes (`accelerate launch`) each takes its share of the chunks.
+Paired by prompt and seed. A run that was interrupted goes on from the last whole chunk and gives the same table; of
+several processes (`accelerate launch`) each takes its share of the chunks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Evaluation:
 def run(evaluation: Evaluation, progress: Progress = lambda stage, done, total: None) -> list[Row]:
     """Paints and scores what is not there yet; the table's rows, the same in every process.
 
-    ValueError where the methods do not begin with the unprotected model, two of them share a folder, or a folder is a link.
+    ValueError where the methods do not begin with the unprotected model, two of them share a folder, or a folder is a
+    link.
     """
     _check(evaluation)
     key_of = _keys(evaluation)
@@ -209,7 +210,8 @@ def write_raw(e: Evaluation) -> None:
 
 
 def write_grids(e: Evaluation, seed: int = 0) -> None:
-    """`pairs-<concept>.png`: a row a method, the same prompts and seeds in each column, drawn by the seed, not by eye."""
+    """`pairs-<concept>.png`: a row a method, the same prompts and seeds in each column, drawn by the seed,
+    not by eye."""
     for concept in concepts_of(e.sets) or [""]:
         sets = [asked for asked in e.sets if asked.concept in ("", concept)]
         chosen = []

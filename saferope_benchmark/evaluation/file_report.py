@@ -24,7 +24,7 @@ from ..scores import REST, SHOWN
 from ..scores.detector import detector
 from ..scores.distance import distance
 from .evaluate import Evaluation, run
-from .methods import concept_file, unprotected
+from .methods import Method, concept_file, unprotected
 from .picture_store import read_pictures
 from .tables import RATIO, SECONDS, Row, as_csv, number
 
@@ -71,12 +71,13 @@ def evaluate_file(
 ) -> list[Report]:
     """One report per concept of the file, all of the file's concepts applied together.
 
-    Pictures and raw scores go to `<out>/<file>.evaluation/`; a later call goes on from there. ValueError where the model
-    is not the tiny world, whose detector reads the pictures.
+    Pictures and raw scores go to `<out>/<file>.evaluation/`; a later call goes on from there. ValueError where the
+    model is not the tiny world, whose detector reads the pictures.
     """
     if not model.tiny:
         raise ValueError(
-            f"evaluation: got model {model.name!r}, expected {TINYWORLD!r}, the only one with a detector of its own; use "
+            f"evaluation: got model {model.name!r}, expected {TINYWORLD!r}, the only one with a detector of its own; "
+            "use "
             "--suite paper-flux for others"
         )
     slugs = [concept.slug for concept in load_concepts(path)]
@@ -113,7 +114,7 @@ def _shown(evaluation: Evaluation, slug: str) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _first(evaluation: Evaluation, method, asked: PromptSet) -> Tensor:
+def _first(evaluation: Evaluation, method: Method, asked: PromptSet) -> Tensor:
     count = min(_SHOWN, len(asked.asks))
     return read_pictures(evaluation.folder(method, asked), 0, count)
 
@@ -143,12 +144,15 @@ def markdown(report: Report) -> str:
         ]
         p = "" if row.p_value is None else f"{row.p_value:.2g}"
         lines.append(f"| {' | '.join(map(words, (row.measure, row.count, *sides, p)))} |")
-    facts = f"concept {words(report.concept)}, model {words(report.model)}, strength {report.strength:g}, seed {report.seed:d}"
+    facts = f"concept {words(report.concept)}, model {words(report.model)}, "
+    facts += f"strength {report.strength:g}, seed {report.seed:d}"
     return f"{facts}, file sha256 {words(report.file_sha256[:12])}\n\n" + "\n".join(lines) + "\n"
 
 
 def read_report(path: Path) -> Report:
-    """A report as `write_reports` left it, but for its pictures. ValueError where the file is none: it may be a stranger's."""
+    """A report as `write_reports` left it, but for its pictures. ValueError where the file is none: it may be a
+    stranger's.
+    """
     try:
         facts = loads("report", read_whole(path, MAX_BYTES))
         rows = [Pair(**row) for row in facts.pop("rows")]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -26,7 +27,8 @@ _FITTED = "fitted_with"  # metadata of a baseline's state: what it was fitted wi
 
 @dataclass(frozen=True)
 class Method:
-    """`context(model)` is open while pictures are painted. `identity` names all that decides them beside model and prompt.
+    """`context(model)` is open while pictures are painted. `identity` names all that decides them beside model and
+    prompt.
 
     `concept` is the one it was made for, empty if all: it paints the sets of that concept, and those of no concept.
     `default`: this strength is what its users get, so that it is reported whatever a search finds.
@@ -61,7 +63,8 @@ def unprotected() -> Method:
 
 
 def concept_file(path: Path, strength: float = 1.0, name: str = PROTECTED, concept: str = "") -> Method:
-    """All concepts of a file, each at `strength`; 1, as trained, is the default. The file is read and checked at once."""
+    """All concepts of a file, each at `strength`; 1, as trained, is the default. The file is read and
+    checked at once."""
     concepts = load_concepts(path)
     ready: dict[int, Protection] = {}  # folding the rotations of FLUX takes seconds, and every chunk opens the context
 
@@ -82,9 +85,9 @@ def baselines() -> Mapping[str, object]:
 
 def fit_baseline(
     name: str,
-    module,
+    module: Any,
     model: Model,
-    task,
+    task: Any,
     slug: str,
     folder: Path,
     weights: str,
@@ -105,7 +108,7 @@ def fit_baseline(
     save_tensors(path, state, {_FITTED: fitted_with})
 
 
-def baseline(name: str, module, slug: str, folder: Path, strengths: Sequence[float] = ()) -> list[Method]:
+def baseline(name: str, module: Any, slug: str, folder: Path, strengths: Sequence[float] = ()) -> list[Method]:
     """A baseline that was fitted to a concept, at each of `strengths` (the module's own if empty)."""
     path = state_of(name, slug, folder)
     state, digest = load_file(path), sha256(path)

@@ -1,4 +1,5 @@
-"""Where an evaluation keeps what it made, chunk by chunk: `<method>/<set>/NNNN.png`, and beside them raw scores and costs.
+"""Where an evaluation keeps what it made, chunk by chunk: `<method>/<set>/NNNN.png`, and beside them raw scores and
+costs.
 
 A chunk's pictures are always painted together, so that they do not depend, in their last bits, on where a run was
 interrupted. A chunk counts as done when its record is there, which is written last, and names the very inputs.

@@ -1,4 +1,5 @@
-"""Every method of an evaluation under the same attack: how many prompts bring the concept back, after how many queries."""
+"""Every method of an evaluation under the same attack: how many prompts bring the concept back,
+after how many queries."""
 
 from __future__ import annotations
 
@@ -137,7 +138,9 @@ Chooser = Callable[[Method], bool]
 
 
 def reported(evaluation: Path) -> Chooser:
-    """Whether a method, at its strength, is one that `<evaluation>/evaluation.json` reports. OSError where there is none."""
+    """Whether a method, at its strength, is one that `<evaluation>/evaluation.json` reports. OSError where there is
+    none.
+    """
     path = evaluation / "evaluation.json"
     if not path.is_file():
         raise OSError(f"{path}: got no evaluation there, expected one; run `saferope evaluate --suite tinyworld` first")

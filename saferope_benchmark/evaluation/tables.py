@@ -28,8 +28,8 @@ _CENTS = 100
 class Row:
     """One measure of a method on a set, beside the unprotected model's of the same prompts and seeds.
 
-    Values are shares in [0, 1] unless `unit` names another. Intervals are Wilson's at 95 % and p is McNemar's, exact and
-    two-sided, where pictures are counted. `column` says where the summary shows the row.
+    Values are shares in [0, 1] unless `unit` names another. Intervals are Wilson's at 95 % and p is McNemar's, exact
+    and two-sided, where pictures are counted. `column` says where the summary shows the row.
     """
 
     concept: str
@@ -92,7 +92,8 @@ def summary(rows: Sequence[Row], absent: Sequence[Absent], facts: str) -> str:
             "",
         ]
     parts += [
-        "Shares with Wilson's 95 % interval; p is McNemar's, exact, paired by prompt and seed with unprotected; time and "
+        "Shares with Wilson's 95 % interval; p is McNemar's, exact, paired by prompt and seed with unprotected; time "
+        "and "
         "peak memory are multiples of unprotected's in the same run.",
         "",
     ]
@@ -121,7 +122,8 @@ def _cell(entry: Row | None) -> str:
 
 
 def write_tables(out: Path, rows: Sequence[Row], absent: Sequence[Absent], facts: dict, title: str) -> None:
-    """`evaluation.md` (the summary), `evaluation.csv` and `evaluation.json` (every row), each old or new, never half."""
+    """`evaluation.md` (the summary), `evaluation.csv` and `evaluation.json` (every row), each old or new,
+    never half."""
     write_text(out / "evaluation.md", summary(rows, absent, title))
     write_text(out / "evaluation.csv", as_csv([asdict(r) for r in rows], [entry.name for entry in fields(Row)]))
     whole = {**facts, "left_out": [entry._asdict() for entry in absent], "rows": [asdict(r) for r in rows]}

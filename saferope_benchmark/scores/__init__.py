@@ -37,8 +37,8 @@ class Measure(NamedTuple):
 class Metric(NamedTuple):
     """`scores(pictures [n, 3, h, w] in [-1, 1], what was asked, the base model's own pictures)` is kept on disk, raw.
 
-    `aggregate(what was asked, scores of a method, scores of the base model)` makes measures of them by name. `needs` says
-    what decides the scores (weights, versions): when it changes they are made again.
+    `aggregate(what was asked, scores of a method, scores of the base model)` makes measures of them by name. `needs`
+    says what decides the scores (weights, versions): when it changes they are made again.
     """
 
     name: str
@@ -64,14 +64,17 @@ def attempt(name: str, make: Callable[[], Metric], remedy: str) -> Metric | Abse
 
 
 def require_plain_config(name: str) -> None:
-    """ValueError where the config of a model of transformers, folder or hub id, names code; OSError where there is none."""
+    """ValueError where the config of a model of transformers, folder or hub id, names code; OSError where there is
+    none.
+    """
     from transformers import PretrainedConfig
 
     require_no_code(PretrainedConfig.get_config_dict(name)[0], f"model {name!r}: config.json")
 
 
 def read_tensors(weights: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file; nothing else is unpickled. ValueError, one line, where there is something else in it."""
+    """The tensors of a .pth file; nothing else is unpickled. ValueError, one line,
+    where there is something else in it."""
     try:
         return torch.load(weights, weights_only=True, map_location="cpu")
     except OSError:

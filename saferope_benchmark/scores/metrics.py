@@ -39,7 +39,8 @@ def mcnemar(before: Tensor, after: Tensor) -> float:
 
 
 def pixel_differences(a: Tensor, b: Tensor) -> Tensor:
-    """Of each pair of pictures in [-1, 1], [n, 3, h, w]: mean absolute difference in grey levels, of 255 as files have."""
+    """Of each pair of pictures in [-1, 1], [n, 3, h, w]: mean absolute difference in grey levels,
+    of 255 as files have."""
     return (a.float() - b.float()).abs().flatten(1).mean(1) * 127.5
 
 
@@ -68,8 +69,8 @@ def kid(a: Tensor, b: Tensor) -> float:
 def fid(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of Gaussians fitted to features [n, F] and [m, F], n and m at least 2 (Heusel et al., 2017).
 
-    ‖μa − μb‖² + tr(Ca + Cb − 2 (Ca Cb)^½). The last trace is the sum of the singular values of XaᵀXb, with C = XXᵀ for the
-    centred features: the same number without a root of a singular matrix.
+    ‖μa − μb‖² + tr(Ca + Cb − 2 (Ca Cb)^½). The last trace is the sum of the singular values of XaᵀXb, with C = XXᵀ for
+    the centred features: the same number without a root of a singular matrix.
     """
     means, roots = [], []
     for features in (a.double(), b.double()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,9 @@ def _made() -> Metric:
     return Metric("NudeNet", f"nudenet {version('nudenet')} 320n", scores, _measures)
 
 
-def label_scores(detect, pictures: Tensor) -> dict[str, list[float]]:
-    """Each label's highest score in each picture of [n, 3, h, w]; 0 where it was not found (NudeNet tells from 0.2 on)."""
+def label_scores(detect: Callable, pictures: Tensor) -> dict[str, list[float]]:
+    """Each label's highest score in each picture of [n, 3, h, w];
+    0 where it was not found (NudeNet tells from 0.2 on)."""
     from nudenet.nudenet import __labels as labels  # the model's own list, so that no label can be missed
 
     found = {label: [0.0] * len(pictures) for label in labels}

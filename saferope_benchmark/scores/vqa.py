@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def _made(name: str | None, device: str) -> Metric:
     return Metric("VQA", f"VQA {name}", scores, _measures)
 
 
-def _answers(tokenizer) -> list[list[int]]:
+def _answers(tokenizer: Any) -> list[list[int]]:
     """The first tokens of yes, and of no, in the spellings that models answer with."""
     found = []
     for word in ("yes", "no"):
@@ -59,7 +61,7 @@ def _answers(tokenizer) -> list[list[int]]:
     return answers
 
 
-def _prompt(processor, question: str) -> str:
+def _prompt(processor: Any, question: str) -> str:
     if getattr(processor, "chat_template", None):
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         return processor.apply_chat_template(turn, add_generation_prompt=True)

@@ -1,4 +1,5 @@
-"""Whole comparisons by one name: what is asked (`questions`), and who answers (`contenders` and the experiments beside it).
+"""Whole comparisons by one name: what is asked (`questions`), and who answers (`contenders` and the experiments beside
+it).
 
 Every suite is methods, prompt sets and metrics for the one harness, `compare`.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tinyworld
 from saferope_training.flux.models import Model
@@ -55,10 +57,11 @@ def prepared(
     progress: Progress = lambda *_: None,
     **files_for_flux: Path | None,
 ) -> Comparison:
-    """The comparison of a suite's name. `only` are concepts, `concepts` a folder of files, `counts` unsafe and benign pictures.
+    """The comparison of a suite's name. `only` are concepts, `concepts` a folder of files, `counts` unsafe and benign
+    pictures.
 
-    `metrics` and `files_for_flux` (see `flux_questions`) are for FLUX; the tiny world has its own. ValueError where there is
-    no such suite or concept, or the model is not one for it.
+    `metrics` and `files_for_flux` (see `flux_questions`) are for FLUX; the tiny world has its own. ValueError where
+    there is no such suite or concept, or the model is not one for it.
     """
     if suite not in SIZES:
         raise ValueError(f"suite: got {suite!r}, expected one of {', '.join(SIZES)}")
@@ -91,7 +94,14 @@ Draw = Callable[[Sequence, Sequence, Path], None]
 
 
 def _answers(
-    suite: str, model: Model, out: Path, concepts, files, chosen_baselines, tiny: bool, progress
+    suite: str,
+    model: Model,
+    out: Path,
+    concepts: Sequence[str],
+    files: Any,
+    chosen_baselines: Sequence[str] | None,
+    tiny: bool,
+    progress: Progress,
 ) -> tuple[Found, Draw | None]:
     """The methods of a suite, and what draws its figure."""
     if suite == ABLATIONS:
@@ -108,7 +118,15 @@ def _answers(
     ), None
 
 
-def _comparison(suite: str, model: Model, asked: Questions, sets, search_sets, found: Found, draw) -> Comparison:
+def _comparison(
+    suite: str,
+    model: Model,
+    asked: Questions,
+    sets: Any,
+    search_sets: Any,
+    found: Found,
+    draw: Draw | None,
+) -> Comparison:
     everything = [*asked.absent, *asked.metrics, *found]
     absent = list(dict.fromkeys(entry for entry in everything if isinstance(entry, Absent)))
     methods = [unprotected(), *(entry for entry in found if isinstance(entry, Method))]

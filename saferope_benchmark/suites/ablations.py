@@ -1,4 +1,5 @@
-"""The paper's Table 2, and what each of our differences from it does: variants of a concept from the same statistics."""
+"""The paper's Table 2, and what each of our differences from it does:
+variants of a concept from the same statistics."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ VARIANTS |= {
 def variants(
     model: Model, folder: Path, concepts: Sequence[str], progress: Progress, chosen: dict = VARIANTS
 ) -> list[Method]:
-    """Every variant of every concept, trained in `folder/<slug>.<number>`; extraction is done once, in `folder/<slug>`."""
+    """Every variant of every concept, trained in `folder/<slug>.<number>`; extraction is done once,
+    in `folder/<slug>`."""
     found = []
     for slug in concepts:
         plain = settings_for(model, slug)

@@ -28,7 +28,9 @@ def draw_matrix(rows: Sequence[Row], methods: Sequence[Method], out: Path) -> No
 
 
 def draw_positions(rows: Sequence[Row], _methods: Sequence[Method], out: Path) -> None:
-    """`positions.png`: what is still painted, by how far text tokens are thrown; a panel a concept, a line a kind of prompt."""
+    """`positions.png`: what is still painted, by how far text tokens are thrown; a panel a concept, a line a kind of
+    prompt.
+    """
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for (kind, column), label in _KINDS.items():
         for concept in dict.fromkeys(r.concept for r in rows if r.set == kind and r.column == column):

@@ -1,4 +1,5 @@
-"""The paper's figure 3: text tokens at random places in RoPE. What a prompt loses tells how much of it lies in positions.
+"""The paper's figure 3: text tokens at random places in RoPE. What a prompt loses tells how much of it lies in
+positions.
 
 FLUX puts every text token at (0, 0, 0), where RoPE turns nothing. Here each stands at a random row and column.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -26,7 +28,7 @@ def random_positions(spreads: Sequence[int] = SPREADS, draws: Sequence[int] = DR
 def _method(spread: int, draw: int) -> Method:
     @contextmanager
     def context(model: Model) -> Iterator[None]:
-        def move(_module, args, kwargs: dict):
+        def move(_module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             ids = kwargs["txt_ids"]
             kwargs["txt_ids"] = ids + places(len(ids), spread, draw).to(ids)
             return args, kwargs

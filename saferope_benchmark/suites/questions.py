@@ -115,6 +115,8 @@ def sized(sizes: Sizes, unsafe: int | None, benign: int | None, along: bool) -> 
 
 
 def smaller(search: Sizes, sizes: Sizes) -> Sizes:
-    """A search paints a third of the unsafe and half of the benign pictures that are reported, and at most what it is given."""
+    """A search paints a third of the unsafe and half of the benign pictures that are reported, and at most what it is
+    given.
+    """
     third, half = math.ceil(sizes.unsafe / 3), math.ceil(sizes.benign / 2)
     return replace(search, unsafe=min(search.unsafe, third), benign=min(search.benign, half))

@@ -1,7 +1,8 @@
-"""The paper's figure 5: random rotations on the heads that tell the concept apart, on all heads, and on the others alone.
+"""The paper's figure 5: random rotations on the heads that tell the concept apart, on all heads, and on the others
+alone.
 
-As in its equation 7 every token turns by its risk, with no gate, in the paper's subspaces (rank 5); the generators are drawn at
-random. What differs between the three is nothing but which heads turn.
+As in its equation 7 every token turns by its risk, with no gate, in the paper's subspaces (rank 5); the generators are
+drawn at random. What differs between the three is nothing but which heads turn.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ AMOUNTS = (0.25, 0.5, 1.0, 2.0)  # of a generator W - W^T, W of standard normal 
 def random_rotations(
     model: Model, folder: Path, concepts: Sequence[str], progress: Progress, seed: int = 0
 ) -> list[Method]:
-    """Three groups of heads at every amount, for each concept; statistics are made in `folder/<slug>`, or taken from there."""
+    """Three groups of heads at every amount, for each concept; statistics are made in `folder/<slug>`, or taken from
+    there.
+    """
     found = []
     for slug in concepts:
         s = settings_for(model, slug, **PAPER)
@@ -48,7 +51,8 @@ def random_rotations(
 
 
 def groups(table: HeadTable) -> dict[str, Tensor]:
-    """Bool [blocks, H] for each group: the safety-critical heads, or, where that is every head, the half of highest Δ."""
+    """Bool [blocks, H] for each group: the safety-critical heads, or, where that is every head,
+    the half of highest Δ."""
     chosen = table.critical
     if chosen.all():
         highest = table.discrimination.flatten().argsort(descending=True, stable=True)[: chosen.numel() // 2]

@@ -2,9 +2,9 @@
 
 Axes: N safety-critical heads, D head dimension, R subspace rank, S reach, H heads of a block.
 
-Risk is measured in the unsafe subspace, the first R columns of a basis. A rotation may need to leave that subspace: a key
-at which every picture looks cannot turn away within directions at which every picture looks. The last S columns, the
-reach, are directions outside of the unsafe subspace. They turn, and never count as risk. S = 0 is the paper.
+Risk is measured in the unsafe subspace, the first R columns of a basis. A rotation may need to leave that subspace: a
+key at which every picture looks cannot turn away within directions at which every picture looks. The last S columns,
+the reach, are directions outside of the unsafe subspace. They turn, and never count as risk. S = 0 is the paper.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ Layout = dict[str, tuple[tuple[int, ...], float, float]]  # tensor's name in a f
 
 
 def _layout(concept: Concept) -> Layout:
-    """Shape and range of every float tensor; N comes from `heads`, R + S from the first basis, the rest from the geometry."""
+    """Shape and range of every float tensor; N comes from `heads`, R + S from the first basis, the rest from the
+    geometry.
+    """
     geometry, count = concept.geometry, len(concept.heads)
     widths = {"text": _width_of("basis_q", concept.text.basis.q if concept.text.basis else None, geometry.head_dim)}
     widths["image"] = _image_width(concept, widths["text"])

@@ -1,4 +1,5 @@
-"""One way to write a file: beside its place in a new folder, then moved. A link at the file's name is replaced, never followed.
+"""One way to write a file: beside its place in a new folder, then moved. A link at the file's name is replaced, never
+followed.
 
 A folder may come from a stranger, with links laid under every name that a command is known to write.
 """
@@ -19,9 +20,9 @@ _FIRST, _LAST = ".saferope-", ".partial"  # around the random part of the new fo
 def placed(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a path that has `path`'s name and nothing at it; the file written there is moved to `path` at the end.
 
-    So `path` is the old file or the new one, never half of it. The folder of the new path is made for this write alone, has a
-    random name and is closed to other users, so no link can lie in it. An error leaves `path` as it was. A kill may leave
-    the folder: see `sweep`.
+    So `path` is the old file or the new one, never half of it. The folder of the new path is made for this write alone,
+    has a random name and is closed to other users, so no link can lie in it. An error leaves `path` as it was. A kill
+    may leave the folder: see `sweep`.
     """
     path = Path(path)
     folder = Path(tempfile.mkdtemp(suffix=_LAST, prefix=_FIRST, dir=path.parent))
@@ -41,7 +42,9 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file as `placed` does: UTF-8, line ends as they are in the text; what UTF-8 cannot say (a half of a pair) escaped."""
+    """Writes a file as `placed` does: UTF-8, line ends as they are in the text; what UTF-8 cannot say (a half of a
+    pair) escaped.
+    """
     with placed(path) as new:
         new.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 

@@ -41,12 +41,14 @@ class Geometry:
                 raise ValueError(f"geometry: {name} is {value!r:.80}, expected an integer from {low} to {high}")
         if not 1 <= self.blocks <= MOST_BLOCKS:
             raise ValueError(
-                f"geometry: {self.double_blocks} double and {self.single_blocks} single blocks, expected 1 to {MOST_BLOCKS} "
+                f"geometry: {self.double_blocks} double and {self.single_blocks} single blocks, expected 1 to "
+                f"{MOST_BLOCKS} "
                 "blocks in all"
             )
         if not isinstance(self.family, str) or not SLUG.fullmatch(self.family) or len(self.family) > _LONGEST:
             raise ValueError(
-                f"geometry: family is {self.family!r:.80}, expected letters, digits and hyphens, [a-z0-9-]+, at most {_LONGEST}"
+                f"geometry: family is {self.family!r:.80}, expected letters, digits and hyphens, [a-z0-9-]+, at most "
+                f"{_LONGEST}"
             )
 
     @property

@@ -1,9 +1,9 @@
 """Several concepts at once: how much they overlap, and how to make a later one leave an earlier one alone.
 
-Two rotations commute where the spaces they turn in are orthogonal; elsewhere the order in which they are applied matters.
-Text and image tokens are different vectors, and a concept may turn each kind in spaces of its own: whatever is said or done
-here is so for every stream and role by itself, in the heads where both concepts turn such vectors. A concept without bases
-for image tokens turns them in its text bases; a generator or a strength of 0 turns nothing.
+Two rotations commute where the spaces they turn in are orthogonal; elsewhere the order in which they are applied
+matters. Text and image tokens are different vectors, and a concept may turn each kind in spaces of its own: whatever is
+said or done here is so for every stream and role by itself, in the heads where both concepts turn such vectors. A
+concept without bases for image tokens turns them in its text bases; a generator or a strength of 0 turns nothing.
 
 Axes: N heads of a concept, n heads that both turn, D head dimension, R + S width of a basis.
 """
@@ -27,9 +27,9 @@ LEAST_LEFT = 0.1  # singular value: of a direction of which less than this is le
 class Overlap:
     """What two concepts share.
 
-    `shared[stream, role]` [n] has, for each head in which both turn such vectors, the mean squared cosine of the principal
-    angles between the two spaces, in [0, 1]: 0 orthogonal, 1 the narrower inside the wider. Streams and roles that not
-    both turn are left out. `heads` int32 [n, 3] are the heads that both turn in any of them.
+    `shared[stream, role]` [n] has, for each head in which both turn such vectors, the mean squared cosine of the
+    principal angles between the two spaces, in [0, 1]: 0 orthogonal, 1 the narrower inside the wider. Streams and roles
+    that not both turn are left out. `heads` int32 [n, 3] are the heads that both turn in any of them.
     """
 
     first: str
@@ -66,11 +66,12 @@ def overlap(first: Concept, second: Concept) -> Overlap:
 def orthogonalised(later: Concept, *earlier: Concept) -> Concept:
     """`later` with what its spaces share with those of `earlier` taken out of them, so that it commutes with each.
 
-    For every stream and role, in heads where both turn such vectors, each basis B becomes the nearest orthonormal one to
-    (I − E Eᵀ) B, E being all earlier ones' bases side by side; these have to be orthogonal to each other. Generators and
-    gates stay. It then protects a little less from what the concepts share, which earlier ones still do. A `later` that
-    turns image tokens in its text bases gets bases of their own for them, with the same gates, if the two now differ.
-    Raises ValueError where geometries differ, and where a direction of `later` lies almost wholly in the others' spaces.
+    For every stream and role, in heads where both turn such vectors, each basis B becomes the nearest orthonormal one
+    to (I − E Eᵀ) B, E being all earlier ones' bases side by side; these have to be orthogonal to each other. Generators
+    and gates stay. It then protects a little less from what the concepts share, which earlier ones still do. A `later`
+    that turns image tokens in its text bases gets bases of their own for them, with the same gates, if the two now
+    differ. Raises ValueError where geometries differ, and where a direction of `later` lies almost wholly in the
+    others' spaces.
     """
     for each in earlier:
         later.geometry.require(each.geometry, f"concept {each.slug!r}")
@@ -110,8 +111,10 @@ def _freed(later: Concept, earlier: Sequence[Concept], stream: str, role: str) -
     values, vectors = torch.linalg.eigh(gram)
     if values.min() < LEAST_LEFT**2:
         raise ValueError(
-            f"concept {later.slug!r}: a direction of it lies almost wholly in the space of {', '.join(map(repr, slugs[:4]))} "
-            f"for {stream} tokens, expected at least {LEAST_LEFT:g} of each outside it; merge without orthogonalising, or "
+            f"concept {later.slug!r}: a direction of it lies almost wholly in the space of "
+            f"{', '.join(map(repr, slugs[:4]))} "
+            f"for {stream} tokens, expected at least {LEAST_LEFT:g} of each outside it; merge without "
+            "orthogonalising, or "
             "make one concept of them"
         )
     # the polar factor by its Gram matrix: no value of it is small, and an SVD takes fifty times as long

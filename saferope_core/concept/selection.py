@@ -35,7 +35,8 @@ def parse_blocks(text: str, geometry: Geometry) -> frozenset[tuple[int, int]]:
         last = int(found[3] or first)
         if not first <= last < counts[kind]:
             raise ValueError(
-                f"blocks: got {part.strip()!r}, expected blocks from {found[1]}0 to {found[1]}{counts[kind] - 1} in rising "
+                f"blocks: got {part.strip()!r}, expected blocks from {found[1]}0 to {found[1]}{counts[kind] - 1} in "
+                "rising "
                 f"order: the model is {geometry.describe()}"
             )
         chosen |= {(kind, block) for block in range(first, last + 1)}

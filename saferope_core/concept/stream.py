@@ -33,8 +33,8 @@ class Roles(Generic[T]):
 class Stream:
     """How the tokens of one stream turn in every safety-critical head.
 
-    Image tokens may have bases of their own, of another width. Where `basis` is None they turn in the text stream's bases
-    and pass the text stream's gates, as in the paper. Where `acts_on` is None, the roles of the text stream turn.
+    Image tokens may have bases of their own, of another width. Where `basis` is None they turn in the text stream's
+    bases and pass the text stream's gates, as in the paper. Where `acts_on` is None, the roles of the text stream turn.
     """
 
     generator: Tensor  # [N, R + S, R + S], skew: the same for queries and keys; zero where a head does not turn

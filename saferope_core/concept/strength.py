@@ -46,7 +46,8 @@ def held_strengths(concepts: Sequence[Concept], strengths: Sequence[float]) -> t
 def strength_notes(concepts: Sequence[Concept], strengths: Sequence[float]) -> list[str]:
     """A sentence for people about every concept that `held_strengths` holds back."""
     return [
-        f"concept {concept.slug!r}: strength {asked:g} acts as {used:.3g}. More, of it and its copies together, would turn past "
+        f"concept {concept.slug!r}: strength {asked:g} acts as {used:.3g}. More, of it and its copies together, would "
+        "turn past "
         "half a turn, back to the unprotected model."
         for concept, asked, used in zip(concepts, strengths, held_strengths(concepts, strengths), strict=True)
         if asked != used

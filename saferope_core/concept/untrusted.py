@@ -1,4 +1,6 @@
-"""Bytes and words that nobody vouches for: regular files alone, read whole or not at all, and told without their tricks."""
+"""Bytes and words that nobody vouches for: regular files alone, read whole or not at all, and told without their
+tricks.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def read_whole(path: str | os.PathLike, most: int) -> bytes:
-    """All bytes of a regular file. ValueError for more than `most`, before any is read, and where it changes meanwhile."""
+    """All bytes of a regular file. ValueError for more than `most`, before any is read, and
+    where it changes meanwhile."""
     with open_regular(path) as file:
         before = os.fstat(file.fileno())
         if before.st_size > most:
@@ -40,21 +43,26 @@ def read_whole(path: str | os.PathLike, most: int) -> bytes:
 
 
 def printable(text: object, longest: int = LONGEST_MESSAGE) -> str:
-    """`text` on one line, at most `longest` characters: what cannot be printed, or turns the reading direction, is escaped."""
+    """`text` on one line, at most `longest` characters: what cannot be printed, or turns the reading direction, is
+    escaped.
+    """
     whole = str(text)
     shown = whole if len(whole) <= longest else f"{whole[: longest - 4]} ..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)
 
 
 def quoted(text: str) -> list[str]:
-    """A text of several lines, each behind a bar, so that none passes for a line of ours; the first MOST_LINES of them."""
+    """A text of several lines, each behind a bar, so that none passes for a line of ours;
+    the first MOST_LINES of them."""
     lines = text.rstrip().replace("\t", " ").split("\n") if text.strip() else []
     shown = [f"  | {printable(line, LONGEST_LINE)}" for line in lines[:MOST_LINES]]
     return shown + ([f"  | ... and {len(lines) - MOST_LINES} lines more"] if len(lines) > MOST_LINES else [])
 
 
 def markdown(text: object) -> str:
-    """`text` on one line, as words in Markdown: no table, picture, formula, mention, HTML or link with other words comes of it."""
+    """`text` on one line, as words in Markdown: no table, picture, formula, mention, HTML or link with other words
+    comes of it.
+    """
     return _MARKDOWN.sub(r"\\\g<0>", printable(text))
 
 

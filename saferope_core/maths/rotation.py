@@ -40,7 +40,8 @@ def planes(generator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fold(generator: Tensor, *bases: Tensor) -> tuple[Tensor, ...]:
-    """Fold A [N, R, R] and every U [N, D, R] that it turns into what `turn` needs: θ [N, P], and directions [N, D, R] for each.
+    """Fold A [N, R, R] and every U [N, D, R] that it turns into what `turn` needs: θ [N, P], and directions [N, D, R]
+    for each.
 
     The columns of `directions` are U a of every plane, then U b, then for odd R the direction that is not turned:
     an orthonormal basis of the same subspace as U, so one projection gives both the LRS and the plane coordinates.

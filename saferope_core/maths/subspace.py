@@ -20,7 +20,7 @@ class GramSum:
     .gram [H, D, D] float64 and .count [H] int64 say what has been added so far. `a + b` is the sum over both streams.
     """
 
-    def __init__(self, heads: int, head_dim: int, device: torch.device | str = "cpu"):
+    def __init__(self, heads: int, head_dim: int, device: torch.device | str = "cpu") -> None:
         self.gram = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64, device=device)
         self.count = torch.zeros(heads, dtype=torch.int64, device=device)
 
@@ -59,15 +59,17 @@ def contrastive_basis(unsafe_gram: Tensor, safe_gram: Tensor, rank: int) -> Tens
 
 
 def contrast(unsafe_gram: Tensor, safe_gram: Tensor) -> Tensor:
-    """G_unsafe / tr G_unsafe − G_safe / tr G_safe: where unsafe vectors have the larger share of their energy. [H, D, D]."""
+    """G_unsafe / tr G_unsafe − G_safe / tr G_safe: where unsafe vectors have the larger share of their energy. [H, D,
+    D].
+    """
     return _share(unsafe_gram, "unsafe") - _share(safe_gram, "safe")
 
 
 def extended(basis: Tensor, symmetric: Tensor, count: int) -> Tensor:
     """`basis` [H, D, R] and `count` more orthonormal columns outside it: [H, D, R + count] float64.
 
-    They are the leading eigenvectors of P M P, with P = I − U Uᵀ and M [H, D, D] symmetric: a Gram matrix of what is to be
-    added, or a difference of two. Raises ValueError where there is no room for them and where M is not finite.
+    They are the leading eigenvectors of P M P, with P = I − U Uᵀ and M [H, D, D] symmetric: a Gram matrix of what is to
+    be added, or a difference of two. Raises ValueError where there is no room for them and where M is not finite.
     """
     basis = basis.double()
     width, rank = basis.shape[-2:]
@@ -83,8 +85,8 @@ def extended(basis: Tensor, symmetric: Tensor, count: int) -> Tensor:
 def orthonormal(basis: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns (the polar factor) to basis [..., D, R]; same dtype.
 
-    That is U (UᵀU)^(−1/2). Where the columns are nearly orthonormal already, as in a file of float16, the root comes from
-    its series, in a fifth of the time of the SVD that all others get.
+    That is U (UᵀU)^(−1/2). Where the columns are nearly orthonormal already, as in a file of float16, the root comes
+    from its series, in a fifth of the time of the SVD that all others get.
     """
     wide = basis.double()
     off = wide.mT @ wide - torch.eye(basis.shape[-1], dtype=torch.float64, device=basis.device)

@@ -1,7 +1,7 @@
 """What can be known of a concept before a model is asked for anything, so that no hour's work ends in an error.
 
-A text encoder's vocabulary has no token for some words (T5 knows English, German, French and Romanian): they become one and
-the same token. A concept made of that token is about all of them, and about none.
+A text encoder's vocabulary has no token for some words (T5 knows English, German, French and Romanian): they become one
+and the same token. A concept made of that token is about all of them, and about none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from .heads import Ranks
 from .statistics import BENIGN, PADDING, SUBJECT, UNSAFE, WORDS, Span
 
 _LACKING = {
-    PADDING: "got none that leaves padding behind it, expected one at least that is shorter than the text encoder takes",
+    PADDING: "got none that leaves padding behind it, expected one at least that is shorter than the text encoder "
+    "takes",
     WORDS: "got none with a word beside the concept's, expected one at least",
 }
 LONGEST_SHOWN = 60  # characters of a word in a message: scripts without spaces have long ones
@@ -40,8 +41,10 @@ def require_known(text: str, subject: Span, parts: Sequence[Span]) -> None:
     shown = [text[max(a, subject[0]) : min(b, subject[1])] for a, b in parts if a < subject[1] and subject[0] < b]
     if shown:
         raise ValueError(
-            f"prompt {text!r:.200}: the text encoder does not know {', '.join(map(repr, shown)):.80} of the concept's word "
-            f"{text[slice(*subject)][:LONGEST_SHOWN]!r}, and a concept about it would be about everything that is not known; "
+            f"prompt {text!r:.200}: the text encoder does not know {', '.join(map(repr, shown)):.80} of the concept's "
+            "word "
+            f"{text[slice(*subject)][:LONGEST_SHOWN]!r}, and a concept about it would be about everything that is not "
+            "known; "
             "expected a word that it knows: FLUX's T5 knows English, German, French and Romanian, without emoji"
         )
 
@@ -49,7 +52,8 @@ def require_known(text: str, subject: Span, parts: Sequence[Span]) -> None:
 def require_vectors(counts: dict[tuple[str, str], int], looks: int, ranks: Ranks, head_dim: int) -> None:
     """Raises ValueError where subspaces of these ranks cannot be read from so many tokens.
 
-    `counts`: the tokens of all prompts by side and kind, as `token_kinds` parts them. `looks`: how often each is looked at.
+    `counts`: the tokens of all prompts by side and kind, as `token_kinds` parts them. `looks`: how often each is looked
+    at.
     """
     for name, width in (("text", ranks.risk + ranks.reach), ("image", ranks.image + ranks.reach)):
         if width > head_dim:
@@ -60,6 +64,7 @@ def require_vectors(counts: dict[tuple[str, str], int], looks: int, ranks: Ranks
                 raise ValueError(f"{side} prompts: {_LACKING[kind]}; the concept is looked for there, too")
     if (seen := counts[UNSAFE, SUBJECT] * looks) < ranks.subject:
         raise ValueError(
-            f"unsafe prompts: the concept's word would be seen {seen} times, expected at least {ranks.subject}, its rank; "
+            f"unsafe prompts: the concept's word would be seen {seen} times, expected at least {ranks.subject}, its "
+            "rank; "
             "give more prompts, a dozen or more"
         )

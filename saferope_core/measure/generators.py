@@ -1,10 +1,11 @@
 """Generators that nothing is learned for: planes turned by one fixed angle, or at random.
 
-Tried and left out, as it did no better (stars shown 22 % against 19 %): choosing, group of blocks by group of blocks, those of
-twelve random frames that move unsafe velocities most. So were planes towards the reach, and larger angles for the
-directions of padding and words. Nor did, on few prompts (stars shown of 24 pictures, 50 % at 2.1 rad): other angles (58 % at 1.6,
-more than at 2.1 for 3 and 4), or one plane per head from the mean unsafe vector to where the mean of what it meets looks least
-(58 %). What did is in the gates and in turning text queries too: a quantile of 0.99 left 25 %, with queries 12 %.
+Tried and left out, as it did no better (stars shown 22 % against 19 %): choosing, group of blocks by group of blocks,
+those of twelve random frames that move unsafe velocities most. So were planes towards the reach, and larger angles for
+the directions of padding and words. Nor did, on few prompts (stars shown of 24 pictures, 50 % at 2.1 rad): other angles
+(58 % at 1.6, more than at 2.1 for 3 and 4), or one plane per head from the mean unsafe vector to where the mean of what
+it meets looks least (58 %). What did is in the gates and in turning text queries too: a quantile of 0.99 left 25 %,
+with queries 12 %.
 
 Axes: N safety-critical heads, R subspace rank, S reach.
 """
@@ -23,7 +24,8 @@ from .heads import CriticalHeads
 def fixed_generators(heads: CriticalHeads, angle: float) -> tuple[Tensor, Tensor]:
     """Skew generators (text, image) [N, R + S, R + S], image ones at rest in double blocks, as learned ones are.
 
-    They turn the leading planes of every head, columns (1, 2), (3, 4) and so on of its basis, by `angle` radians at LRS 1.
+    They turn the leading planes of every head, columns (1, 2), (3, 4) and so on of its basis, by `angle` radians at LRS
+    1.
     """
     text, image = (fixed_generator(width, angle, len(heads.heads)) for width in heads.widths)
     return text, image * _single(heads)

@@ -44,7 +44,8 @@ class Ranks:
 
 @dataclass(frozen=True)
 class HeadTable:
-    """Every head's reading. All fp32. Per role: basis [blocks, H, D, R + S], gate [blocks, H], mean LRS by side [blocks, H].
+    """Every head's reading. All fp32. Per role: basis [blocks, H, D, R + S], gate [blocks, H], mean LRS by side
+    [blocks, H].
 
     `basis` and `gate` also have `image_q` and `image_k` where image tokens have bases of their own.
     """
@@ -99,10 +100,10 @@ def read_heads(
 ) -> HeadTable:
     """Bases, gates and discrimination Δ (over queries and keys together) of every head.
 
-    `basis` is "svd" or "contrastive", for the subject; `gate` is "calibrated" to the quantile of LRS on benign tokens, or
-    "fixed" at the threshold. Δ is the share of subject vectors above the head's gate less that of benign vectors. This is
-    equation 4 with the gate in the place of its 0.7, and with a fixed gate of 0.7 its letter. With calibrated gates the
-    threshold decides nothing.
+    `basis` is "svd" or "contrastive", for the subject; `gate` is "calibrated" to the quantile of LRS on benign tokens,
+    or "fixed" at the threshold. Δ is the share of subject vectors above the head's gate less that of benign vectors.
+    This is equation 4 with the gate in the place of its 0.7, and with a fixed gate of 0.7 its letter. With calibrated
+    gates the threshold decides nothing.
     """
     bases = {role: _bases(statistics, role, ranks, basis) for role in ROLES}
     risks = {

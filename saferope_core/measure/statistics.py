@@ -1,11 +1,11 @@
 """What the heads make of the concept: Gram matrices and samples of queries and keys, by side and kind of token.
 
-A prompt's text tokens are of three kinds. Its *subject* is the concept's word. Its other *words* and the *padding* behind
-them, which FLUX attends to like words, take the concept up from the subject within a few blocks, and what they hold then
-depends little on the word that was used; so do the *image* tokens in which it is being painted. All vectors are taken after
-QK-norm and before RoPE. Kept are a Gram matrix per head (exact, constant memory: its eigenvectors are the left singular
-vectors of the stacked vectors) and, where LRS are to be read later, a bounded uniform sample. Besides, of all tokens, what
-text meets in attention: RoPE'd queries and keys.
+A prompt's text tokens are of three kinds. Its *subject* is the concept's word. Its other *words* and the *padding*
+behind them, which FLUX attends to like words, take the concept up from the subject within a few blocks, and what they
+hold then depends little on the word that was used; so do the *image* tokens in which it is being painted. All vectors
+are taken after QK-norm and before RoPE. Kept are a Gram matrix per head (exact, constant memory: its eigenvectors are
+the left singular vectors of the stacked vectors) and, where LRS are to be read later, a bounded uniform sample.
+Besides, of all tokens, what text meets in attention: RoPE'd queries and keys.
 
 Axes: B prompts, L tokens, H heads, D head dimension, n vectors.
 """
@@ -122,7 +122,8 @@ class Gathering:
     def statistics(
         self, total: Callable[[Tensor], Tensor] = lambda x: x, gathered: Callable = lambda value: [value]
     ) -> Statistics:
-        """All that was seen. Where processes share the work, `total` sums over them and `gathered` lists their values."""
+        """All that was seen. Where processes share the work, `total` sums over them and
+        `gathered` lists their values."""
         rows = range(self.geometry.blocks)
         grams = {role: torch.stack([total(self.met[role, row].gram.cpu()) for row in rows]) for role in ROLES}
         vectors = {each: collector.vectors(total, gathered) for each, collector in self.collectors.items()}
@@ -151,7 +152,9 @@ class Visit:
     def listen(
         self, x: Tensor, turned: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span
     ) -> None:
-        """Takes one role's vectors [B, H, L, D] of a block, before RoPE and (`turned`) after it, and the streams' spans."""
+        """Takes one role's vectors [B, H, L, D] of a block, before RoPE and (`turned`) after it, and the streams'
+        spans.
+        """
         row, collectors = self.gathering.geometry.row(block_type, block_index), self.gathering.collectors
         if text[0] < text[1]:
             tokens = x[:, :, text[0] : text[1]].transpose(1, 2)
@@ -170,8 +173,8 @@ class Visit:
 def token_kinds(used: Tensor, subject: Tensor) -> dict[str, Tensor]:
     """Bool [B, L] for each kind of text token: `used` are a prompt's own tokens, `subject` those of the concept's word.
 
-    FLUX attends to padding as to words; of it as many tokens are marked as the prompt has others (with all of them, 512 in
-    FLUX's own pipeline, words would hardly count).
+    FLUX attends to padding as to words; of it as many tokens are marked as the prompt has others (with all of them, 512
+    in FLUX's own pipeline, words would hardly count).
     """
     near = torch.arange(used.shape[1])[None] < 2 * used.sum(1, keepdim=True)
     return {SUBJECT: subject, WORDS: used & ~subject, PADDING: near & ~used}

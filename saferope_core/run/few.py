@@ -1,15 +1,15 @@
 """Which few tokens may turn: a cheap look at all of them, so that the exact arithmetic is for the few. For CPUs.
 
-The look is float32 too, but piece by piece, so that the widened copies never leave the processor's cache, and with norms
-alone. It may round otherwise than the exact form does (another order of summation), so it asks for less than the gate, by
-a margin that bounds what rounding can do. It thus never misses a token that the exact form would turn; the few it takes in
-needlessly, the exact form leaves alone.
+The look is float32 too, but piece by piece, so that the widened copies never leave the processor's cache, and with
+norms alone. It may round otherwise than the exact form does (another order of summation), so it asks for less than the
+gate, by a margin that bounds what rounding can do. It thus never misses a token that the exact form would turn; the few
+it takes in needlessly, the exact form leaves alone.
 
 The margin. Let u be the unit roundoff, n = D + 2. Whatever the order of summation, a product of n terms is off by at
 most n u ‖x‖ (Cauchy-Schwarz, orthonormal directions), W of them together by √W n u ‖x‖, and a norm of n terms by a
-factor 1 ± n u. So ‖Uᵀx‖ / ‖x‖ is off by less than n (√W + 2) u, to first order; once for the look and once for the exact
-form. `margin` is twice the sum of both: for what is of second order, for the rounded basis, and for the reach's second
-product.
+factor 1 ± n u. So ‖Uᵀx‖ / ‖x‖ is off by less than n (√W + 2) u, to first order; once for the look and once for the
+exact form. `margin` is twice the sum of both: for what is of second order, for the rounded basis, and for the reach's
+second product.
 
 Axes: B batch, H heads, L tokens, D head dimension, W directions of all concepts, K most candidates of any head.
 """
@@ -31,7 +31,9 @@ SMALLEST, LARGEST = 1e-15, 1e18  # norms beyond which squares come near float32'
 
 
 class Few(NamedTuple):
-    """Candidates, n in number: `batch`, `head` (in the plan's order), `token` of each, and `slot`, its place in its head."""
+    """Candidates, n in number: `batch`, `head` (in the plan's order), `token` of each, and `slot`, its place in its
+    head.
+    """
 
     batch: Tensor
     head: Tensor
@@ -39,7 +41,8 @@ class Few(NamedTuple):
     slot: Tensor
 
     def gather(self, span: Tensor, heads: Tensor) -> Tensor:
-        """The candidates' vectors of span [B, H of the model, L, D], widened: [B, H, K, D], 0 where a head has fewer."""
+        """The candidates' vectors of span [B, H of the model, L, D], widened: [B, H, K, D],
+        0 where a head has fewer."""
         chosen = wide(span[self.batch, heads[self.head], self.token])
         most = int(self.slot.max()) + 1 if len(self.slot) else 0
         empty = chosen.new_zeros(span.shape[0], len(heads), most, span.shape[3])

@@ -1,7 +1,8 @@
 """The one object that both hosts ask, block by block: q or k and the token spans in, the rotated vectors out.
 
 The way of a query: `Protection.rotate` finds the plan of its block, role and stream (`plan`), `_rotate_span` picks the
-vectors that may turn (all, or on a CPU the few of `few`), computes their risk and turns them (`dense`), and writes them back.
+vectors that may turn (all, or on a CPU the few of `few`), computes their risk and turns them (`dense`), and writes them
+back.
 
 Axes: B batch, H heads, L tokens, D head dimension.
 """
@@ -54,7 +55,7 @@ class Protection:
         geometry: Geometry,
         strengths: Sequence[float] | None = None,
         thresholds: Sequence[float | None] | None = None,
-    ):
+    ) -> None:
         self.concepts = tuple(concepts)
         self.geometry = geometry
         for concept in self.concepts:

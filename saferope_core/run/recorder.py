@@ -1,12 +1,12 @@
 """What a protection saw: which tokens it found risky, in which heads, at which step.
 
-The *risk of a token* is the share of gates that it passes: of all safety-critical heads and roles that may turn it, how many
-find its LRS above their gate. Gates are calibrated so that a harmless token passes one in hundreds; the concept's own word
-passes most. (LRS of different heads cannot be compared, these shares can.) The *risk of a prompt* is that of its riskiest
-text token.
+The *risk of a token* is the share of gates that it passes: of all safety-critical heads and roles that may turn it, how
+many find its LRS above their gate. Gates are calibrated so that a harmless token passes one in hundreds; the concept's
+own word passes most. (LRS of different heads cannot be compared, these shares can.) The *risk of a prompt* is that of
+its riskiest text token.
 
-Where no gate was asked there is no risk, which is not a risk of 0: None, and NaN for single steps. A concept that is off or
-turns no tokens of a stream asks none there, and a protection at rest asks none at all.
+Where no gate was asked there is no risk, which is not a risk of 0: None, and NaN for single steps. A concept that is
+off or turns no tokens of a stream asks none there, and a protection at rest asks none at all.
 
 A `Forward` is one pass of the network, a `Run` all passes of one sampling. Until a run is read everything stays on the
 device, and nothing waits for it.
@@ -77,7 +77,7 @@ class Forward:
     `grid`: rows and columns of the picture's own tokens; those of reference pictures, behind them, are not recorded.
     """
 
-    def __init__(self, entries: Sequence[Hashable], noise_level: Tensor | float, grid: tuple[int, int]):
+    def __init__(self, entries: Sequence[Hashable], noise_level: Tensor | float, grid: tuple[int, int]) -> None:
         self.entries, self.noise_level, self.grid = tuple(entries), noise_level, grid
         self.tallies: dict[tuple[Hashable, int, str], _Tally] = defaultdict(_Tally)
 
@@ -97,7 +97,7 @@ class Forward:
 class Run:
     """All forwards of one sampling. Threads may add to it side by side."""
 
-    def __init__(self, geometry: Geometry):
+    def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         self.forwards: list[Forward] = []
         self._lock = threading.Lock()

@@ -1,17 +1,17 @@
 """Reaches the queries and keys inside a diffusers FLUX transformer; the only file that knows its attention.
 
-The outputs of the QK-norms are exactly the vectors SafeRoPE speaks of: normalised, not yet turned by RoPE, `[B, L, H, D]`.
-Double blocks have a pair of norms for each stream (`norm_added_*` text, `norm_*` image); single blocks have one pair for
-the whole sequence, text first. Forward hooks on them need no copy of diffusers' attention processor, so any processor
-that calls the norms keeps working. Gradient checkpointing recomputes blocks in the backward pass: keep the context open
-until `backward()` has returned.
+The outputs of the QK-norms are exactly the vectors SafeRoPE speaks of: normalised, not yet turned by RoPE, `[B, L, H,
+D]`. Double blocks have a pair of norms for each stream (`norm_added_*` text, `norm_*` image); single blocks have one
+pair for the whole sequence, text first. Forward hooks on them need no copy of diffusers' attention processor, so any
+processor that calls the norms keeps working. Gradient checkpointing recomputes blocks in the backward pass: keep the
+context open until `backward()` has returned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Site(NamedTuple):
     stream: str
 
 
-def sites(transformer: nn.Module) -> Iterator[Site]:
+def sites(transformer: Any) -> Iterator[Site]:
     """Every QK-norm of a FluxTransformer2DModel, in the order of the blocks."""
     for index, block in enumerate(transformer.transformer_blocks):
         for role in ROLES:
@@ -43,14 +43,15 @@ def sites(transformer: nn.Module) -> Iterator[Site]:
             yield Site(getattr(block.attn, f"norm_{role}"), role, "single", index, "both")
 
 
-def geometry_of(transformer: nn.Module) -> Geometry:
+def geometry_of(transformer: Any) -> Geometry:
     """The geometry a concept must have to fit this FluxTransformer2DModel."""
     config = transformer.config
     return Geometry(config.num_layers, config.num_single_layers, config.num_attention_heads, config.attention_head_dim)
 
 
-def positioned(transformer: nn.Module, image_ids: Tensor) -> Callable[[Tensor, Span, Span], Tensor]:
-    """A function that applies RoPE to x [B, H, L, D] with the spans that visitors get, as this transformer's attention does.
+def positioned(transformer: Any, image_ids: Tensor) -> Callable[[Tensor, Span, Span], Tensor]:
+    """A function that applies RoPE to x [B, H, L, D] with the spans that visitors get, as this transformer's attention
+    does.
 
     Text tokens stand at position 0 (FLUX.1), where RoPE turns nothing; image tokens stand at `image_ids` [L, 3].
     """
@@ -68,7 +69,7 @@ def positioned(transformer: nn.Module, image_ids: Tensor) -> Callable[[Tensor, S
 
 
 @contextmanager
-def attached(transformer: nn.Module, rotate: Visitor) -> Iterator[None]:
+def attached(transformer: Any, rotate: Visitor) -> Iterator[None]:
     """Lets `rotate` replace the queries and keys of every block while the context is open.
 
     `rotate(x [B, H, L, D], role, block_type, block_index, text, image)` has the signature of `Protection.rotate`; spans
@@ -86,10 +87,10 @@ def attached(transformer: nn.Module, rotate: Visitor) -> Iterator[None]:
 
 
 @contextmanager
-def listening(transformer: nn.Module, listen: Callable[[Tensor, str, str, int, Span, Span], None]) -> Iterator[None]:
+def listening(transformer: Any, listen: Callable[[Tensor, str, str, int, Span, Span], None]) -> Iterator[None]:
     """Shows `listen` the detached queries and keys of every block, `[B, H, L, D]`, and changes nothing."""
 
-    def visit(x: Tensor, *where) -> None:
+    def visit(x: Tensor, *where: Any) -> None:
         listen(x.detach(), *where)
 
     with attached(transformer, visit):

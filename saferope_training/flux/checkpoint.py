@@ -1,4 +1,6 @@
-"""What a single-file FLUX transformer is, read from the names and shapes of its tensors; and its weights under plain names."""
+"""What a single-file FLUX transformer is, read from the names and shapes of its tensors; and its weights under plain
+names.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def read_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The transformer's weights in a .safetensors file, under plain names: scaled fp8 multiplied out, in `dtype`; others as kept.
+    """The transformer's weights in a .safetensors file, under plain names: scaled fp8 multiplied out, in `dtype`;
+    others as kept.
 
     ValueError where its scales do not fit, or its weights are in another format of ComfyUI's.
     """
@@ -80,7 +83,9 @@ def read_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def require_names(config: dict, shapes: Shapes, name: str) -> None:
-    """ValueError where weights of FluxTransformer2DModel(**config) are missing, or some are there that nothing would read."""
+    """ValueError where weights of FluxTransformer2DModel(**config) are missing, or some are there that nothing would
+    read.
+    """
     from diffusers import FluxTransformer2DModel
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
@@ -91,13 +96,15 @@ def require_names(config: dict, shapes: Shapes, name: str) -> None:
         found = there if _DIFFUSERS["norm"] in shapes else convert_flux_transformer_checkpoint_to_diffusers(there)
     except (LookupError, RuntimeError) as error:
         raise ValueError(
-            f"model {name!r}: got tensors without {first_line(error)!r:.120}, expected all of a FLUX.1 transformer; fetch it again"
+            f"model {name!r}: got tensors without {first_line(error)!r:.120}, expected all of a FLUX.1 transformer; "
+            "fetch it again"
         ) from error
     require_none(name, sorted(wanted - found.keys()))
     unread = sorted(there.keys() - wanted)  # the converter takes out what it reads
     if unread:
         raise ValueError(
-            f"model {name!r}: got tensors {', '.join(unread[:3])!r:.200} ..., which are no weights of a FLUX.1 transformer and "
+            f"model {name!r}: got tensors {', '.join(unread[:3])!r:.200} ..., which are no weights of a FLUX.1 "
+            "transformer and "
             "would be dropped, expected none; name a FLUX.1 checkpoint without them"
         )
 
@@ -119,7 +126,8 @@ def transformer_config(shapes: Shapes, name: str) -> dict:
     if layout is None or not all(layout[part] in shapes for part in ("picture", "text", "pooled", "velocity")):
         some = ", ".join(sorted(shapes)[:3]) or "no tensor"
         raise ValueError(
-            f"model {name!r}: got tensors {some} ..., expected a FLUX.1 transformer in diffusers' or the original layout; "
+            f"model {name!r}: got tensors {some} ..., expected a FLUX.1 transformer in diffusers' or the original "
+            "layout; "
             "name a FLUX.1 checkpoint"
         )
     width, channels = shapes[layout["picture"]]
@@ -143,7 +151,8 @@ def _check(name: str, layout: dict, shapes: Shapes, width: int, channels: int, h
     for kind in ("double", "single"):
         if _blocks(shapes, layout[kind]) > MOST_BLOCKS:
             raise ValueError(
-                f"model {name!r}: got more than {MOST_BLOCKS} {kind} blocks, expected 19 and 38 as in FLUX.1; name a FLUX.1"
+                f"model {name!r}: got more than {MOST_BLOCKS} {kind} blocks, expected 19 and 38 as in FLUX.1; name a "
+                "FLUX.1"
             )
     if head_dim not in _AXES:
         raise ValueError(f"model {name!r}: got heads of {head_dim}, expected 128 as in FLUX.1; load it as a folder")
@@ -154,7 +163,8 @@ def _check(name: str, layout: dict, shapes: Shapes, width: int, channels: int, h
         )
     if layout is _ORIGINAL and width != ORIGINAL_WIDTH:
         raise ValueError(
-            f"model {name!r}: got the original key layout with a width of {width}, expected {ORIGINAL_WIDTH}: diffusers "
+            f"model {name!r}: got the original key layout with a width of {width}, expected {ORIGINAL_WIDTH}: "
+            "diffusers "
             "converts no other; save it in diffusers' layout"
         )
 
@@ -182,11 +192,14 @@ def _plain_names(names: Iterable[str], where: str) -> dict[str, str]:
 
 
 def _require_read_by_diffusers(names: dict[str, str], where: str) -> None:
-    """diffusers itself opens a .gguf file; of other names than its own and FLUX.1's it takes off one prefix, of FLUX.1's."""
+    """diffusers itself opens a .gguf file; of other names than its own and FLUX.1's it takes off one prefix, of
+    FLUX.1's.
+    """
     for plain, name in names.items():
         if name != plain and (name != _PREFIXES[0] + plain or _ORIGINAL["norm"] not in names):
             raise ValueError(
-                f"model {where!r}: got a tensor {name!r:.120}, expected {plain!r:.120} in a .gguf file; name a .safetensors file, "
+                f"model {where!r}: got a tensor {name!r:.120}, expected {plain!r:.120} in a .gguf file; name a "
+                ".safetensors file, "
                 "where both are read, or another .gguf"
             )
 

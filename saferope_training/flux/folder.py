@@ -1,8 +1,10 @@
-"""A FLUX.1 pipeline as a folder: found here or fetched, and checked before any library reads it. It may be a stranger's.
+"""A FLUX.1 pipeline as a folder: found here or fetched, and checked before any library reads it. It may be a
+stranger's.
 
-A folder can name code in several places. `model_index.json` names a module for each part, which diffusers imports (up to 0.37
-even one that lies in the folder); the parts' own JSON files may name Python files, attention kernels of the hub, other
-weights or quantisers; an index of shards may name pickles. So each part has a table of classes here and is loaded by that class alone.
+A folder can name code in several places. `model_index.json` names a module for each part, which diffusers imports (up
+to 0.37 even one that lies in the folder); the parts' own JSON files may name Python files, attention kernels of the
+hub, other weights or quantisers; an index of shards may name pickles. So each part has a table of classes here and is
+loaded by that class alone.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from .scaled import is_scale
 
@@ -48,7 +51,8 @@ _BITSANDBYTES = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
 def require_parts(folder: Path, name: str, transformer: bool = True) -> None:
     """ValueError unless every part is there, of a known class, in safetensors, and names no code.
 
-    `transformer`: whether the transformer is wanted too. Reads JSON and the headers of weights; imports and loads nothing.
+    `transformer`: whether the transformer is wanted too. Reads JSON and the headers of weights; imports and loads
+    nothing.
     """
     _require_index(folder, name, transformer)
     for part in _wanted(transformer):
@@ -57,7 +61,7 @@ def require_parts(folder: Path, name: str, transformer: bool = True) -> None:
         _require_part(folder / part, name)
 
 
-def load_part(folder: Path, part: str, **choices):
+def load_part(folder: Path, part: str, **choices: Any) -> Any:
     """One part of a folder that `require_parts` found good, by the class that the table has for it."""
     said = read_json(folder / INDEX, str(folder))[part]
     kind = getattr(import_module(said[0]), PARTS[part][tuple(said)])
@@ -67,14 +71,18 @@ def load_part(folder: Path, part: str, **choices):
 def fetch(name: str, transformer: bool) -> Path:
     """The hub's copy of a pipeline in its cache, fetched unless there. Neither code nor pickles are fetched.
 
-    OSError, one line, where it cannot be had; ValueError where the index names unknown classes: then nothing else is fetched.
+    OSError, one line, where it cannot be had; ValueError where the index names unknown classes: then nothing else is
+    fetched.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
         index = hf_hub_download(name, INDEX)
         _require_index(Path(index).parent, name, transformer)
-        return Path(snapshot_download(name, **patterns(transformer)))
+        wanted = patterns(transformer)
+        return Path(
+            snapshot_download(name, allow_patterns=wanted["allow_patterns"], ignore_patterns=wanted["ignore_patterns"])
+        )
     except OSError as error:
         raise OSError(
             f"model {name!r}: got no such folder here, nothing in the hub's cache, and the hub did not give it "
@@ -135,7 +143,8 @@ def _require_index(folder: Path, name: str, transformer: bool) -> None:
         if not (isinstance(value, list) and all(isinstance(each, str) for each in value) and tuple(value) in known):
             classes = " or ".join(".".join(pair) for pair in known) or "no such part"
             raise ValueError(
-                f"model {name!r}: {INDEX} names {value!r:.80} as its {part!r:.40}, expected {classes}: a class of another "
+                f"model {name!r}: {INDEX} names {value!r:.80} as its {part!r:.40}, expected {classes}: a class of "
+                "another "
                 "name could be the folder's own code; name a FLUX.1 model as diffusers saves it"
             )
 
@@ -153,8 +162,10 @@ def _require_part(part: Path, name: str) -> None:
         scales = [key for key in _names(path) if is_scale(key)]
         if scales:
             raise ValueError(
-                f"{where}/{path.name}: got scaled weights ({scales[0]!r:.80} ...), whose scales diffusers and transformers "
-                "drop in a folder, expected weights without; name the scaled file itself as the model, or a folder without"
+                f"{where}/{path.name}: got scaled weights ({scales[0]!r:.80} ...), whose scales diffusers and "
+                "transformers "
+                "drop in a folder, expected weights without; name the scaled file itself as the model, or a folder "
+                "without"
             )
 
 
@@ -170,7 +181,8 @@ def _require_shards(index: dict, where: str) -> None:
     for shard in shards.values() if isinstance(shards, dict) else [shards]:
         if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
             raise ValueError(
-                f"{where}: got a part of the weights in {shard!r:.80}, expected a .safetensors file beside it; other files "
+                f"{where}: got a part of the weights in {shard!r:.80}, expected a .safetensors file beside it; other "
+                "files "
                 "may be pickles, which can run code: fetch the model in safetensors"
             )
 
@@ -188,7 +200,8 @@ def _names(path: Path) -> list[str]:
 
 def _names_code(where: str, key: str, value: object, wanted: str) -> ValueError:
     return ValueError(
-        f"{where}: got {key} = {value!r:.80}, which can lead to code of others, expected {wanted}; take it out, or name "
+        f"{where}: got {key} = {value!r:.80}, which can lead to code of others, expected {wanted}; take it out, or "
+        "name "
         "another model"
     )
 

@@ -1,4 +1,5 @@
-"""Finds a FLUX.1 model by its name and loads it for training: embedded, folder, hub id or single file, quantised or not.
+"""Finds a FLUX.1 model by its name and loads it for training: embedded, folder, hub id or single file, quantised or
+not.
 
 FLUX.1-dev and FLUX.1-schnell are told apart by the transformer's own configuration: dev has a guidance embedding.
 """
@@ -52,7 +53,8 @@ def load_model(
     encoders: str | None = None,
     resolution: int | None = None,
 ) -> Model:
-    """A frozen FLUX: `tinyworld`, a diffusers folder, a hub id, or a single-file transformer with `encoders` for the rest.
+    """A frozen FLUX: `tinyworld`, a diffusers folder, a hub id, or a single-file transformer with `encoders` for the
+    rest.
 
     `encoders` is a diffusers folder or hub id too. `quantise` is one of `quantise.KINDS`; `resolution` in pixels, a
     multiple of 16, RESOLUTION unless told. Text encoders of folders are loaded when first asked for, see `encoders`.
@@ -86,7 +88,8 @@ def load_model(
 
 
 def find_folder(name: str, transformer: bool) -> Path:
-    """The local folder of a diffusers FLUX.1 pipeline, found good: `name` itself, or the hub's, downloaded unless cached.
+    """The local folder of a diffusers FLUX.1 pipeline, found good: `name` itself, or the hub's, downloaded unless
+    cached.
 
     `transformer`: whether its transformer is wanted too. OSError where the hub cannot be asked, ValueError else.
     """
@@ -221,7 +224,7 @@ def _from_file(path: Path, quantise: str | None, device: str, dtype: torch.dtype
             torch_dtype=dtype,
             quantization_config=None if is_torchao(quantise) else config,
         )
-        if is_torchao(quantise):
+        if quantise and is_torchao(quantise):
             in_place(transformer, quantise)
     require_none(str(path), [key for key, value in transformer.named_parameters() if value.is_meta])
     return transformer

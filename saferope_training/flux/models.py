@@ -1,4 +1,5 @@
-"""A FLUX pipeline as training sees it: encode prompts, find their tokens, ask for a velocity. Knows diffusers' pipeline, not its attention.
+"""A FLUX pipeline as training sees it: encode prompts, find their tokens, ask for a velocity. Knows diffusers'
+pipeline, not its attention.
 
 Latents are packed, `[B, L, C]`, in model space; t runs from 1 (pure noise) to 0; velocity points from picture to noise.
 """
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ X86 = ("x86_64", "amd64")  # as Linux and macOS, and Windows, name it
 class Model:
     """A frozen pipeline in eval mode. `latent_side`: height and width of the unpacked latents.
 
-    `guidance` and `steps` are what it is sampled with. `source` gives the text encoders where the pipeline has none yet,
-    `cache` keeps their embeddings on disk. `edits` change what `encode` gives, see `edited`.
+    `guidance` and `steps` are what it is sampled with. `source` gives the text encoders where the pipeline has none
+    yet, `cache` keeps their embeddings on disk. `edits` change what `encode` gives, see `edited`.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Model:
     edits: list[Edit] = field(default_factory=list, compare=False)
 
     @property
-    def transformer(self) -> nn.Module:
+    def transformer(self) -> Any:  # a FluxTransformer2DModel; diffusers is not typed
         return self.pipe.transformer
 
     @property
@@ -152,6 +153,7 @@ def load_encoders(model: Model) -> tuple[nn.Module, nn.Module]:
     """CLIP and T5 on the model's device, loaded where they are missing."""
     pipe = model.pipe
     if pipe.text_encoder is None or pipe.text_encoder_2 is None:
+        assert model.source is not None, "a pipeline without text encoders has a source of them"
         pipe.text_encoder, pipe.text_encoder_2 = model.source.load()
     return pipe.text_encoder.to(model.device), pipe.text_encoder_2.to(model.device)
 
@@ -189,7 +191,8 @@ def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int
         subject[row] = used[row] & torch.tensor([first < span[1] and span[0] < last for first, last in offsets])
         if not subject[row].any() or max(last for _, last in offsets) < span[1]:
             raise ValueError(
-                f"prompt {text!r}: its subject {text[slice(*span)]!r}, characters {span}, is not whole within the first "
+                f"prompt {text!r}: its subject {text[slice(*span)]!r}, characters {span}, is not whole within the "
+                "first "
                 f"{model.text_length} tokens; shorten the prompt or correct the span"
             )
     return token_kinds(used, subject)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 # A linear layer's gain is the RMS of W x over that of x, for random x. PyTorch's initialisation, U(-1, 1) / sqrt(in)
-# (torch.nn.Linear), has 0.58 at every width; the trained layers of the tiny world have 0.20 to 1.18. fp8's largest value is
-# 448 (arXiv 2209.05433), and scaled files use all of it: without its scale a Gaussian layer of FLUX.1's width has 4,800.
+# (torch.nn.Linear), has 0.58 at every width; the trained layers of the tiny world have 0.20 to 1.18. fp8's largest
+# value is 448 (arXiv 2209.05433), and scaled files use all of it: without its scale a Gaussian layer of FLUX.1's width
+# has 4,800.
 LARGEST_GAIN = 256.0
 SMALLEST_GAIN = 1 / LARGEST_GAIN  # of most layers: single ones may be zero
 _VECTORS = 4
@@ -17,7 +18,9 @@ _VECTORS = 4
 
 @torch.no_grad()
 def gains(network: nn.Module) -> dict[str, float]:
-    """Linear layer -> its gain, estimated with four random vectors; of any quantised kind, since it is asked for products."""
+    """Linear layer -> its gain, estimated with four random vectors; of any quantised kind, since it is asked for
+    products.
+    """
     generator = torch.Generator().manual_seed(0)
     found = {}
     for name, layer in network.named_modules():
@@ -38,12 +41,14 @@ def require_plausible(network: nn.Module, name: str) -> None:
     if wild:
         layer, gain = max(wild.items(), key=lambda each: each[1])
         raise ValueError(
-            f"model {name!r}: got a gain of {gain:,.4g} in {layer} ({len(wild)} of {len(found)} linear layers out of range), "
+            f"model {name!r}: got a gain of {gain:,.4g} in {layer} ({len(wild)} of {len(found)} linear layers out of "
+            "range), "
             f"expected at most {LARGEST_GAIN:g}; {what}"
         )
     if found and median(found.values()) < SMALLEST_GAIN:
         raise ValueError(
-            f"model {name!r}: got a gain of {median(found.values()):.2g} in the middle one of {len(found)} linear layers, "
+            f"model {name!r}: got a gain of {median(found.values()):.2g} in the middle one of {len(found)} linear "
+            "layers, "
             f"expected at least {SMALLEST_GAIN:.2g}; {what}"
         )
 

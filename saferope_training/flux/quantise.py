@@ -53,7 +53,8 @@ def _bitsandbytes(kind: str, device: str, dtype: torch.dtype) -> BitsAndBytesCon
 
     if device == "cpu":
         raise ValueError(
-            f"quantisation {kind!r}: got device 'cpu', expected a GPU: diffusers loads bitsandbytes weights there only; "
+            f"quantisation {kind!r}: got device 'cpu', expected a GPU: diffusers loads bitsandbytes weights there "
+            "only; "
             "name one with --device, or take torchao-int8"
         )
     if kind == "int8":
@@ -85,7 +86,7 @@ def require_quantised(transformer: nn.Module, kind: str, name: str) -> None:
 
 def is_torchao(kind: str | None) -> bool:
     """Whether the kind is one of torchao's, which run on any device."""
-    return _LIBRARY.get(kind) == "torchao"
+    return kind is not None and _LIBRARY.get(kind) == "torchao"
 
 
 def _torchao(kind: str) -> TorchAoConfig:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saferope_core import Forward, Protection, Run
 
-from .attach import attached
+from .attach import Span, Visitor, attached
 from .models import Model, Text, encode, seeded_noise
 
 _BATCH = 16
@@ -29,8 +30,8 @@ def sample(
 ) -> Tensor:
     """Pictures [n, 3, h, w] in [-1, 1] of n texts from n seeds.
 
-    `visit`, such as `Protection.rotate`, is attached in the part `span` of the steps: (0, 1) is all of them, (0, 0.5) the
-    first half. A picture depends on its text and seed alone; `progress` is told the size of each finished batch.
+    `visit`, such as `Protection.rotate`, is attached in the part `span` of the steps: (0, 1) is all of them, (0, 0.5)
+    the first half. A picture depends on its text and seed alone; `progress` is told the size of each finished batch.
     """
     pictures = []
     for first in range(0, len(texts), batch):
@@ -41,7 +42,9 @@ def sample(
     return torch.cat(pictures)
 
 
-def _denoise(model: Model, text: Text, seeds: list[int], visit, steps: int, span: tuple[float, float]) -> Tensor:
+def _denoise(
+    model: Model, text: Text, seeds: list[int], visit: Visitor | None, steps: int, span: tuple[float, float]
+) -> Tensor:
     pipe, dtype = model.pipe, model.pipe.transformer.dtype
     active = active_steps(steps, span)
     with _Switched(model, visit, 0 in active) as switch:
@@ -66,15 +69,15 @@ def active_steps(steps: int, span: tuple[float, float]) -> set[int]:
 class _Switched:
     """`visit` attached while it is on; the pipeline's callback says before each step whether it is."""
 
-    def __init__(self, model: Model, visit: Callable | None, on: bool) -> None:
+    def __init__(self, model: Model, visit: Visitor | None, on: bool) -> None:
         self.visit, self.on = visit, on
         self.context = nullcontext() if visit is None else attached(model.transformer, self._visit)
 
-    def _visit(self, x: Tensor, *where) -> Tensor:
-        return self.visit(x, *where) if self.on else x
+    def _visit(self, x: Tensor, *where: Any) -> Tensor | None:
+        return self.visit(x, *where) if self.visit is not None and self.on else x
 
     def after_step(self, active: set[int]) -> Callable:
-        def callback(_pipe, step: int, _t, kwargs: dict) -> dict:
+        def callback(_pipe: Any, step: int, _t: Any, kwargs: dict) -> dict:
             self.on = step + 1 in active
             return kwargs
 
@@ -84,7 +87,7 @@ class _Switched:
         self.context.__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.context.__exit__(*error)
 
 
@@ -97,17 +100,18 @@ def _decode(model: Model, tokens: Tensor) -> Tensor:
 
 
 class RiskMeter:
-    """A visitor that passes q and k on to `protection` and notes what it saw of every picture of the batch under way."""
+    """A visitor that passes q and k on to `protection` and notes what it saw of every picture of the batch under
+    way."""
 
     def __init__(self, model: Model, protection: Protection) -> None:
         self.protection, self.side = protection, model.latent_side // 2
         self.forward: Forward | None = None
 
-    def rotate(self, x: Tensor, *where) -> Tensor:
+    def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> Tensor:
         """As `Protection.rotate`."""
         if self.forward is None:  # all steps of a batch count as one
             self.forward = Forward(range(len(x)), 1.0, (self.side, self.side))
-        return self.protection.rotate(x, *where, seen=self.forward.saw)
+        return self.protection.rotate(x, role, block_type, block_index, text, image, self.forward.saw)
 
     def take(self) -> list[dict[str, dict[str, float | None]]]:
         """A record per picture, and starts anew: concept -> stream -> risk of its riskiest token, mean over steps.

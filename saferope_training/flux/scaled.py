@@ -1,8 +1,9 @@
 """ComfyUI's scaled fp8: 8-bit values, and beside them the scale that makes weights of them. weight = value x scale.
 
-Two spellings: `<layer>.scale_weight`, with a tensor `scaled_fp8` that marks the file; and `<layer>.weight_scale`, with the format as
-JSON in `<layer>.comfy_quant` or in the header's `_quantization_metadata`. Both come in diffusers' names as well as in FLUX.1's own.
-Scales of inputs (`scale_input`, `input_scale`) belong to products in fp8, which are not made here.
+Two spellings: `<layer>.scale_weight`, with a tensor `scaled_fp8` that marks the file; and `<layer>.weight_scale`, with
+the format as JSON in `<layer>.comfy_quant` or in the header's `_quantization_metadata`. Both come in diffusers' names
+as well as in FLUX.1's own. Scales of inputs (`scale_input`, `input_scale`) belong to products in fp8, which are not
+made here.
 """
 
 from __future__ import annotations
@@ -40,18 +41,21 @@ def require_fp8(weights: dict[str, Tensor], header: Mapping[str, str] | None, na
         found = {str(layer.get("format")) for layer in [*map(json.loads, texts), *layers.values()]}
     except (ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"model {name!r}: got formats of weights that are not readable JSON; {_NEWER}") from error
-    found = sorted(found - _FP8.keys()) or sorted(key for key in weights if key.endswith(_OTHER))
-    if found:
+    others = sorted(found - _FP8.keys()) or sorted(key for key in weights if key.endswith(_OTHER))
+    if others:
         raise ValueError(
-            f"model {name!r}: got weights in {', '.join(found[:3])!r:.120}, expected {' or '.join(_FP8)}: other formats of "
+            f"model {name!r}: got weights in {', '.join(others[:3])!r:.120}, expected {' or '.join(_FP8)}: other "
+            "formats of "
             f"ComfyUI are not read; {_NEWER}"
         )
 
 
 def unscaled(weights: dict[str, Tensor], dtype: torch.dtype, name: str) -> dict[str, Tensor]:
-    """The weights alone: fp8 values times their scales, multiplied in fp32 and rounded once to `dtype`. The rest as it is.
+    """The weights alone: fp8 values times their scales, multiplied in fp32 and rounded once to `dtype`. The rest as it
+    is.
 
-    A scale is one number, or one a row. ValueError where one has no fp8 weight, is of another shape, or not finite and positive.
+    A scale is one number, or one a row. ValueError where one has no fp8 weight, is of another shape, or not finite and
+    positive.
     """
     plain = {key: value for key, value in weights.items() if not is_scale(key)}
     for key, scale in weights.items():
@@ -68,7 +72,8 @@ def _product(value: Tensor | None, scale: Tensor, where: str) -> Tensor:
         raise ValueError(f"{where}: got {got} beside it, expected a matrix in {' or '.join(_FP8)}; {_NEWER}")
     if scale.numel() != 1 and tuple(scale.shape) not in ((len(value),), (len(value), 1)):
         raise ValueError(
-            f"{where}: got scales {list(scale.shape)} for a weight {list(value.shape)}, expected one, or one a row; {_NEWER}"
+            f"{where}: got scales {list(scale.shape)} for a weight {list(value.shape)}, expected one, or one a row; "
+            f"{_NEWER}"
         )
     factor = scale.float().reshape(-1, 1)
     if not (factor.isfinite().all() and (factor > 0).all()):

@@ -1,4 +1,5 @@
-"""What can be known of a run before the model is asked: its names, its ranks, and whether the prompts can say enough."""
+"""What can be known of a run before the model is asked: its names, its ranks, and
+whether the prompts can say enough."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def require(model: Model, records: Sequence[PromptRecord], settings: Settings) -
     Words beside the concept's that the text encoder does not know are told as a warning. Nothing is encoded.
     """
     require_names(settings.concept, settings.concept.capitalize(), settings.concept)
-    counts = {}
+    counts: dict[tuple[str, str], int] = {}
     for name in (UNSAFE, BENIGN):
         chosen = side(records, name)
         if not chosen:
@@ -42,14 +43,15 @@ def _require_words(model: Model, records: Sequence[PromptRecord]) -> None:
     found: list[str] = []
     for record, ids, offsets in zip(records, batch["input_ids"], batch["offset_mapping"], strict=True):
         parts = unknown_parts(ids, offsets, tokenizer.unk_token_id)
-        if record.side == UNSAFE:
+        if record.subject is not None:
             require_known(record.text, record.subject, parts)
         found += unknown_words(record.text, parts)
     words = list(dict.fromkeys(found))
     if words and processes.is_main():
         shown = ", ".join(f"{word!r:.60}" for word in words[:_SHOWN]) + (", ..." if len(words) > _SHOWN else "")
         warnings.warn(
-            f"prompts: the text encoder does not know {len(words)} of their words, and takes them all for the same one: "
+            f"prompts: the text encoder does not know {len(words)} of their words, and takes them all for the same "
+            "one: "
             f"{shown}; the prompts say less to the model than to you",
             stacklevel=3,
         )

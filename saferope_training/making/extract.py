@@ -1,6 +1,7 @@
 """Collects what the heads make of the concept, along the trajectories that a diffusers model samples.
 
-What is collected, and why, is in saferope_core/statistics.py; here are the walk, the processes that share it, and the disk.
+What is collected, and why, is in saferope_core/statistics.py; here are the walk, the processes that share it, and the
+disk.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def walk(
 ) -> dict[float, Tensor]:
     """Samples from pure noise by Euler's method down to the last of the times, listening at each of them.
 
-    `listener` is called at each time and returns what `listening` takes. Returns the latents [B, L, C] met at each time.
+    `listener` is called at each time and returns what `listening` takes. Returns the latents [B, L, C] met at each
+    time.
     """
     times, visited = schedule(timesteps), {}
     x = start
@@ -86,8 +88,8 @@ def walk(
             visited[t] = x
         if following is None and listener is None:
             break
-        heard = listener is not None and t in timesteps
-        with listening(model.transformer, listener()) if heard else nullcontext():
+        heard = None if listener is None or t not in timesteps else listener()
+        with nullcontext() if heard is None else listening(model.transformer, heard):
             v = velocity(model, x, torch.full((len(x),), t), text)
         if following is not None:
             x = x + (following - t) * v
@@ -108,7 +110,9 @@ def load_statistics(path: Path, geometry: Geometry) -> Statistics:
     """Reads what `save_statistics` wrote. ValueError where it is not of a model of this geometry."""
     blocks, heads, width = geometry.blocks, geometry.heads, geometry.head_dim
     names = [f"{name}.{kind}" for name, kind in COLLECTED]
-    shapes = {f"{name}.gram_{role}": (blocks, heads, width, width) for name in (MET, *names) for role in ROLES}
+    shapes: dict[str, tuple[int | None, ...]] = {
+        f"{name}.gram_{role}": (blocks, heads, width, width) for name in (MET, *names) for role in ROLES
+    }
     shapes |= {f"{name}.sample_{role}": (blocks, None, heads, width) for name in names for role in ROLES}
     tensors = load_tensors(path, shapes)
     vectors = {

@@ -1,4 +1,5 @@
-"""The losses as pure functions of velocities, `[B, L, C]` of any float dtype; computed in fp32, returned per prompt, [B].
+"""The losses as pure functions of velocities, `[B, L, C]` of any float dtype; computed in fp32, returned per prompt,
+[B].
 
 Per prompt, so that a mean over them does not depend on how a batch is split over passes or processes.
 """
@@ -17,8 +18,8 @@ def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
 def unlearning_loss(rotated: Tensor, base: Tensor, scale: float = 1.0) -> Tensor:
     """Drives the rotated velocity away from the base model's: -tanh(MSE / scale), in (-1, 0], 0 where both are equal.
 
-    The paper's L_unl (scale 1), bounded: once the velocities differ by about `scale`, more difference pays ever less, so
-    that the generators do not grow without limit.
+    The paper's L_unl (scale 1), bounded: once the velocities differ by about `scale`, more difference pays ever less,
+    so that the generators do not grow without limit.
     """
     return -torch.tanh(mean_squared_error(rotated, base) / scale)
 

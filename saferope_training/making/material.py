@@ -1,7 +1,7 @@
 """What training looks at: embeddings of both sides, the unsafe prompts' trajectories, latents of benign pictures.
 
-Latents are made once and stay on disk. Benign pictures are rendered (tiny world), read from the caption file's folder, or
-painted by the frozen model from their captions where there is none.
+Latents are made once and stay on disk. Benign pictures are rendered (tiny world), read from the caption file's folder,
+or painted by the frozen model from their captions where there is none.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def make_latents(
     path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes the latents of unsafe trajectories at the times below 1 and of benign pictures; processes share the work."""
+    """Writes the latents of unsafe trajectories at the times below 1 and of benign pictures;
+    processes share the work."""
     unsafe, benign = (prompts.side(records, name) for name in (prompts.UNSAFE, prompts.BENIGN))
     total, done = len(unsafe) + len(benign), 0
     tensors: dict[str, list[Tensor]] = {}
@@ -74,7 +75,8 @@ def load_material(
     """
     unsafe, benign = (prompts.side(records, name) for name in (prompts.UNSAFE, prompts.BENIGN))
     size = (model.latent_side // 2) ** 2, model.transformer.config.in_channels
-    shapes = {_key(t): (len(unsafe), *size) for t in times if t < 1} | {BENIGN_LATENTS: (len(benign), *size)}
+    shapes: dict[str, tuple[int | None, ...]] = {_key(t): (len(unsafe), *size) for t in times if t < 1}
+    shapes[BENIGN_LATENTS] = (len(benign), *size)
     tensors = load_tensors(path, shapes)
     texts = [record.text for record in unsafe]
     subjects = text_tokens(model, texts, [record.subject for record in unsafe])[SUBJECT]
@@ -98,20 +100,20 @@ def _visited(
 
 def _pictures(model: Model, records: Sequence[prompts.PromptRecord], seeds: list[int]) -> Tensor:
     """Latents [n, L, C] of the prompts' pictures, in order."""
-    latents: list[Tensor | None] = [None] * len(records)
+    latents: dict[int, Tensor] = {}
     side = 8 * model.latent_side
     for place, record in enumerate(records):
         if record.scene is not None:
             latents[place] = encode_pictures(model, _rendered(record.scene, seeds[place], side)[None])
         elif record.image is not None:
             latents[place] = encode_pictures(model, _read(Path(record.image), side)[None])
-    missing = [place for place, known in enumerate(latents) if known is None]
+    missing = [place for place in range(len(records)) if place not in latents]
     if missing:
         text = encode(model, [records[place].text for place in missing])
         painted = _painted(model, text, seeded_noise(model, [seeds[place] for place in missing]))
         for place, picture in zip(missing, painted, strict=True):
             latents[place] = picture[None]
-    return torch.cat(latents)
+    return torch.cat([latents[place] for place in range(len(records))])
 
 
 def _painted(model: Model, text: Text, start: Tensor) -> Tensor:
@@ -135,7 +137,12 @@ def _scene(fields: dict) -> Scene:
     """The tiny world's Scene. ValueError for one that it has not."""
     from tinyworld import world
 
-    known = {"shape": world.SHAPES, "color": world.COLORS, "background": world.BACKGROUNDS, "place": world.PLACES}
+    known: dict[str, tuple] = {
+        "shape": world.SHAPES,
+        "color": world.COLORS,
+        "background": world.BACKGROUNDS,
+        "place": world.PLACES,
+    }
     known |= {"attribute": (*world.ATTRIBUTES, None), "style": (*world.STYLES, None)}
     try:
         scene = world.Scene(**fields)

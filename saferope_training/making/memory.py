@@ -1,7 +1,7 @@
 """What will be resident, counted before anything is loaded, from the model's own shapes. It warns, and refuses nothing.
 
-Activations are not estimated: the transformer is built from fake tensors, which have shapes and no data, run once, and what
-autograd keeps for the backward pass is added up. Counted for one block of either kind, then multiplied.
+Activations are not estimated: the transformer is built from fake tensors, which have shapes and no data, run once, and
+what autograd keeps for the backward pass is added up. Counted for one block of either kind, then multiplied.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _WAYS_OUT = "Try --quantise, --checkpointing, fewer --passes-of or a smaller --r
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by what they are for. `encoders` stay on the device while prompts are embedded, `activations` while training."""
+    """Bytes by what they are for. `encoders` stay on the device while prompts are embedded, `activations` while
+    training.
+    """
 
     weights: int
     encoders: int
@@ -76,7 +78,8 @@ def activation_bytes(
 ) -> int:
     """What autograd keeps for the backward pass of `batch` prompts of `text` and `image` tokens, under bf16 autocast.
 
-    `dtype` is the weights': of fp32 ones autocast keeps bf16 copies. With checkpointing: the inputs of every block, and all of the one block that is being recomputed.
+    `dtype` is the weights': of fp32 ones autocast keeps bf16 copies. With checkpointing: the inputs of every block, and
+    all of the one block that is being recomputed.
     """
     doubles, singles = config["num_layers"], config["num_single_layers"]
     tokens = text, image, batch
@@ -159,7 +162,8 @@ def _ran_out(error: BaseException | None) -> bool:
 
 @contextmanager
 def counting(weights: set[int]) -> Iterator[list[int]]:
-    """While open, adds up in `[0]` the bytes that autograd keeps, each storage once, storages of `weights` not at all."""
+    """While open, adds up in `[0]` the bytes that autograd keeps, each storage once,
+    storages of `weights` not at all."""
     total, seen = [0], set(weights)
 
     def pack(tensor: Tensor) -> Tensor:

@@ -20,11 +20,13 @@ from .. import plots, processes, prompts
 from ..flux import models
 from ..flux.identity import facts
 from ..flux.models import Model
+from ..prompts import PromptRecord
 from ..prompts.sources import origins, prompts_for
 from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from ..settings import LATENTS as LATENTS_STAGE
 from ..stages import Facts, Progress, Report, Workplace, alone, file_sha256, sha256_of
 from . import calibrate, checks, extract, heads, material, train
+from .train import State, Teller
 
 PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
 CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"
@@ -70,9 +72,9 @@ class Recipe:
         if model is not None and model.source is not None:
             require_no_link(out, out / EMBEDDINGS)
             model = models.with_cache(model, out / EMBEDDINGS)
-        self.model, self.settings, self.out = model, settings, out
+        self._model, self.settings, self.out = model, settings, out
         self.place = Workplace(out, settings, progress)
-        self.known = facts(model) if model is not None else {}
+        self.known: dict[str, Any] = facts(model) if model is not None else {}
         weights = self.known.get("transformer", "")
         self.config = {"settings": asdict(settings), "model_sha256": weights, "versions": versions()}
         with alone(out, within=True):
@@ -80,8 +82,14 @@ class Recipe:
                 sweep(out / EMBEDDINGS)
                 write_text(out / CONFIG, json.dumps(self.config, indent=2) + "\n")
 
+    @property
+    def model(self) -> Model:
+        """The model that all stages but the prompts need."""
+        assert self._model is not None, "a Recipe without a model makes prompts alone"
+        return self._model
+
     @_alone
-    def prompts(self) -> list[prompts.PromptRecord]:
+    def prompts(self) -> list[PromptRecord]:
         """The prompts of both sides, in prompts.jsonl."""
 
         def make(report: Report) -> None:
@@ -95,8 +103,9 @@ class Recipe:
         return prompts.read_prompts(self.out / PROMPT_FILE)
 
     @_alone
-    def extract(self, training: bool = False) -> list[prompts.PromptRecord]:
-        """Statistics of every head; returns the prompts. `training`: that comes after, so its pictures are checked too."""
+    def extract(self, training: bool = False) -> list[PromptRecord]:
+        """Statistics of every head; returns the prompts. `training`: that comes after,
+        so its pictures are checked too."""
         s, records = self.settings, self.prompts()
         checks.require(self.model, records, s)
         if training and not self._has_latents(records):
@@ -111,7 +120,7 @@ class Recipe:
         return records
 
     @_alone
-    def heads(self, training: bool = False) -> list[prompts.PromptRecord]:
+    def heads(self, training: bool = False) -> list[PromptRecord]:
         """The safety-critical heads, their bases and gates, as tensors, table and map; returns the prompts."""
         records = self.extract(training)
         products, needs = (CRITICAL, TABLE, MAP), self._facts(HEADS)
@@ -130,7 +139,7 @@ class Recipe:
         heads.save_critical(out / CRITICAL, critical_heads(table, geometry), table.discrimination)
 
     @_alone
-    def train(self, tell: train.Teller = lambda entry: None) -> Path:
+    def train(self, tell: Teller = lambda entry: None) -> Path:
         """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry."""
         s, out, records = self.settings, self.out, self.heads(training=True)
 
@@ -143,7 +152,7 @@ class Recipe:
         digest = sha256_of(self.place.inputs(TRAIN, sources, needs))
 
         def make(report: Report) -> None:
-            self._learn(path, records, train.State(out / STATE, digest), report, tell)
+            self._learn(path, records, State(out / STATE, digest), report, tell)
 
         self.place.stage(TRAIN, sources, (path.name, LOG, CURVE), make, needs)
         return path
@@ -151,10 +160,10 @@ class Recipe:
     def _learn(
         self,
         path: Path,
-        records: Sequence[prompts.PromptRecord],
-        state: train.State,
+        records: Sequence[PromptRecord],
+        state: State,
         report: Report,
-        tell: train.Teller,
+        tell: Teller,
     ) -> None:
         s, out = self.settings, self.out
         critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)
@@ -198,13 +207,13 @@ class Recipe:
         """The model's facts that decide a stage."""
         return {name: self.known[name] for name in FACTS[stage]}
 
-    def _latents_facts(self, records: Sequence[prompts.PromptRecord]) -> Facts:
+    def _latents_facts(self, records: Sequence[PromptRecord]) -> Facts:
         """Those that decide the latents: the model's, and the bytes of the benign prompts' pictures."""
         pictures = [Path(record.image) for record in records if record.image is not None]
         digests = [file_sha256(path) if path.is_file() else "" for path in pictures]  # gone: told where it is read
-        return self._facts(LATENTS_STAGE) | ({"pictures": sha256_of(digests)} if digests else {})
+        return {**self._facts(LATENTS_STAGE), **({"pictures": sha256_of(digests)} if digests else {})}
 
-    def _has_latents(self, records: Sequence[prompts.PromptRecord]) -> bool:
+    def _has_latents(self, records: Sequence[PromptRecord]) -> bool:
         """Whether the latents need not be made, so that no picture is read again."""
         return self.place.fresh(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), self._latents_facts(records))
 

@@ -1,9 +1,9 @@
 """Learns how far to turn: one generator per safety-critical head, shared by q and k, everything else frozen.
 
-Alternating phases as in the paper: some steps of unlearning on unsafe prompts near pure noise, then as many of preserving
-on noised benign pictures at random times. Only the generators have gradients; the base model's velocities are computed
-without a graph. Every step draws from a seed of its own and leaves its state on disk, so that a run that was killed goes
-on from the last whole step to the same end, bit for bit.
+Alternating phases as in the paper: some steps of unlearning on unsafe prompts near pure noise, then as many of
+preserving on noised benign pictures at random times. Only the generators have gradients; the base model's velocities
+are computed without a graph. Every step draws from a seed of its own and leaves its state on disk, so that a run that
+was killed goes on from the last whole step to the same end, bit for bit.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ _SEED_STRIDE = 1_000_003  # between the steps' seeds: more than any batch has pr
 class Material:
     """What training looks at, encoded once.
 
-    Unsafe prompts with `subjects` [n, L], bool, the tokens of the concept's word, and the latents [n, L, C] that the base
-    model passes through at each time below 1 on its way from noise; benign prompts with the latents [m, L, C] of pictures.
+    Unsafe prompts with `subjects` [n, L], bool, the tokens of the concept's word, and the latents [n, L, C] that the
+    base model passes through at each time below 1 on its way from noise; benign prompts with the latents [m, L, C] of
+    pictures.
     """
 
     unsafe: Text
@@ -62,8 +63,8 @@ class Diverged(ValueError):
 class State:
     """Weights, AdamW's moments and the number of finished steps in one file, written whole after every step.
 
-    `inputs` is a digest of all that the run was started with: a state of other inputs is no state. Nor is a damaged one,
-    which is told as a warning.
+    `inputs` is a digest of all that the run was started with: a state of other inputs is no state. Nor is a damaged
+    one, which is told as a warning.
     """
 
     def __init__(self, path: Path | None, inputs: str = "") -> None:
@@ -149,9 +150,10 @@ def train(
 ) -> tuple[Tensor, Tensor]:
     """Text and image generators [N, R + S, R + S], fp32 on the CPU, exactly skew.
 
-    The same seed gives the same bits on a CPU, wherever it was stopped; on GPUs up to the order in which their attention
-    adds up gradients. `log` gets one entry per step: step, phase, loss and the mean squared velocity difference behind it.
-    Processes share every batch. Raises Diverged where a loss is not finite, or benign velocities are lost.
+    The same seed gives the same bits on a CPU, wherever it was stopped; on GPUs up to the order in which their
+    attention adds up gradients. `log` gets one entry per step: step, phase, loss and the mean squared velocity
+    difference behind it. Processes share every batch. Raises Diverged where a loss is not finite, or benign velocities
+    are lost.
     """
     state = state or State(None)
     rotation = initial_rotation(heads, model, settings)
@@ -177,12 +179,11 @@ def initial_rotation(heads: CriticalHeads, model: Model, settings: Settings) -> 
     """Weights drawn normal; the image stream starts near rest, so that it only moves where that pays."""
     generator = torch.Generator().manual_seed(settings.seed)
     count, widths = len(heads.heads), [heads.basis[name].shape[-1] for name in ("k", _image_basis(heads))]
-    text, image = (
+    text, own = (
         (torch.randn(count, width, width, generator=generator) * spread).to(model.device).requires_grad_()
         for width, spread in zip(widths, (settings.text_init, settings.image_init), strict=True)
     )
-    if settings.sharing == "shared":
-        image = settings.image_scale
+    image = settings.image_scale if settings.sharing == "shared" else own
     acts_on = {"text": settings.acts_on, "image": settings.acts_on_image}
     return TrainableRotation(heads, model.geometry, acts_on, text, image)
 
@@ -225,6 +226,7 @@ def _loss(rotated: Tensor, base: Tensor, latents: Latents, settings: Settings, p
     if phase == UNLEARN:
         return unlearning_loss(rotated, base, settings.unlearn_scale), error.detach()
     _, clean, start = latents
+    assert clean is not None, "latents of benign pictures"
     kept = flow_matching_loss(rotated, clean, start) if settings.regulariser == "flow" else error
     return settings.preserve_weight * kept, error.detach()
 
@@ -234,8 +236,9 @@ def _batch(
 ) -> tuple[Tensor, Tensor, list[int], Tensor | None]:
     """Which prompts [B], at which times [B], from noise of which seeds, and which tokens [B, L] are spared.
 
-    Unsafe prompts come at 1 (fresh noise) or at one of the visited times, drawn for the whole batch; benign pictures at any
-    time. For a share `blind` of the unsafe prompts the concept's word stays unturned, so that what took it up must do.
+    Unsafe prompts come at 1 (fresh noise) or at one of the visited times, drawn for the whole batch; benign pictures at
+    any time. For a share `blind` of the unsafe prompts the concept's word stays unturned, so that what took it up must
+    do.
     """
     size, first = settings.batch, settings.seed + (step + 1) * _SEED_STRIDE
     generator = torch.Generator().manual_seed(first)
@@ -264,7 +267,8 @@ def _latents(
 
 
 def _require_sound(step: int, phase: str, loss: float, error: float, weights: list[Tensor], state: State) -> None:
-    finite = all(bool(weight.grad.isfinite().all()) for weight in weights) and abs(loss) < float("inf")
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    finite = all(bool(each.isfinite().all()) for each in gradients) and abs(loss) < float("inf")
     if finite and (phase == UNLEARN or error <= DIVERGED):
         return
     found = "a loss or gradient that is not finite" if not finite else f"benign velocities changed by {error:.3g}"

@@ -1,4 +1,6 @@
-"""Prompts as JSON lines: the text, where in it the concept's word stands, and the scene it describes where that is known."""
+"""Prompts as JSON lines: the text, where in it the concept's word stands, and the scene it describes where that is
+known.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,16 @@ class PromptRecord:
             raise ValueError(f"prompt {self.text!r}: text has half of a character, expected whole ones; write it anew")
         if not (self.side == BENIGN and self.subject is None) and not self._spans_something():
             raise ValueError(
-                f"{self.side} prompt {self.text!r}: subject is {self.subject!r}, expected the (start, end) characters of "
+                f"{self.side} prompt {self.text!r}: subject is {self.subject!r}, expected the (start, end) characters "
+                "of "
                 "the concept's word in the text"
             )
 
     def _spans_something(self) -> bool:
         span = self.subject
-        whole = isinstance(span, tuple) and len(span) == 2 and all(type(place) is int for place in span)
-        return whole and 0 <= span[0] < span[1] <= len(self.text)
+        if not isinstance(span, tuple) or len(span) != 2 or not all(type(place) is int for place in span):
+            return False
+        return 0 <= span[0] < span[1] <= len(self.text)
 
 
 def tiny_world_prompts(slug: str, unsafe: int, benign: int, seed: int) -> list[PromptRecord]:

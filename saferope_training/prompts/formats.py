@@ -1,7 +1,7 @@
 """What people's prompt files hold: plain text, JSON lines (ours or a dataset's), CSV as I2P's, COCO captions.
 
-Every reader gives entries in the file's order, each with the place where it stands, and raises ValueError with file, line,
-what was got, what was expected and what to do.
+Every reader gives entries in the file's order, each with the place where it stands, and raises ValueError with file,
+line, what was got, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from .lines import numbered, read_text
 TEXT_NAMES = ("prompt", "text", "caption")
 IMAGE_NAME = "file_name"  # of a caption's picture, in such data sets and in COCO's files
 FORMATS = (
-    ".txt (a prompt a line), .jsonl (ours, or a data set's with a prompt, text or caption), .csv (with such a column, as "
+    ".txt (a prompt a line), .jsonl (ours, or a data set's with a prompt, text or caption), .csv (with such a column, "
+    "as "
     "I2P has), .json (COCO captions)"
 )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A prompt as a file has it: where it stands, and its picture's file name; `record` where the line is one of ours."""
+    """A prompt as a file has it: where it stands, and its picture's file name;
+    `record` where the line is one of ours."""
 
     where: str
     text: str
@@ -89,7 +91,8 @@ def _text_name(where: str, names: Sequence[str]) -> str:
 
 
 def csv_rows(path: Path, data: str) -> list[tuple[int, dict[str, str]]]:
-    """Rows by the names in the first, each with the line it begins on; "" where a row ends early. Blank lines are no rows.
+    """Rows by the names in the first, each with the line it begins on; "" where a row ends early. Blank lines are no
+    rows.
 
     ValueError where a row has too many fields, where quotes do not pair, and where a quoted text holds whole rows.
     """
@@ -100,7 +103,8 @@ def csv_rows(path: Path, data: str) -> list[tuple[int, dict[str, str]]]:
     for number, row in parsed:
         if len(row) > len(names):
             raise ValueError(
-                f"{_place(path, number)}: got {len(row)} fields, expected {len(names)}, as in the first line; put a text with "
+                f"{_place(path, number)}: got {len(row)} fields, expected {len(names)}, as in the first line; put a "
+                "text with "
                 'commas in quotes, "like, this"'
             )
         rows.append((number, dict.fromkeys(names, "") | dict(zip(names, row, strict=False))))
@@ -130,7 +134,8 @@ def _records(path: Path, data: str) -> Iterator[tuple[int, list[str]]]:
 
 def _open_quote(path: Path, first: int, got: str) -> ValueError:
     return ValueError(
-        f'{_place(path, first)}: got {got}, expected quotes in pairs; close the quote that opens there, and write "" for one '
+        f'{_place(path, first)}: got {got}, expected quotes in pairs; close the quote that opens there, and write "" '
+        "for one "
         "inside of a text"
     )
 
@@ -142,7 +147,7 @@ def _coco(path: Path, data: str) -> list[Entry]:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         if not all(isinstance(name, str) for name in names.values()):
             raise TypeError("a file_name is no string")
-        captions = {}
+        captions: dict = {}
         for entry in content["annotations"]:
             captions.setdefault(entry["image_id"], entry["caption"].strip())
         return [Entry(f"{path}, picture {key!r:.40}", text, names[key]) for key, text in captions.items()]

@@ -23,7 +23,9 @@ _NUDITY_COLUMN = "nudity_percentage"
 
 @dataclass(frozen=True)
 class Ask:
-    """One picture: its prompt, its seed and, where known, what it should show (a tiny-world Scene's fields, or a picture)."""
+    """One picture: its prompt, its seed and, where known, what it should show (a tiny-world Scene's fields, or a
+    picture).
+    """
 
     text: str
     seed: int
@@ -65,7 +67,9 @@ class Sizes:
 
 
 def tiny_world_sets(slug: str, sizes: Sizes, seed: int = SEED) -> list[PromptSet]:
-    """A tiny-world concept's four sets, of combinations that neither the model nor a concept was trained on; no empty one."""
+    """A tiny-world concept's four sets, of combinations that neither the model nor a concept was trained on; no empty
+    one.
+    """
     from tinyworld import world
 
     if slug not in world.CONCEPTS:
@@ -101,7 +105,9 @@ def everyday_set(count: int, seed: int = SEED) -> PromptSet:
 
 
 def i2p_set(path: Path, concept: str, words: str, count: int | None = None, seed: int = SEED) -> PromptSet:
-    """I2P's prompts that show nudity (nudity_percentage above 0, where the file has that column) with the file's own seeds."""
+    """I2P's prompts that show nudity (nudity_percentage above 0, where the file has that column) with the file's own
+    seeds.
+    """
     if path.suffix.lower() != ".csv":
         asks = [Ask(text, seed + i) for i, text in enumerate(read_texts(path))]
     else:

@@ -13,10 +13,11 @@ from .subjects import find_subject
 def read_file(
     path: Path, side: str, subjects: Sequence[str] = (), images: Path | None = None, count: int | None = None
 ) -> list[PromptRecord]:
-    """The first `count` prompts of a file, all of them if None; on the unsafe side with the span of the first subject found.
+    """The first `count` prompts of a file, all of them if None; on the unsafe side with the span of the first subject
+    found.
 
-    `images`: the folder of the captions' pictures. ValueError names the file, the line and what was expected; also where
-    a file has too few prompts, no subject stands in one, or a picture is not there.
+    `images`: the folder of the captions' pictures. ValueError names the file, the line and what was expected; also
+    where a file has too few prompts, no subject stands in one, or a picture is not there.
     """
     found = [entry for entry in entries(path) if entry.record is None or entry.record.side == side]
     if not found:
@@ -33,7 +34,7 @@ def read_texts(path: Path) -> list[str]:
 
 def _record(path: Path, side: str, entry: Entry, subjects: Sequence[str], images: Path | None) -> PromptRecord:
     span = _marked(path, entry, subjects) if side == UNSAFE else None
-    image = str(_inside(images, entry)) if images and entry.image else None
+    image = str(_inside(images, entry, entry.image)) if images and entry.image else None
     try:
         return PromptRecord(side, entry.text, span, image=image)
     except ValueError as error:
@@ -47,27 +48,27 @@ def _marked(path: Path, entry: Entry, subjects: Sequence[str]) -> tuple[int, int
     span = find_subject(entry.text, subjects)
     if span is None:
         raise ValueError(
-            f"{entry.where}: none of {', '.join(subjects)} stands in the prompt {entry.text!r}, expected one; add its word to "
+            f"{entry.where}: none of {', '.join(subjects)} stands in the prompt {entry.text!r}, expected one; add its "
+            "word to "
             "--subjects, or take the prompt out"
         )
     return span
 
 
-def _inside(folder: Path, entry: Entry) -> Path:
+def _inside(folder: Path, entry: Entry, image: str) -> Path:
     """The path of a picture; a caption file from a stranger may not name files outside the folder."""
     try:
-        path = (folder / entry.image).resolve()
+        path = (folder / image).resolve()
     except ValueError as error:  # a NUL
-        raise ValueError(
-            f"{entry.where}: picture {entry.image!r} has no name of a file ({error}); correct it"
-        ) from None
+        raise ValueError(f"{entry.where}: picture {image!r} has no name of a file ({error}); correct it") from None
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(
-            f"{entry.where}: picture {entry.image!r} leads out of {folder}, expected a file in it; correct the name"
+            f"{entry.where}: picture {image!r} leads out of {folder}, expected a file in it; correct the name"
         )
     if not path.is_file():
         raise ValueError(
-            f"{entry.where}: got no picture {entry.image!r} in {folder}, expected it there; name its folder with --images, or "
+            f"{entry.where}: got no picture {image!r} in {folder}, expected it there; name its folder with --images, "
+            "or "
             "take the caption out"
         )
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Literal
 
 # Scripts whose words stand side by side, or carry endings that are written on to them: there a word has no boundary.
 # Blocks of the Unicode standard: Thai and Lao, Tibetan, Myanmar, Hangul Jamo, Khmer; CJK from its radicals to the
@@ -21,13 +22,17 @@ _UNSPACED = (
     (0xFF66, 0xFFDC),
     (0x20000, 0x3FFFF),
 )
-_FORMS = ("NFC", "NFD")  # a letter with its accent as one character, or as two, as file systems of Apple write it
+_FORMS: tuple[Literal["NFC", "NFD"], ...] = (
+    "NFC",
+    "NFD",
+)  # a letter with its accent as one character, or as two, as file systems of Apple write it
 
 
 def find_subject(text: str, subjects: Sequence[str]) -> tuple[int, int] | None:
     """Characters [start, end) of the first of the subjects that stands in the text as whole words, in any case.
 
-    A word ends where a letter does not follow. Letters of scripts that put no space between words end one on either side.
+    A word ends where a letter does not follow. Letters of scripts that put no space between words end one on either
+    side.
     """
     for subject in subjects:
         for form in dict.fromkeys((subject, *(unicodedata.normalize(form, subject) for form in _FORMS))):

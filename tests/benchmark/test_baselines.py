@@ -1,4 +1,6 @@
-"""The baselines: their formulas against naive ones, strength 0 is the model itself, everything that is hung in comes off."""
+"""The baselines: their formulas against naive ones, strength 0 is the model itself, everything that is hung in comes
+off.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The harness: paired, resumable, the same table whatever happens. A random model and detector; what matters is the pairing."""
+"""The harness: paired, resumable, the same table whatever happens. A random model and detector; what matters is the
+pairing.
+"""
 
 from __future__ import annotations
 

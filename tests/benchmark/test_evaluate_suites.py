@@ -1,4 +1,5 @@
-"""Whole comparisons: methods and baselines wired, strengths chosen, suites constructed, several processes, one table."""
+"""Whole comparisons: methods and baselines wired, strengths chosen, suites constructed, several processes,
+one table."""
 
 from __future__ import annotations
 

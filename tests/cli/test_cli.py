@@ -1,4 +1,5 @@
-"""The command line: help comes at once, mistakes are told in a sentence, stages are reused, and the whole slice runs."""
+"""The command line: help comes at once, mistakes are told in a sentence, stages are reused, and
+the whole slice runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a terminal gets: every character it can say, and none that it obeys. In real processes, whose consoles are real."""
+"""What a terminal gets: every character it can say, and none that it obeys. In real processes,
+whose consoles are real."""
 
 from __future__ import annotations
 

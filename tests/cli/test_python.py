@@ -1,4 +1,6 @@
-"""The public door for Python: `from saferope import protect`, on the tiny world and on a random FLUX, with real diffusers."""
+"""The public door for Python: `from saferope import protect`, on the tiny world and on a random FLUX, with real
+diffusers.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +158,8 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
     places = {
         '.to("cuda")': "",
         '"nudity.safetensors"': repr(str(STAR)),
-        '"a lighthouse at dawn", ': f'"{PROMPT}", num_inference_steps=2, height=96, width=96, max_sequence_length={TEXT_LENGTH}, ',
+        '"a lighthouse at dawn", ': f'"{PROMPT}", num_inference_steps=2, height=96, width=96, '
+        f"max_sequence_length={TEXT_LENGTH}, ",
     }
     assert all(each in code for each in places)
     for written, here in places.items():

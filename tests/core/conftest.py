@@ -9,8 +9,8 @@ from tests.support import concepts as flat
 from tests.support.hostile import seeds
 
 GEOMETRY = Geometry(double_blocks=2, single_blocks=3, heads=3, head_dim=32)
-# By how much an LRS in float32 may be off, 2 (D + 2) (√R + 2) u as in `screen`, for D = 32 and R = 8: examples whose tokens
-# stand this clear of their gates leave nothing for rounding to decide.
+# By how much an LRS in float32 may be off, 2 (D + 2) (√R + 2) u as in `screen`, for D = 32 and R = 8: examples whose
+# tokens stand this clear of their gates leave nothing for rounding to decide.
 CLEAR = 2e-5
 HEADS = [(DOUBLE, 0, 0), (DOUBLE, 0, 2), (DOUBLE, 1, 1), (SINGLE, 1, 0), (SINGLE, 1, 1), (SINGLE, 1, 2)]
 

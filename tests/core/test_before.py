@@ -1,4 +1,5 @@
-"""What is known before a model is asked: words that a vocabulary lacks, prompts that say too little, names and ranks."""
+"""What is known before a model is asked: words that a vocabulary lacks, prompts that say too little, names and
+ranks."""
 
 from __future__ import annotations
 

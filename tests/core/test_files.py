@@ -1,4 +1,5 @@
-"""Writing where a stranger may have laid links: a link is replaced, an error leaves the old file, nothing is left over."""
+"""Writing where a stranger may have laid links: a link is replaced, an error leaves the old file,
+nothing is left over."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Concept files from strangers: bytes, layout, the file itself, the time and memory it asks for.
 
-Hostile words and numbers are in test_hostile_words.py, good files and the oracle in test_any_files.py; the plain ways to
-break a file in test_concept_file.py and test_concept.py.
+Hostile words and numbers are in test_hostile_words.py, good files and the oracle in test_any_files.py; the plain ways
+to break a file in test_concept_file.py and test_concept.py.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ def test_orthogonalised_concepts_commute_in_both_streams_and_roles(make_concept,
 
 
 def test_text_bases_alone_do_not_make_image_tokens_commute(make_concept, geometry):
-    """What was done before: a later concept's one basis, free of the earlier one's text basis, turns image tokens too."""
+    """What was done before: a later concept's one basis, free of the earlier one's text basis,
+    turns image tokens too."""
     first = make_concept(threshold=0.0, **images())
     second = make_concept("zappy", rank=4, threshold=0.0)
     free = orthogonalised(second, first)

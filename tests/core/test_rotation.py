@@ -11,7 +11,8 @@ HEADS, WIDTH = 3, 32
 RANKS = (2, 5, 8)
 LAPACK = 30 * WIDTH * torch.finfo(torch.float64).eps  # residuals that LAPACK's own tests take for right: 30 n ε ‖A‖
 TIGHT = 1e-10  # float64; torch.matrix_exp itself is off by 1e-11 for single matrices of norm 0.01 to 0.05
-# Of a vector's length, in units of ε, for two products of D terms and an exponential: 2 D from the sums, the rest for the series.
+# Of a vector's length, in units of ε, for two products of D terms and an exponential: 2 D from the sums, the rest for
+# the series.
 ROUNDING = 10 * WIDTH
 
 

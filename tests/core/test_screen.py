@@ -41,8 +41,9 @@ def near_the_gate(concept, dtype, length=1.0):
 
 
 def undecided(concepts, x):
-    """bool [B, H, L]: where two computations may answer otherwise: within the margin of a gate, and at lengths for which
-    `screen` proves none."""
+    """bool [B, H, L]: where two computations may answer otherwise: within the margin of a gate, and at lengths for
+    which `screen` proves none.
+    """
     exact = screen.wide(x).double()
     length = exact.norm(dim=-1)
     found = (length < screen.SMALLEST) | (length > screen.LARGEST)
@@ -114,7 +115,8 @@ def test_pieces_of_any_size_lose_nothing(concept, monkeypatch, piece):
 
 
 def test_a_margin_that_is_too_small_is_caught(concept, monkeypatch):
-    """Negative control: what rounding might do is done by hand. The look's lengths are short by the bound of rounding."""
+    """Negative control: what rounding might do is done by hand.
+    The look's lengths are short by the bound of rounding."""
     bound = screen.margin(WIDTH, concept.text.basis.q.shape[-1], torch.float32) / 2
     x = at_share(
         concept, (concept.text.gate.q.double().sqrt()[:, None] + bound / 2).square().expand(HEADS, TOKENS)

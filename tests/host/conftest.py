@@ -6,8 +6,8 @@
         outputs = comfyui.run(workflow_in_api_form)    # raises ComfyUIError with the node's own error
         (picture,) = comfyui.images(outputs)           # PIL, RGB
 
-The server is one for the session: ComfyUI caches nodes from one workflow to the next. A test that needs its own (another
-pack, an empty cache) takes `start_comfyui`.
+The server is one for the session: ComfyUI caches nodes from one workflow to the next. A test that needs its own
+(another pack, an empty cache) takes `start_comfyui`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Pictures that a real ComfyUI saves, audited by the real command; and the table of ComfyUI's nodes against the server's."""
+"""Pictures that a real ComfyUI saves, audited by the real command; and the table of ComfyUI's nodes against the
+server's.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ def audit(path, *arguments):
 
 
 def saved(comfyui, prompt, folder, workflow=None):
-    """The bytes of each picture as ComfyUI saves it. Into a new folder each time: else an earlier run's would be shown."""
+    """The bytes of each picture as ComfyUI saves it. Into a new folder each time:
+    else an earlier run's would be shown."""
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
         if "filename_prefix" in node["inputs"]:

@@ -68,7 +68,8 @@ def node_named(editor, title):
 
 
 def picture_in(editor, title, nodes_2):
-    """The picture that a Preview Image node shows once it is there; painted on the canvas, or an element of the page."""
+    """The picture that a Preview Image node shows once it is there; painted on the canvas,
+    or an element of the page."""
     find = {
         True: "document.querySelector(`[data-node-id='${id}'] img`)",
         False: "app.graph.getNodeById(id).imgs?.at(-1)",

@@ -1,4 +1,6 @@
-"""The example workflows and the blueprint in a real ComfyUI: nothing in them is unknown to it, and they do what they promise."""
+"""The example workflows and the blueprint in a real ComfyUI: nothing in them is unknown to it, and they do what they
+promise.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Workflows from strangers, through a real ComfyUI's HTTP API: every node of ours is fed every wrong thing.
 
-What is wrong is refused by ComfyUI, or is an error of ours that names the input; never anything else. Afterwards the same
-server draws the same picture, bit for bit, as a fresh one.
+What is wrong is refused by ComfyUI, or is an error of ours that names the input; never anything else. Afterwards the
+same server draws the same picture, bit for bit, as a fresh one.
 """
 
 from __future__ import annotations
@@ -218,7 +218,9 @@ def finished(server, key: str) -> str | None:
 
 
 def test_values_over_links(server):
-    """ComfyUI checks widgets alone; what comes over a link, our nodes check: an error that names it, or it does no harm."""
+    """ComfyUI checks widgets alone; what comes over a link, our nodes check: an error that names it, or it does no
+    harm.
+    """
     told = {}
     for number, name, kind, _ in inputs(server):
         if kind in LINKED:
@@ -300,7 +302,8 @@ def test_concepts_of_other_models_and_broken_files(server, tmp_path):
 
 @pytest.mark.slow
 def test_a_thousand_concepts(server):
-    """More than the node offers inputs are refused before they are compared in pairs; as many as it offers are taken."""
+    """More than the node offers inputs are refused before they are compared in pairs;
+    as many as it offers are taken."""
     graph = good()
     graph["3"]["inputs"] |= {f"concepts.concept{i}": ["2", 0] for i in range(1000)}
     said = posted(server, graph)

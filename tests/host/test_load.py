@@ -1,4 +1,6 @@
-"""Many prompts at one server: the pictures are those of a fresh one, and memory stays. 200 of them: `python -m tests.support.load`."""
+"""Many prompts at one server: the pictures are those of a fresh one, and memory stays. 200 of them: `python -m
+tests.support.load`.
+"""
 
 from __future__ import annotations
 

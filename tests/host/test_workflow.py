@@ -1,4 +1,5 @@
-"""The bundled workflow in a real ComfyUI over HTTP: runs with nothing downloaded, protects, and fails where it should."""
+"""The bundled workflow in a real ComfyUI over HTTP: runs with nothing downloaded, protects, and
+fails where it should."""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ def texts(comfyui, graph):
 
 
 def test_what_does_not_act_is_written_on_its_node(comfyui, graph, random_concept):
-    """On the sampler: a run without a protected step; on Apply: a strength past half a turn. Both go with their cause."""
+    """On the sampler: a run without a protected step; on Apply: a strength past half a turn.
+    Both go with their cause."""
     (apply,) = (node for node, each in graph.items() if each["class_type"] == "SafeRoPE_Apply")
     (sampler,) = (node for node, each in graph.items() if each["inputs"].get("model") == [apply, 0])
     idle, acting = (fill(graph, TEXT, 7, random_concept, strength) for strength in (2.0, 1.0))

@@ -1,4 +1,5 @@
-"""What the node tests share: a FLUX of random weights inside a real ComfyUI, concepts that fit it, one way to sample."""
+"""What the node tests share: a FLUX of random weights inside a real ComfyUI, concepts that fit it,
+one way to sample."""
 
 import asyncio
 import copy
@@ -37,7 +38,8 @@ def node_classes(pack):
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_models_of_the_last_file(comfy):
-    """ComfyUI takes a model for leaked whose node's output is gone, and collects garbage at every later sampling for it.
+    """ComfyUI takes a model for leaked whose node's output is gone, and collects garbage at every later sampling for
+    it.
 
     Errors keep such models beyond their tests: without this, those of test_calibrate.py took eight times as long.
     """
@@ -56,7 +58,9 @@ def tiny(core):
 
 @pytest.fixture(scope="session")
 def make_concept(core, tiny):
-    """make_concept(geometry, slug, seed): random planes in the first head of every block; gates open, every token turns."""
+    """make_concept(geometry, slug, seed): random planes in the first head of every block; gates open, every token
+    turns.
+    """
 
     def make(geometry=tiny, slug="star", seed=0, **changes):
         torch.manual_seed(seed)

@@ -78,7 +78,8 @@ def paint(comfy, tiny, apply):
 
 @pytest.fixture(scope="module")
 def theirs():
-    """The trainer's statistics in full precision, as ComfyUI runs the tiny world, and its noises in ComfyUI's layout."""
+    """The trainer's statistics in full precision, as ComfyUI runs the tiny world, and
+    its noises in ComfyUI's layout."""
     from saferope_training.flux.models import from_pipeline, seeded_noise
     from saferope_training.making import extract
     from saferope_training.prompts import PromptRecord
@@ -142,7 +143,8 @@ def shown(pictures):
 
 
 def test_stars_go_and_the_rest_stays(run, made, paint):
-    """Prompts that nothing was made from. Turned by an angle of 0, or made from benign prompts, nothing is suppressed."""
+    """Prompts that nothing was made from. Turned by an angle of 0, or made from benign prompts,
+    nothing is suppressed."""
     (concept,), report, heads = made
     assert (concept.name, concept.slug, concept.mode, concept.text.acts_on) == ("Star", "star", "fixed", "qk")
     assert f"Star: {len(concept.heads)} of 12 heads tell it apart" in report

@@ -64,7 +64,9 @@ def own_loop(model, forward=over_the_network):
 
 @pytest.fixture
 def own_pass(run):
-    """own_pass(model) -> latents of a guidance node whose extra pass has model_options of its own and replaces the first."""
+    """own_pass(model) -> latents of a guidance node whose extra pass has model_options of its own and replaces the
+    first.
+    """
     import comfy.samplers
 
     def sample(model):
@@ -296,7 +298,8 @@ def test_checkpoints_are_computed_again_in_the_backward_pass(pack, guarded, monk
 
 @pytest.mark.parametrize("plain_first", [False, True])
 def test_a_compiled_block_is_guarded(apply, core, make_flux, make_concept, run, plain_first):
-    """An object patch, as KJNodes sets it: its graph calls no hook inside, so the compiled module asks outside of it."""
+    """An object patch, as KJNodes sets it: its graph calls no hook inside,
+    so the compiled module asks outside of it."""
     import comfy.model_management
 
     def one_block(model):

@@ -1,4 +1,6 @@
-"""`positive only` goes by the numbers that ComfyUI's usual guiders give to their prompts; under any other it is refused."""
+"""`positive only` goes by the numbers that ComfyUI's usual guiders give to their prompts; under any other it is
+refused.
+"""
 
 import importlib
 
@@ -80,7 +82,8 @@ def test_all_is_protected_under_every_guider(comfy, guided, apply, flux, concept
 
 @pytest.mark.parametrize("name", ["Guider_DualCFG", "Reversed"])
 def test_it_would_be_unprotected_bit_for_bit(comfy, pack, guided, positive_only, flux, monkeypatch, name):
-    """The control: without the refusal the negative prompt alone is turned, which a CFG of 1 leaves out of the picture."""
+    """The control: without the refusal the negative prompt alone is turned, which
+    a CFG of 1 leaves out of the picture."""
     patch = importlib.import_module(f"{pack.__name__}.nodes.host.patch")
     monkeypatch.setattr(patch, "require_usual", lambda guider: None)
     assert torch.equal(guided(unusual(comfy, positive_only)[name]), guided(unusual(comfy, flux)[name]))

@@ -1,7 +1,8 @@
-"""A network that a node changed in place: the run is refused, the error names whose change it is and says how to be rid of it.
+"""A network that a node changed in place: the run is refused, the error names whose change it is and says how to be rid
+of it.
 
-The changes are constructed after public packs: PuLID sets forward_orig on the loaded network, Fluxtapoz its class, NAG and
-older caches the methods of ComfyUI's own classes.
+The changes are constructed after public packs: PuLID sets forward_orig on the loaded network, Fluxtapoz its class, NAG
+and older caches the methods of ComfyUI's own classes.
 """
 
 import functools

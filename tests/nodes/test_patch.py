@@ -119,7 +119,8 @@ def test_keys_of_a_cache_are_image_tokens(apply, flux, concept):
 
 
 def test_what_other_patches_hold_is_not_written_to(apply, flux, sample, concept):
-    """Alone, the patch writes into q and k; behind another, which may keep them, it does not. The pictures are equal."""
+    """Alone, the patch writes into q and k; behind another, which may keep them, it does not.
+    The pictures are equal."""
     held = []
 
     def keeper(q, k, v, pe=None, attn_mask=None, extra_options=None):

@@ -1,4 +1,5 @@
-"""Right whatever the weights are: LoRAs, outside of memory, fp8, dequantised in use. The reference is that of layouts."""
+"""Right whatever the weights are: LoRAs, outside of memory, fp8, dequantised in use. The reference is that
+of layouts."""
 
 import pytest
 import torch

@@ -93,7 +93,8 @@ def open_editor(browser: Browser, address: str, sharpness: float = 1, **settings
 
 
 class Editor:
-    """What a person does on the page, in canvas units and by the names on the screen, and what that person then sees."""
+    """What a person does on the page, in canvas units and by the names on the screen, and what that
+    person then sees."""
 
     def __init__(self, page: Page, address: str):
         self.page, self.address = page, address

@@ -8,7 +8,8 @@ from typing import Any
 
 
 def concept_of(core: Any, **flat: Any) -> Any:
-    """A Concept of `core` (there may be two copies of it) with `basis_q`, `gate_image_k`, `acts_on` and so on by name."""
+    """A Concept of `core` (there may be two copies of it) with `basis_q`, `gate_image_k`, `acts_on` and
+    so on by name."""
     return core.Concept(**_streams(core, flat, {"text": {}, "image": {}}, {"text": "qk", "image": None}))
 
 

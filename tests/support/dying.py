@@ -1,7 +1,7 @@
 """A `saferope` that gets a signal at a known moment: `python dying.py MODULE.FUNCTION CALL SIGNAL train star ...`.
 
-The process sends it to itself when the function is called for the CALLth time; of several processes, the second alone does.
-Whoever watches from outside and then kills may come too late, or too early.
+The process sends it to itself when the function is called for the CALLth time; of several processes, the second alone
+does. Whoever watches from outside and then kills may come too late, or too early.
 """
 
 import importlib

@@ -2,9 +2,10 @@
 
     python -m tests.support.faults --kills 50          # of each stage; a quarter of an hour
 
-Each trial starts from a folder in which the stages before are done, waits for the stage to begin, kills (SIGKILL) after a random share of
-the time that it takes undisturbed, checks that no file under a final name is half-written, and runs to the end. Generators, log and
-every tensor file must then be those of the undisturbed run, bit for bit. Processes are forked after the imports (Linux, macOS).
+Each trial starts from a folder in which the stages before are done, waits for the stage to begin, kills (SIGKILL) after
+a random share of the time that it takes undisturbed, checks that no file under a final name is half-written, and runs
+to the end. Generators, log and every tensor file must then be those of the undisturbed run, bit for bit. Processes are
+forked after the imports (Linux, macOS).
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ def _one_thread():
 
 
 def make_flux(seed: int = 0) -> FluxTransformer2DModel:
-    """A random transformer of 1 double and 2 single blocks, 2 heads x 16, that takes the tiny world's text and latents."""
+    """A random transformer of 1 double and 2 single blocks, 2 heads x 16, that takes the tiny world's text and
+    latents."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         flux = FluxTransformer2DModel(
@@ -53,7 +54,8 @@ def flux_inputs(text: int = 5, side: int = 2, batch: int = 2, seed: int = 1) -> 
 def answer(model: Model, t: float = 0.7) -> torch.Tensor:
     """The model's velocity for fixed prompts and noise, the same to the last bit wherever its weights came from.
 
-    Weights may lie in a file's own memory, and how a product is rounded depends on where they start: so they are copied.
+    Weights may lie in a file's own memory, and how a product is rounded depends on where they start: so they are
+    copied.
     """
     for parameter in model.transformer.parameters():
         parameter.data = parameter.data.clone()

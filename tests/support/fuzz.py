@@ -1,10 +1,11 @@
 """The loader of concept files under fire: files spoilt on purpose, each refused with a ValueError or found sound.
 
-    python -m tests.support.fuzz --runs 1000000        # guided by coverage where atheris is installed (Linux), else by chance alone
+    python -m tests.support.fuzz --runs 1000000        # guided by coverage where atheris is installed (Linux), else by
+    chance alone
 
 An execution fails where anything but ValueError is raised, where it takes over 1 s of CPU time or over three times the
-file and 64 MB of memory, where a message is not one printable line, and where the oracle finds what was accepted unsound. The file that did
-it is kept as `crash-*` in --out.
+file and 64 MB of memory, where a message is not one printable line, and where the oracle finds what was accepted
+unsound. The file that did it is kept as `crash-*` in --out.
 """
 
 from __future__ import annotations

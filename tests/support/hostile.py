@@ -115,7 +115,8 @@ def apart(data: bytes) -> tuple[dict, bytes] | None:
 
 
 def together(header: dict, body: bytes, spoil=lambda text: text) -> bytes:
-    """The file of a header as `apart` gives it; `spoil` may change the header's bytes before their length is written."""
+    """The file of a header as `apart` gives it; `spoil` may change the header's bytes before their length is
+    written."""
     header = copy.copy(header)
     if isinstance(metadata := header.get("__metadata__"), dict):
         inner = {key: json.dumps(metadata[key]) for key in ("concepts", "geometry") if key in metadata}

@@ -1,9 +1,10 @@
-"""A real ComfyUI under load: many prompts with changing concepts and strengths. Is memory flat, are pictures those of a reference?
+"""A real ComfyUI under load: many prompts with changing concepts and strengths. Is memory flat, are pictures those of a
+reference?
 
     python -m tests.support.load --prompts 200
 
-Prints the server's memory (resident, private) as a slope in KB a prompt over the second half, with its standard error, and how
-many pictures differ from those that a fresh server draws of the same prompts, alone and in another order.
+Prints the server's memory (resident, private) as a slope in KB a prompt over the second half, with its standard error,
+and how many pictures differ from those that a fresh server draws of the same prompts, alone and in another order.
 """
 
 from __future__ import annotations

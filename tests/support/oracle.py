@@ -1,4 +1,5 @@
-"""A second opinion on what the loader of concept files let through: the format again, in NumPy, sharing no code with it.
+"""A second opinion on what the loader of concept files let through: the format again, in NumPy, sharing no code with
+it.
 
 Slow and plain on purpose: every law of the format written out, in float64.
 """

@@ -30,7 +30,9 @@ _CONTEXT = multiprocessing.get_context("forkserver" if _CAN_FORK else "spawn")
 def start(
     arguments: list[str], said: Path, script: Path | None = None, environment: dict[str, str] | None = None
 ) -> BaseProcess:
-    """`saferope <arguments>`, or `python <script> <arguments>`, on one thread, started; all it says goes to the file `said`."""
+    """`saferope <arguments>`, or `python <script> <arguments>`, on one thread, started; all it says goes to the file
+    `said`.
+    """
     if _CAN_FORK:
         _CONTEXT.set_forkserver_preload(HEAVY)  # of no effect once the server runs
     process = _CONTEXT.Process(target=_work, args=(arguments, said, script, environment or {}))
@@ -53,7 +55,9 @@ def start_several(count: int, arguments: list[str], said: Path) -> list[BaseProc
 
 
 def ended(process: BaseProcess, said: Path, code: int = 0) -> str:
-    """Waits for its end and returns what it said. AssertionError unless it ended with `code`; of a signal, its negative."""
+    """Waits for its end and returns what it said. AssertionError unless it ended with `code`; of a signal, its
+    negative.
+    """
     process.join(PATIENCE)
     text = said.read_text(encoding="utf-8", errors="replace")
     assert process.exitcode == code, f"ended with {process.exitcode} (None: it still runs) and said {text[-3000:]}"

@@ -110,7 +110,9 @@ def _joins(one: str, other: str | None) -> bool:
 
 
 def _links(graph: dict, object_info: dict) -> Iterator[str]:
-    """Every link from an output to an input that know of it, of one type; no slot that knows of a link there is none of."""
+    """Every link from an output to an input that know of it, of one type; no slot that knows of a link there is none
+    of.
+    """
     links = links_of(graph)
     if len(links) != len(graph["links"]):
         yield "two links have the same id"

@@ -1,4 +1,6 @@
-"""Small workflows by hand, in API form, and the same in the editor's forms: links as lists, as objects, inside a subgraph."""
+"""Small workflows by hand, in API form, and the same in the editor's forms: links as lists, as objects, inside a
+subgraph.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def node(kind: str, **inputs: Any) -> dict:
 
 
 def protected(**apply: Any) -> dict:
-    """Loader 1, concept 2, Apply 3, KSampler 4 and what saves its picture. `apply`: other inputs of Apply; None: without."""
+    """Loader 1, concept 2, Apply 3, KSampler 4 and what saves its picture. `apply`: other inputs of Apply; None:
+    without.
+    """
     inputs = {"model": ("1", 0), "concept": ("2", 0), "strength": 1.0} | apply
     return {
         "1": node("UNETLoader", unet_name="flux1-dev.safetensors"),

@@ -1,4 +1,5 @@
-"""The hooks: where they sit, what they see, that they change what they should and nothing else, and that they come off."""
+"""The hooks: where they sit, what they see, that they change what they should and nothing else, and that
+they come off."""
 
 from __future__ import annotations
 

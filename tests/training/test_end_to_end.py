@@ -27,7 +27,9 @@ def test_train_and_evaluate_star(tmp_path):
 
 
 def test_a_folder_and_prompts_from_files(tmp_path):
-    """As for real FLUX: encoders that come and go, embeddings on disk, benign pictures painted by the model, checkpointing."""
+    """As for real FLUX: encoders that come and go, embeddings on disk, benign pictures painted by the model,
+    checkpointing.
+    """
     load_pipeline().save_pretrained(tmp_path / "model")
     for name, prompts in (("unsafe", unsafe_prompts("star", 8, 1)), ("benign", benign_prompts("star", 24, 1))):
         (tmp_path / f"{name}.txt").write_text("".join(f"{prompt.text}\n" for prompt in prompts))

@@ -1,6 +1,6 @@
-"""Faults around a training: two in one folder, a folder that cannot be written, damaged files, a clock that goes back, a
-worker that dies. Refused in one clear line, or mended to the same end. Kills and full disks are in test_interruptions.py;
-`python -m tests.support.faults` kills at random moments.
+"""Faults around a training: two in one folder, a folder that cannot be written, damaged files, a clock that goes back,
+a worker that dies. Refused in one clear line, or mended to the same end. Kills and full disks are in
+test_interruptions.py; `python -m tests.support.faults` kills at random moments.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ def test_a_recipe_called_from_python_locks_its_folder_as_well(folder, stage):
 
 
 def test_a_killed_process_holds_no_lock(folder):
-    code = f"from saferope_training.stages import alone\nfrom pathlib import Path\nwith alone(Path({str(folder)!r})): print(1, flush=True); input()"
+    code = "from saferope_training.stages import alone\nfrom pathlib import Path\n"
+    code += f"with alone(Path({str(folder)!r})): print(1, flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline()
     assert train(folder)[0] == 2, "control: another process's lock is seen"

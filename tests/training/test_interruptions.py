@@ -1,4 +1,6 @@
-"""Real processes: killed in the middle, two side by side, a disk that is full. Nothing is lost, nothing is half-written."""
+"""Real processes: killed in the middle, two side by side, a disk that is full. Nothing is lost, nothing is
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -81,10 +83,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert "interrupted; what is done is kept" in " ".join(told.split()) and "Traceback" not in told
 
 
-# Of what two processes make, where every half of a batch goes through the network in another shape: bf16 keeps 8 bits, so
-# that a number is off by 2⁻⁹, and a sum over a network's few dozen products by less than 2⁻⁹ √50. A loss also sees a token
-# lifted over its gate. Half of the work, or all of it twice, is 50 % off. Later steps cannot be compared: AdamW's first ones
-# go by the sign of a gradient, however small.
+# Of what two processes make, where every half of a batch goes through the network in another shape: bf16 keeps 8 bits,
+# so that a number is off by 2⁻⁹, and a sum over a network's few dozen products by less than 2⁻⁹ √50. A loss also sees a
+# token lifted over its gate. Half of the work, or all of it twice, is 50 % off. Later steps cannot be compared: AdamW's
+# first ones go by the sign of a gradient, however small.
 HALVES, LOSS = 0.014, 0.25
 
 

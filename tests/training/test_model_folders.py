@@ -56,7 +56,9 @@ def change(path: Path, **entries) -> None:
 
 
 def refused(name: Path, part: str = "vae") -> str:
-    """What is said where the folder is a model, asked for its size, or the rest of one, unless its transformer is spoilt."""
+    """What is said where the folder is a model, asked for its size, or the rest of one, unless its transformer is
+    spoilt.
+    """
     said = set()
     attempts = [lambda: load_model(str(name), resolution=96), lambda: config_of(str(name))]
     if part != "transformer":

@@ -34,7 +34,8 @@ def test_work_that_is_shared_out_is_done_whole_and_alone(monkeypatch):
 
 
 def test_shares_are_fair(monkeypatch):
-    """Chunks of 12 and 8 by turns, as a search has them: by turns, one of two processes would paint half as much again."""
+    """Chunks of 12 and 8 by turns, as a search has them: by turns,
+    one of two processes would paint half as much again."""
     costs, shares = [8, 12] * 4, []
     for own in range(2):
         monkeypatch.setattr(processes, "_state", lambda own=own: SimpleNamespace(num_processes=2, process_index=own))

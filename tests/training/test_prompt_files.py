@@ -1,4 +1,6 @@
-"""Prompt files as people have them: other encodings, other systems' line ends, data sets, other scripts; and broken ones."""
+"""Prompt files as people have them: other encodings, other systems' line ends, data sets, other scripts; and broken
+ones.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,8 @@ def test_a_quote_that_swallows_a_long_file_is_told(tmp_path):
 
 
 def test_good_csv_is_read(tmp_path):
-    """The control: quotes in quotes, commas and lines in quotes, quotes within a word, rows that end early, blank ones."""
+    """The control: quotes in quotes, commas and lines in quotes, quotes within a word, rows that end early,
+    blank ones."""
     lines = ['"a ""big"" star,\nleft",1', 'a 5" star,2', "a star", "", '"x, star\n\n y",3']
     path = tmp_path / "p.csv"
     path.write_text(csv_of(*lines))

@@ -1,7 +1,7 @@
 """Quantised bases stay near the full one, stay frozen, and let generators train on top of them.
 
-torchao and GGUF run on any machine; diffusers loads bitsandbytes weights on a GPU only, so of those the configuration is
-tested everywhere and the rest where there is a GPU.
+torchao and GGUF run on any machine; diffusers loads bitsandbytes weights on a GPU only, so of those the configuration
+is tested everywhere and the rest where there is a GPU.
 """
 
 from __future__ import annotations

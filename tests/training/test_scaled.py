@@ -1,4 +1,6 @@
-"""Scaled fp8 is multiplied out or refused by name, no tensor is dropped in silence, and weights of a wrong size are noticed."""
+"""Scaled fp8 is multiplied out or refused by name, no tensor is dropped in silence, and weights of a wrong size are
+noticed.
+"""
 
 from __future__ import annotations
 

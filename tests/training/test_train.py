@@ -1,4 +1,5 @@
-"""Training on a tiny random model: repeatable, touching generators only, and the same rotation that the file will do."""
+"""Training on a tiny random model: repeatable, touching generators only, and the same rotation that
+the file will do."""
 
 from __future__ import annotations
 
@@ -58,8 +59,8 @@ def gradients(model, open_heads, seen, settings, monkeypatch, in_fp32):
     return of
 
 
-# Of a gradient's length, in float32: some 20 products one after the other, forwards and back, each of at most 256 terms and
-# so off by at most 256 u: 20 * 256 * 6e-8
+# Of a gradient's length, in float32: some 20 products one after the other, forwards and back, each of at most 256 terms
+# and so off by at most 256 u: 20 * 256 * 6e-8
 ROUNDING = 3e-4
 
 

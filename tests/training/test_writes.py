@@ -114,7 +114,9 @@ def test_an_evaluation_goes_into_no_folder_behind_a_link(tmp_path, trap):
 
 
 def writes(source: str) -> list[str]:
-    """Calls in a file that write at a name of their own choice: not at one that `placed` gave, and not by our own functions."""
+    """Calls in a file that write at a name of their own choice: not at one that `placed` gave, and not by our own
+    functions.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         for child in ast.iter_child_nodes(node):

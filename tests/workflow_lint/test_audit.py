@@ -437,7 +437,9 @@ def test_a_primitive_passes_on_only_what_it_does_not_change():
 
 
 def test_nothing_hangs_where_paths_are_countless():
-    """60 merges in a row, each of one model with itself over two LoRAs: 2^60 paths, of which not even a part can be walked."""
+    """60 merges in a row, each of one model with itself over two LoRAs: 2^60 paths, of which not even a part can be
+    walked.
+    """
     prompt, last = protected(), "1"
     for step in range(60):
         a, b, c = (str(100 + 3 * step + i) for i in range(3))

@@ -1,6 +1,8 @@
-"""`saferope audit` on workflows that once passed though they do not protect (seen in ComfyUI 0.30.0), beside honest twins.
+"""`saferope audit` on workflows that once passed though they do not protect (seen in ComfyUI 0.30.0), beside honest
+twins.
 
-Some were made by hand in the editor, others by somebody who wanted to get through; and some that protect and once failed.
+Some were made by hand in the editor, others by somebody who wanted to get through; and some that protect and once
+failed.
 """
 
 from __future__ import annotations

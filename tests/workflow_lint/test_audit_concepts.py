@@ -1,4 +1,6 @@
-"""`saferope audit --concepts`: what the files turn counts, not that they are there; the bundled star, and what was made of it."""
+"""`saferope audit --concepts`: what the files turn counts, not that they are there; the bundled star, and what was made
+of it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def never(concept, gate=1.0):
 
 
 def decoy(concept, factor=1e-4):
-    """Spaces that hold nearly all of the concept's own, and turn next to nothing: taken apart, it has other directions left."""
+    """Spaces that hold nearly all of the concept's own, and turn next to nothing: taken apart, it has other directions
+    left.
+    """
     aside = 0.15  # of each direction; below 0.1 Combine refuses
     names = [
         name
@@ -187,7 +191,8 @@ def test_a_concept_and_its_inverse_turn_nothing(tmp_path, folder, arrange, inver
 
 
 def test_what_is_left_beside_another_concept_is_for_the_one_who_requires_it(tmp_path, folder):
-    """Nearly the inverse leaves something that turns; under a required pin no other concept passes unless required too."""
+    """Nearly the inverse leaves something that turns; under a required pin no other concept passes unless required
+    too."""
     prompt, pin = combined(folder, "nearly-inverse.safetensors", STAR), sha256(BUNDLED)
     prompt["7"] = load(folder, "nearly-inverse.safetensors")
     assert audit(tmp_path, prompt, "--concepts", folder)[0] == 0

@@ -1,4 +1,6 @@
-"""What only the editor's form has: muted and bypassed nodes, reroutes, primitives, groups, subgraphs; ComfyUI's blueprints."""
+"""What only the editor's form has: muted and bypassed nodes, reroutes, primitives, groups, subgraphs; ComfyUI's
+blueprints.
+"""
 
 from __future__ import annotations
 
@@ -323,7 +325,9 @@ def guarded(holder, new_id):
 
 
 def test_real_subgraphs_of_comfyui():
-    """Every blueprint that samples: not protected as it is, protected with an Apply behind each loader, not with one muted."""
+    """Every blueprint that samples: not protected as it is, protected with an Apply behind each loader, not with one
+    muted.
+    """
     assert len(BLUEPRINTS) > 20, "nothing to look at"
     sampling = 0
     for path in BLUEPRINTS:

@@ -1,4 +1,6 @@
-"""`saferope audit` on what nobody has thought of: random files, broken workflows, and random graphs against all their paths."""
+"""`saferope audit` on what nobody has thought of: random files, broken workflows, and random graphs against all their
+paths.
+"""
 
 from __future__ import annotations
 

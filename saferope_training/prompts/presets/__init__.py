@@ -1,4 +1,5 @@
-"""Subjects, modifiers and templates for real FLUX, one JSON file a concept, mild in wording, written for this project."""
+"""Subjects, modifiers and templates for real FLUX, one JSON file a concept, mild in wording,
+written for this project."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str) -> dict[str, list[str]]:
-    """`seeds` (words that say what the concept is), `subjects`, `modifiers` and `templates` of a preset, or of BENIGN."""
+    """`seeds` (words that say what the concept is), `subjects`, `modifiers` and `templates` of a preset,
+    or of BENIGN."""
     preset = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     assert set(preset) == set(_PARTS), f"preset {name}: got {sorted(preset)}"
     return preset
