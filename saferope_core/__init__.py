@@ -13,6 +13,7 @@ from .concept.selection import STREAM_CHOICES, parse_blocks, restricted
 from .concept.stream import NAMES, ROLES, STREAMS, Roles, Stream, stream_of, tensors_of
 from .concept.strength import held_strengths, strength_notes
 from .maths.calibration import calibrate_gate, fixed_generator
+from .maths.noise import seeded_noise
 from .maths.risk import CRITICAL, THRESHOLD, discrimination, gated, head_discrimination_score, latent_risk_score
 from .maths.rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
 from .maths.subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
@@ -108,6 +109,7 @@ __all__ = [
     "rotate_by_generator",
     "save_concepts",
     "schedule",
+    "seeded_noise",
     "sha256",
     "skew",
     "stream_of",

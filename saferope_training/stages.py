@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saferope_core import sha256
 from saferope_core.concept.files import placed, sweep, write_text
 
 from . import processes
@@ -82,7 +83,7 @@ class Workplace:
         """
         return {
             "settings": {key: getattr(self.settings, key) for key in deciding(name)},
-            "sources": {source: file_sha256(self.out / source) for source in sources},
+            "sources": {source: sha256(self.out / source) for source in sources},
             "weights": facts or "",
         }
 
@@ -102,7 +103,7 @@ class Workplace:
 
     def _digests(self, products: Sequence[str]) -> dict[str, str]:
         """sha256 of the products that nobody edits."""
-        return {product: file_sha256(self.out / product) for product in products if product.endswith(TENSORS)}
+        return {product: sha256(self.out / product) for product in products if product.endswith(TENSORS)}
 
     def _record(self) -> dict:
         try:
@@ -196,12 +197,3 @@ def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 def sha256_of(value: object) -> str:
     """Hex digest of whatever JSON can say."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

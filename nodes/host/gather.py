@@ -17,7 +17,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...saferope_core import BENIGN, UNSAFE, Gathering, Geometry, Statistics, schedule, token_kinds
+from ...saferope_core import BENIGN, UNSAFE, Gathering, Geometry, Statistics, schedule, seeded_noise, token_kinds
 from .patch import ListeningPatch, patched
 from .prompts import Prompt, masks_of
 
@@ -95,11 +95,6 @@ def capacity(geometry: Geometry) -> int:
     return min(RESERVOIR, SAMPLE_BYTES // each)
 
 
-def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal latents [B, *shape], each from a seed of its own, whatever it is batched with."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 def _encoded(clip: Any, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States, pooled vector, and which tokens are the prompt's own and the concept's word's."""
     used, subject = masks_of(clip, prompt)
@@ -147,7 +142,7 @@ def _sample(
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     listened = patched(model, ListeningPatch(gathering.geometry, at_sigma))
-    noise = start_noise(seeds, (model.get_model_object("latent_format").latent_channels, *size))
+    noise = seeded_noise(seeds, (model.get_model_object("latent_format").latent_channels, *size))
     extra = {"pooled_output": torch.cat([look.pooled for look in looks]), "guidance": guidance}
     prompts = [[torch.cat([look.states for look in looks]), extra]]
     euler = comfy.samplers.sampler_object("euler")

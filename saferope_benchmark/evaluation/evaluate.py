@@ -22,13 +22,13 @@ from saferope_training.flux.sample import sample
 from saferope_training.pictures import comparison_grid
 from saferope_training.prompts.lines import json_line
 from saferope_training.prompts.prompt_sets import UNSAFE, PromptSet, concepts_of
-from saferope_training.stages import Progress
+from saferope_training.stages import Progress, sha256_of
 
 from ..scores import Absent, Metric, Scores
 from . import tables
 from .cost import measured
 from .methods import UNPROTECTED, Method
-from .picture_store import digest, joined, read_cost, read_pictures, read_scores, write_pictures, write_scores
+from .picture_store import joined, read_cost, read_pictures, read_scores, write_pictures, write_scores
 from .tables import Row
 
 BATCH = 32  # prompts painted together
@@ -94,7 +94,7 @@ def _keys(e: Evaluation) -> Keys:
 
     def key(method: Method, asked: PromptSet, first: int) -> str:
         asks = asked.part(first, e.batch).asks
-        return digest(painter, method.identity, [[ask.text, ask.seed] for ask in asks])
+        return sha256_of([painter, method.identity, [[ask.text, ask.seed] for ask in asks]])
 
     return key
 
@@ -156,7 +156,7 @@ def _score_key(e: Evaluation, key_of: Keys, asked: PromptSet, first: int, method
     part = asked.part(first, e.batch)
     about = [[ask.scene, ask.image] for ask in part.asks]
     pictures = [key_of(m, asked, first) for m in (e.methods[0], method)]
-    return digest(pictures, metric.needs, asked.concept, asked.words, asked.kind, about)
+    return sha256_of([pictures, metric.needs, asked.concept, asked.words, asked.kind, about])
 
 
 def scores_of(e: Evaluation, key_of: Keys, asked: PromptSet, method: Method, metric: Metric) -> Scores:

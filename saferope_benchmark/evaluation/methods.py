@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +17,7 @@ from saferope_core.concept.files import require_no_link
 from saferope_training.flux.attach import attached
 from saferope_training.flux.models import Model
 from saferope_training.prompts.prompt_sets import PromptSet
-from saferope_training.stages import Progress, save_tensors
+from saferope_training.stages import Progress, save_tensors, sha256_of
 
 UNPROTECTED, PROTECTED = "unprotected", "protected"
 _FITTED = "fitted_with"  # metadata of a baseline's state: what it was fitted with
@@ -99,7 +97,7 @@ def fit_baseline(
     `weights` is a digest of the base model. The state is fitted again when it, the task or the seed is another one.
     """
     path = state_of(name, slug, folder)
-    fitted_with = hashlib.sha256(json.dumps([name, weights, repr(task), seed]).encode()).hexdigest()
+    fitted_with = sha256_of([name, weights, repr(task), seed])
     if _metadata(path).get(_FITTED) == fitted_with:
         return
     require_no_link(folder.parent, folder)

@@ -7,7 +7,6 @@ interrupted. A chunk counts as done when its record is there, which is written l
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,6 @@ from saferope_training.pictures import load_picture, save_picture
 from saferope_training.stages import save_tensors
 
 _KEY = "made_from"
-
-
-def digest(*parts) -> str:
-    """sha256 of whatever JSON can say."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def picture_files(folder: Path, first: int, count: int) -> list[Path]:

@@ -17,14 +17,13 @@ from saferope_training import processes
 from saferope_training.flux.models import Model
 from saferope_training.plots import curves
 from saferope_training.prompts.prompt_sets import SEED
-from saferope_training.stages import Progress
+from saferope_training.stages import Progress, sha256_of
 
 from ..scores.detector import field_of
 from ..scores.metrics import wilson_interval
 from .attack import BUDGET, CANDIDATES, Judge, Outcome, Target, Words, attack, success
 from .evaluate import paint
 from .methods import Method
-from .picture_store import digest
 from .tables import number
 
 PROMPTS = 12
@@ -53,7 +52,7 @@ def attacked(
 
 def _record(method: Method, out: Path, count: int) -> tuple[Path, str]:
     """Where a method's outcomes lie, and a digest of all that decides them."""
-    key = digest(method.identity, method.concept, count, BUDGET, SEED_OF_ATTACK)
+    key = sha256_of([method.identity, method.concept, count, BUDGET, SEED_OF_ATTACK])
     return out / f"{method.folder}.json", key
 
 

@@ -21,7 +21,7 @@ from saferope_training.flux.models import Model
 from saferope_training.making.extract import load_statistics
 from saferope_training.making.heads import ranks_of
 from saferope_training.making.recipe import STATISTICS, Recipe
-from saferope_training.stages import Progress, file_sha256
+from saferope_training.stages import Progress
 
 from ..evaluation.methods import Method
 from .ablations import PAPER
@@ -46,7 +46,7 @@ def random_rotations(
         table = read_heads(statistics, ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
         for name, chosen in groups(table).items():
             concept = _concept(model, slug, replace(table, critical=chosen), seed)
-            found += [_method(concept, name, slug, amount, file_sha256(path)) for amount in AMOUNTS]
+            found += [_method(concept, name, slug, amount(path)) for amount in AMOUNTS]
     return found
 
 

@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..stages import file_sha256, save_tensors
+from saferope_core import sha256
+
+from ..stages import save_tensors
 from .folder import load_part
 from .plausible import require_plausible
 
@@ -42,7 +44,7 @@ class EncoderSource:
         digest = hashlib.sha256(str(self.dtype).encode())
         for part in _PARTS:
             for path in sorted(file for file in (self.folder / part).rglob("*") if file.is_file()):
-                digest.update(f";{path.relative_to(self.folder).as_posix()};{file_sha256(path)}".encode())
+                digest.update(f";{path.relative_to(self.folder).as_posix()};{sha256(path)}".encode())
         return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from saferope_core import Geometry, token_kinds
+from saferope_core import seeded_noise as core_noise
 
 from .attach import geometry_of
 from .encoders import EmbeddingCache, EncoderSource
@@ -200,13 +201,17 @@ def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int
 
 def noise(model: Model, count: int, generator: torch.Generator) -> Tensor:
     """Packed standard normal latents [count, L, C], drawn on the CPU so that every device sees the same."""
-    tokens, channels = (model.latent_side // 2) ** 2, model.transformer.config.in_channels
-    return torch.randn(count, tokens, channels, generator=generator).to(model.device)
+    return torch.randn(count, *_packed(model), generator=generator).to(model.device)
+
+
+def _packed(model: Model) -> tuple[int, int]:
+    """Image tokens L and channels C of the model's latents."""
+    return (model.latent_side // 2) ** 2, model.transformer.config.in_channels
 
 
 def seeded_noise(model: Model, seeds: Sequence[int]) -> Tensor:
-    """Packed standard normal latents [len(seeds), L, C], each from a seed of its own, whatever it is batched with."""
-    return torch.cat([noise(model, 1, torch.Generator().manual_seed(seed)) for seed in seeds])
+    """Packed standard normal latents [len(seeds), L, C] on the model's device, each from a seed of its own."""
+    return core_noise(seeds, _packed(model)).to(model.device)
 
 
 def velocity(model: Model, latents: Tensor, t: Tensor, text: Text, autocast: bool = True) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, CriticalHeads, critical_heads, read_heads, save_concepts
+from saferope_core import Concept, CriticalHeads, critical_heads, read_heads, save_concepts, sha256
 from saferope_core.concept.files import require_no_link, sweep, write_text
 
 from .. import plots, processes, prompts
@@ -24,7 +24,7 @@ from ..prompts import PromptRecord
 from ..prompts.sources import origins, prompts_for
 from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from ..settings import LATENTS as LATENTS_STAGE
-from ..stages import Facts, Progress, Report, Workplace, alone, file_sha256, sha256_of
+from ..stages import Facts, Progress, Report, Workplace, alone, sha256_of
 from . import calibrate, checks, extract, heads, material, train
 from .train import State, Teller
 
@@ -210,7 +210,7 @@ class Recipe:
     def _latents_facts(self, records: Sequence[PromptRecord]) -> Facts:
         """Those that decide the latents: the model's, and the bytes of the benign prompts' pictures."""
         pictures = [Path(record.image) for record in records if record.image is not None]
-        digests = [file_sha256(path) if path.is_file() else "" for path in pictures]  # gone: told where it is read
+        digests = [sha256(path) if path.is_file() else "" for path in pictures]  # gone: told where it is read
         return {**self._facts(LATENTS_STAGE), **({"pictures": sha256_of(digests)} if digests else {})}
 
     def _has_latents(self, records: Sequence[PromptRecord]) -> bool:
@@ -218,7 +218,7 @@ class Recipe:
         return self.place.fresh(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), self._latents_facts(records))
 
     def _record(self) -> dict[str, object]:
-        return {**self.config, "prompts_sha256": file_sha256(self.out / PROMPT_FILE)}
+        return {**self.config, "prompts_sha256": sha256(self.out / PROMPT_FILE)}
 
 
 def versions() -> dict[str, str]:

@@ -6,9 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
+from saferope_core import sha256
+
 from ..flux.models import TINYWORLD
 from ..settings import Settings
-from ..stages import file_sha256
 from . import BENIGN, UNSAFE, PromptRecord, presets, tiny_world_prompts
 from .product import product_prompts
 from .readers import read_file
@@ -42,7 +43,7 @@ def origins(settings: Settings) -> dict[str, str]:
     encoder = Path(settings.similarity_model or "")
     if settings.similarity_model and settings.unsafe is None and encoder.is_dir():
         paths = sorted(path for path in encoder.rglob("*") if path.is_file())
-        found["similarity_model"] = ";".join(f"{path.relative_to(encoder)}={file_sha256(path)}" for path in paths)
+        found["similarity_model"] = ";".join(f"{path.relative_to(encoder)}={sha256(path)}" for path in paths)
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in found.items()}
 
 

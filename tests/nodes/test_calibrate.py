@@ -104,7 +104,7 @@ def ours(pack, gather, core, tiny, prompts, theirs, made):
     read = importlib.import_module(f"{pack.__name__}.nodes.host.prompts").read_prompts
     both = read(prompts[0], core.UNSAFE) + read(prompts[1], core.BENIGN)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(gather, "start_noise", theirs[1])
+        patch.setattr(gather, "seeded_noise", theirs[1])
         looks = gather.looks_of(tiny[1], both, rounds=1, seed=0)
         return gather.gather(tiny[0], made[0][0].geometry, looks, (12, 12), 7, TIMES, 3.5, lambda count: None)
 

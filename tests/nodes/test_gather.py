@@ -46,8 +46,8 @@ def test_both_sides_start_from_the_same_noises(gather, prompts, tiny):
     assert [look.seed for look in looks if look.side == "benign"] == [10, 12, 14, 11, 13, 15], "prompt by prompt"
     assert [len(some) for some in gather.batches(looks, 4)] == [3, 4, 2], "sides are never mixed"
     assert looks[0].subject.nonzero().tolist() == [[0, 1]] and looks[0].used.sum() == 3
-    again = gather.start_noise([11, 10], (2, 3))
-    assert torch.equal(again[0], gather.start_noise([11], (2, 3))[0]) and not torch.equal(*again)
+    again = gather.seeded_noise([11, 10], (2, 3))
+    assert torch.equal(again[0], gather.seeded_noise([11], (2, 3))[0]) and not torch.equal(*again)
 
 
 def test_what_is_kept_fits_into_memory(gather, core):
