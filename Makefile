@@ -7,7 +7,7 @@ WORKERS ?= 2
 THREADS ?= 1
 PYTEST = OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help setup demo bench test test-all test-isa style quality clean
+.PHONY: help setup demo comfyui bench test test-all test-isa style quality clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +17,9 @@ setup:  ## .venv with pinned requirements, a ComfyUI in .cache; at once where do
 
 demo: setup  ## the tiny world, unprotected and protected, in a real ComfyUI
 	@$(BIN)/python -m dev.demo
+
+comfyui: setup  ## a ComfyUI with this pack in your browser, until Ctrl+C
+	@$(BIN)/python -m dev.open_comfyui
 
 bench: setup  ## what protection costs on this machine, in runs/bench (BENCH_ARGS="--resolution 512")
 	@$(BIN)/saferope bench $(BENCH_ARGS)
@@ -38,10 +41,13 @@ style: setup  ## fix and format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-quality: setup  ## what `style` would change, without changing it
+quality: setup  ## ruff, mypy and plain words, without changing anything
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m dev.words
+	@$(BIN)/python -m dev.pages --check
 
 clean:  ## remove what set-up, builds and tests made
-	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

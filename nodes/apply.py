@@ -23,11 +23,12 @@ class Apply(io.ComfyNode):
             node_id="SafeRoPE_Apply",
             display_name="SafeRoPE Apply",
             category="SafeRoPE",
-            description="Suppresses a concept in a FLUX model by turning risky queries and keys inside a few attention "
-            "heads. Prompts without the concept keep their pictures. Chain several nodes for several files.",
+            description="Suppresses a concept in a FLUX model. Turns risky queries and keys inside safety-critical "
+            "attention heads. Prompts without the concept keep their pictures. Chain several nodes for "
+            "several files.",
             search_aliases=["safety", "unlearn concept", "erase concept", "safe generation", "nsfw", "saferope"],
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX model of the geometry the concept was made for."),
+                io.Model.Input("model", tooltip="A FLUX model of the concept's geometry."),
                 ConceptType.Input("concept", tooltip="From SafeRoPE Load Concept."),
                 io.Float.Input(
                     "strength",
@@ -35,16 +36,16 @@ class Apply(io.ComfyNode):
                     min=0.0,
                     max=STRENGTH_MAX,
                     step=0.05,
-                    tooltip="0 to 2. 0 switches the protection off exactly, 1 turns as far as the concept was trained "
-                    "for, more turns further, to half a turn at most.",
+                    tooltip="0 to 2. 0 switches the protection off exactly. 1 turns as far as in training. More turns "
+                    "further, to half a turn at most.",
                 ),
                 io.Combo.Input(
                     "gate",
                     options=[CALIBRATED, FIXED],
                     default=CALIBRATED,
                     optional=True,
-                    tooltip="From which risk on a token is turned: the concept's own value for every head, or one "
-                    "threshold for all of them.",
+                    tooltip="The risk above which a token turns: the concept's own gate for every head, or one "
+                    "threshold for all heads.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -53,8 +54,8 @@ class Apply(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="0 to 1, read with gate = fixed: tokens with a lower risk stay as they are. 0.7 in the "
-                    "paper; lower protects more and changes harmless pictures more.",
+                    tooltip="0 to 1, with gate = fixed. Tokens with a lower risk stay as they are. The paper has 0.7. "
+                    "A lower value protects more and changes harmless pictures more.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -63,7 +64,7 @@ class Apply(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="0 to 1: where in the denoising the protection starts.",
+                    tooltip="0 to 1: the start of the protection in the denoising.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -72,42 +73,41 @@ class Apply(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="0 to 1: where in the denoising the protection ends.",
+                    tooltip="0 to 1: the end of the protection in the denoising.",
                 ),
                 io.String.Input(
                     "blocks",
                     default="",
                     optional=True,
-                    tooltip="Which blocks to protect, such as d0-18,s0-37: d double, s single, both ends included. "
-                    "Empty: all.",
+                    tooltip="Blocks to protect, such as d0-18,s0-37. d is double, s is single, both ends are "
+                    "included. Empty means all.",
                 ),
                 io.Combo.Input(
                     "streams",
                     options=list(STREAM_CHOICES),
                     default="both",
                     optional=True,
-                    tooltip="Whose queries and keys are turned: those of text tokens, of image tokens, or both.",
+                    tooltip="Turn the queries and keys of text tokens, of image tokens, or of both.",
                 ),
                 io.Combo.Input(
                     "conditionings",
                     options=[ALL_ROWS, POSITIVE],
                     default=ALL_ROWS,
                     optional=True,
-                    tooltip="With a CFG above 1: protect positive and negative prompt, or leave the negative one as "
-                    "it is, so "
-                    "that it can still push away from the concept. Positive only needs KSampler, CFG Guider or Basic "
+                    tooltip="With a CFG above 1: protect both prompts, or leave the negative prompt as it is, so that "
+                    "it still pushes away from the concept. Positive only needs KSampler, CFG Guider or Basic "
                     "Guider.",
                 ),
                 io.Boolean.Input(
                     "record",
                     default=True,
                     optional=True,
-                    tooltip="Note which tokens and heads were found risky, for SafeRoPE Risk Map. Changes no picture.",
+                    tooltip="Note risky tokens and heads for SafeRoPE Risk Map. Changes no picture.",
                 ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The protected model."),
-                RecorderType.Output("recorder", tooltip="What the protection saw in each run, for SafeRoPE Risk Map."),
+                RecorderType.Output("recorder", tooltip="The record of each run, for SafeRoPE Risk Map."),
             ],
         )
 

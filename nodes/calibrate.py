@@ -58,42 +58,40 @@ class CalibrateConcept(io.ComfyNode):
             node_id="SafeRoPE_CalibrateConcept",
             display_name="SafeRoPE Calibrate Concept",
             category="SafeRoPE",
-            description="Makes a concept from prompts, with the model and CLIP at hand: no training, no pictures, "
-            "minutes. Save "
-            "it with SafeRoPE Save Concept, use it with SafeRoPE Apply.",
+            description="Makes a concept from prompts in minutes, with the loaded model and CLIP. Needs no training "
+            "and no pictures. Save the concept with SafeRoPE Save Concept, use it with SafeRoPE Apply.",
             search_aliases=["make concept", "training free", "unlearn concept", "new concept", "saferope"],
             inputs=[
-                io.Model.Input("model", tooltip="The FLUX model that is to be protected, without SafeRoPE Apply."),
+                io.Model.Input("model", tooltip="The FLUX model to protect, without SafeRoPE Apply."),
                 io.Clip.Input("clip", tooltip="Its text encoders, T5 among them."),
-                io.String.Input("name", default="My concept", tooltip="What the concept is called; one line."),
+                io.String.Input("name", default="My concept", tooltip="The name of the concept, in one line."),
                 io.String.Input(
                     "unsafe",
                     multiline=True,
                     default=UNSAFE_EXAMPLE,
-                    tooltip="Prompts that show the concept, one a line, a dozen or more. Its word stands in brackets "
-                    "in each: a red "
-                    "[star] on the beach.",
+                    tooltip="Prompts that show the concept, one a line, a dozen or more. Put the word of the concept "
+                    "in brackets in each: a red [star] on the beach.",
                 ),
                 io.String.Input(
                     "safe",
                     multiline=True,
                     default=SAFE_EXAMPLE,
-                    tooltip="Prompts without it, one a line, twice as many, alike otherwise. What they do is what "
-                    "must stay.",
+                    tooltip="Prompts without the concept, one a line, twice as many, otherwise alike. The protection "
+                    "leaves their tokens alone.",
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="An empty latent: its size is that of the pictures looked at, its batch how many prompts "
-                    "are sampled at "
-                    "once. Without it 512 x 512 pixels, one by one; 96 x 96 for the tiny world.",
+                    tooltip="An empty latent. Its size is the size of the pictures, its batch the number of prompts "
+                    "that are sampled together. Without it: 512 x 512 pixels, one by one, or 96 x 96 for the "
+                    "tiny world.",
                 ),
                 *settings(),
             ],
             outputs=[
                 ConceptType.Output("concept", tooltip="For SafeRoPE Apply and SafeRoPE Save Concept."),
-                io.String.Output("report", tooltip="What was looked at and what was found."),
-                io.Image.Output("heads", tooltip="Δ of every head; framed heads are turned."),
+                io.String.Output("report", tooltip="The prompts, the settings and the heads that were found."),
+                io.Image.Output("heads", tooltip="Δ of every head. Framed heads turn."),
             ],
         )
 

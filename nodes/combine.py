@@ -28,8 +28,8 @@ class CombineConcepts(io.ComfyNode):
             node_id="SafeRoPE_CombineConcepts",
             display_name="SafeRoPE Combine Concepts",
             category="SafeRoPE",
-            description="Makes one input for SafeRoPE Apply of several concepts, and shows how much they overlap. The "
-            "strength of each is that of its SafeRoPE Load Concept.",
+            description="Joins several concepts into one input for SafeRoPE Apply, and shows how much they overlap. "
+            "The strength of each is the strength of its SafeRoPE Load Concept.",
             search_aliases=["merge concepts", "several concepts", "saferope"],
             inputs=[
                 io.Autogrow.Input(
@@ -37,21 +37,20 @@ class CombineConcepts(io.ComfyNode):
                     template=io.Autogrow.TemplatePrefix(
                         ConceptType.Input("concept"), prefix="concept", min=1, max=MOST
                     ),
-                    tooltip=f"1 to {MOST} inputs, applied in this order; {MAX_CONCEPTS} concepts at most.",
+                    tooltip=f"1 to {MOST} inputs, applied in this order, with {MAX_CONCEPTS} concepts at most.",
                 ),
                 io.Boolean.Input(
                     "orthogonalise",
                     default=False,
-                    tooltip="Take out of each concept what earlier ones share with it, so that their order does not "
-                    "matter. "
-                    "A shared part is then left to the earlier one.",
+                    tooltip="Take out of each concept the part that earlier concepts share with it, so that their "
+                    "order does not matter. The shared part stays with the earlier concept.",
                 ),
             ],
             outputs=[
                 ConceptType.Output("concept", tooltip="All of them, for SafeRoPE Apply."),
                 io.String.Output("report", tooltip="How much each pair overlaps, for text and for image tokens."),
                 io.Image.Output(
-                    "overlap", tooltip="The larger of the two as a map: 0 nothing in common, 1 one inside the other."
+                    "overlap", tooltip="A map of the larger overlap: 0 nothing in common, 1 one inside the other."
                 ),
             ],
         )

@@ -84,34 +84,37 @@ def settings() -> list:
         )
 
     return [
-        number(io.Int, "rounds", 1, "1 to 64 starting noises for each prompt: more of them for few prompts."),
+        number(io.Int, "rounds", 1, "1 to 64 starting noises for each prompt. Take more for few prompts."),
         number(
             io.Float,
             "angle",
             0.1,
-            "0 to 20 radians by which a plane turns at risk 1. More suppresses more; 0 turns nothing.",
+            "0 to 20: the angle, in radians, of a plane at risk 1. More suppresses more. 0 turns nothing.",
         ),
         number(
             io.Float,
             "quantile",
             0.0005,
-            "0.5 to 1: share of the safe prompts' tokens that stay untouched. Lower suppresses more and changes "
-            "harmless pictures "
-            "more.",
+            "0.5 to 1: the share of the safe prompts' tokens that stays as it is. A lower value suppresses more and "
+            "changes harmless pictures more.",
         ),
-        number(io.Int, "rank", 1, "2 to 32 dimensions for the concept's word; 5 in the paper."),
-        number(io.Float, "cut", 0.05, "0 to 1: heads whose Δ is at least this are turned; 0.5 in the paper."),
-        choice("turned", "What is turned of text tokens: keys (k), queries (q), or both."),
-        choice("turned_image", "What is turned of image tokens."),
+        number(io.Int, "rank", 1, "2 to 32 dimensions for the concept's word. The paper has 5."),
+        number(io.Float, "cut", 0.05, "0 to 1: heads with at least this Δ turn. The paper has 0.5."),
+        choice("turned", "Turn the keys (k) of text tokens, their queries (q), or both."),
+        choice("turned_image", "Turn the keys (k) of image tokens, their queries (q), or both."),
         io.String.Input(
             "timesteps",
             default=", ".join(f"{t:g}" for t in default.timesteps),
             optional=True,
             advanced=True,
-            tooltip="When to look, from 1 (pure noise) towards 0: falling, commas between.",
+            tooltip="Times to look at, from 1 (pure noise) down towards 0, with commas between.",
         ),
         number(
-            io.Int, "seed", 1, "Decides the noise; the same seed gives the same concept.", control_after_generate=False
+            io.Int,
+            "seed",
+            1,
+            "The seed of the noise. The same seed gives the same concept.",
+            control_after_generate=False,
         ),
-        number(io.Float, "guidance", 0.1, "0 to 100: FLUX guidance while sampling, as FluxGuidance sets it."),
+        number(io.Float, "guidance", 0.1, "0 to 100: the FLUX guidance of the sampling, as FluxGuidance sets it."),
     ]

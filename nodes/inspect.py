@@ -20,15 +20,15 @@ class InspectConcept(io.ComfyNode):
             node_id="SafeRoPE_InspectConcept",
             display_name="SafeRoPE Inspect Concept",
             category="SafeRoPE",
-            description="Shows which attention heads a concept was found in, how its risk subspace is made up, and "
-            "how the "
-            "file was made.",
+            description="Shows the attention heads, the risk subspace and the origin of a concept.",
             search_aliases=["head map", "concept info", "provenance", "saferope"],
             inputs=[ConceptType.Input("concept", tooltip="From SafeRoPE Load Concept.")],
             outputs=[
-                io.Image.Output("heads", tooltip="Δ of every head, a map for each concept; framed heads are turned."),
-                io.Image.Output("spectrum", tooltip="How much of the subject each direction of the subspace holds."),
-                io.String.Output("text", tooltip="Geometry, settings and provenance."),
+                io.Image.Output("heads", tooltip="Δ of every head, a map for each concept. Framed heads turn."),
+                io.Image.Output(
+                    "spectrum", tooltip="The share of the concept's word in each direction of the subspace."
+                ),
+                io.String.Output("text", tooltip="Geometry, settings and origin."),
             ],
         )
 

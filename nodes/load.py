@@ -41,14 +41,14 @@ class LoadConcept(io.ComfyNode):
             node_id="SafeRoPE_LoadConcept",
             display_name="SafeRoPE Load Concept",
             category="SafeRoPE",
-            description="Reads a concept file: what SafeRoPE Apply is to suppress, and in which attention heads.",
+            description="Reads a concept file for SafeRoPE Apply.",
             search_aliases=["safety", "unlearn concept", "erase concept", "remove nudity", "saferope"],
             inputs=[
                 io.Combo.Input(
                     "concept",
                     options=folder_paths.get_filename_list(FOLDER),
-                    tooltip="A .safetensors file in models/saferope or output/saferope. It must have been made for the "
-                    "model it is applied to. The tiny world's concepts are always there.",
+                    tooltip="A .safetensors file in models/saferope or output/saferope. It must be made for the model "
+                    "that you protect. The concepts of the tiny world are always there.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -57,21 +57,20 @@ class LoadConcept(io.ComfyNode):
                     max=STRENGTH_MAX,
                     step=0.05,
                     optional=True,
-                    tooltip="0 to 2, for this file alone: a factor on what SafeRoPE Apply is set to. For several "
-                    "files at once.",
+                    tooltip="0 to 2, for this file alone. It multiplies with the strength of SafeRoPE Apply. Use it "
+                    "for several files at once.",
                 ),
                 io.String.Input(
                     "sha256",
                     default="",
                     optional=True,
-                    tooltip="If given, the file must be this very one: the 64 digits that this node's description "
-                    "begins with. "
-                    "Share a workflow with it, and nobody's other file of that name is used.",
+                    tooltip="If given, the file must have this sha256: the 64 digits at the start of this node's "
+                    "description. With it a shared workflow uses no other file of this name.",
                 ),
             ],
             outputs=[
                 ConceptType.Output("concept", tooltip="The concepts of the file."),
-                io.String.Output("description", tooltip="The file's sha256, what it suppresses, and its model."),
+                io.String.Output("description", tooltip="The file's sha256, its concepts and its model."),
             ],
         )
 

@@ -28,30 +28,26 @@ class RiskMap(io.ComfyNode):
             node_id="SafeRoPE_RiskMap",
             display_name="SafeRoPE Risk Map",
             category="SafeRoPE",
-            description="Shows what SafeRoPE Apply found risky in a picture: which words of the prompt, which parts "
-            "of the "
-            "picture, which heads, at which steps.",
+            description="Shows the words, places, heads and steps that SafeRoPE Apply found risky in a picture.",
             search_aliases=["heat map", "explain", "risk score", "what was suppressed", "saferope"],
             inputs=[
                 RecorderType.Input("recorder", tooltip="From the SafeRoPE Apply that protects the sampler's model."),
-                io.Latent.Input("latent", tooltip="The sampler's output, unchanged: it tells which run to show."),
-                io.Clip.Input("clip", optional=True, tooltip="What encoded the prompt, to name its words."),
+                io.Latent.Input("latent", tooltip="The sampler's output, unchanged. It selects the run."),
+                io.Clip.Input("clip", optional=True, tooltip="The encoder of the prompt, to name its words."),
                 io.String.Input(
                     "text",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="The positive prompt, to name its words. Connect the text that the prompt was encoded "
-                    "from.",
+                    tooltip="The positive prompt, to name its words. Connect the text of the encoded prompt.",
                 ),
                 io.Image.Input("image", optional=True, tooltip="The decoded picture, to draw the heat map over it."),
             ],
             outputs=[
                 io.Float.Output(
                     "risk",
-                    tooltip="0 to 1: the highest risk of any concept and picture. Where a concept was not measured "
-                    "there "
-                    "is none, and nodes that take it do not run.",
+                    tooltip="0 to 1: the highest risk of any concept and picture. Without a risk of every concept it "
+                    "has no value, and nodes connected to it do not run.",
                 ),
                 io.String.Output("report", tooltip="The same in words, concept by concept."),
                 io.Image.Output("words", tooltip="The prompt's words under bars of their risk."),

@@ -73,15 +73,15 @@ class RiskProbe(io.ComfyNode):
             node_id="SafeRoPE_RiskProbe",
             display_name="SafeRoPE Risk Probe",
             category="SafeRoPE",
-            description="Measures how risky a prompt is before anything is painted, with one pass of the model. "
-            "Branch on "
-            "the result, log it, or refuse the prompt.",
+            description="Measures the risk of a prompt before anything is painted, with one pass of the model. Branch "
+            "on the result, log it, or refuse the prompt.",
             search_aliases=["safety checker", "prompt filter", "nsfw detector", "moderation", "saferope"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A FLUX model, best before SafeRoPE Apply: behind it, what is left is measured."
+                    "model",
+                    tooltip="A FLUX model, best before SafeRoPE Apply. Behind Apply the remaining risk is measured.",
                 ),
-                ConceptType.Input("concept", tooltip="What to look for, from SafeRoPE Load Concept."),
+                ConceptType.Input("concept", tooltip="The concepts to look for, from SafeRoPE Load Concept."),
                 io.Conditioning.Input("positive", tooltip="The encoded prompt."),
                 io.Float.Input(
                     "flag_above",
@@ -89,14 +89,14 @@ class RiskProbe(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="0 to 1: a risk above this is flagged. Harmless prompts stay well below 0.4; lower "
+                    tooltip="0 to 1: a risk above this is flagged. Harmless prompts stay below 0.4. A lower value "
                     "catches more.",
                 ),
                 io.Combo.Input(
                     "if_flagged",
                     options=[REPORT, REFUSE],
                     default=REPORT,
-                    tooltip="Report and let the workflow go on (branch on `flagged`), or stop it with an error.",
+                    tooltip="Report and continue (branch on `flagged`), or stop with an error.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -113,26 +113,26 @@ class RiskProbe(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     optional=True,
-                    tooltip="Of the noise that it is measured on.",
+                    tooltip="The seed of the noise.",
                 ),
-                io.Latent.Input("latent", optional=True, tooltip="For its size; 512 x 512 pixels without."),
-                io.Clip.Input("clip", optional=True, tooltip="What encoded the prompt, to name its words."),
+                io.Latent.Input("latent", optional=True, tooltip="Its size is used. Without it: 512 x 512 pixels."),
+                io.Clip.Input("clip", optional=True, tooltip="The encoder of the prompt, to name its words."),
                 io.String.Input(
                     "text",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="The prompt, to name its words. Connect the text that the conditioning was encoded from.",
+                    tooltip="The prompt, to name its words. Connect the text of the conditioning.",
                 ),
             ],
             outputs=[
                 io.Float.Output(
                     "risk",
-                    tooltip="0 to 1: the highest risk of any concept. Where a concept was not measured there is none, "
-                    "and nodes that take it do not run.",
+                    tooltip="0 to 1: the highest risk of any concept. Without a risk of every concept it has no "
+                    "value, and nodes connected to it do not run.",
                 ),
                 io.Boolean.Output(
-                    "flagged", tooltip="Whether the risk is above flag_above, or that of a concept was not measured."
+                    "flagged", tooltip="True if the risk is above flag_above, or if a concept has no risk."
                 ),
                 io.String.Output("report", tooltip="The risk in words, concept by concept."),
                 io.Image.Output("words", tooltip="The prompt's words under bars of their risk."),

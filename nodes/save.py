@@ -30,9 +30,9 @@ class SaveConcept(io.ComfyNode):
             "overwrites.",
             search_aliases=["export concept", "saferope"],
             inputs=[
-                ConceptType.Input("concept", tooltip="What to write."),
-                io.String.Input("name", default="concept", tooltip="Letters, digits, - and _; a number is added."),
-                io.Boolean.Input("half", default=True, tooltip="Half precision: half the size, the same pictures."),
+                ConceptType.Input("concept", tooltip="The concepts to write."),
+                io.String.Input("name", default="concept", tooltip="Letters, digits, - and _. The node adds a number."),
+                io.Boolean.Input("half", default=True, tooltip="Half precision: half the size, and the same pictures."),
                 io.String.Input("license", default="NOASSERTION", tooltip="SPDX name of the licence that you give it."),
             ],
             outputs=[io.String.Output("sha256", tooltip="The file's identity, for the pin of SafeRoPE Load Concept.")],

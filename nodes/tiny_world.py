@@ -140,13 +140,12 @@ class TinyWorld(io.ComfyNode):
             node_id="SafeRoPE_TinyWorld",
             display_name="SafeRoPE Tiny World",
             category="SafeRoPE",
-            description="A tiny FLUX with its text encoders and codec, part of this pack: shapes in a small world, 96 "
-            "x "
-            "96 pixels, seconds on a CPU. Try SafeRoPE with nothing downloaded.",
+            description="A tiny FLUX with its text encoders and codec, part of this pack. It paints shapes of 96 x 96 "
+            "pixels in seconds on a CPU. Try SafeRoPE without a download.",
             search_aliases=["tiny flux", "test model", "saferope"],
             outputs=[
                 io.Model.Output("model", tooltip="FLUX with 2 double and 4 single blocks, for KSampler with cfg 1."),
-                io.Clip.Output("clip", tooltip="For CLIP Text Encode. 24 tokens; what is longer is cut."),
+                io.Clip.Output("clip", tooltip="For CLIP Text Encode. It takes 24 tokens and cuts longer prompts."),
                 io.Vae.Output("vae", tooltip="For VAE Decode: 16 channels, 8 pixels per latent."),
             ],
         )

@@ -1,0 +1,231 @@
+"""Measures the figures of the pages and writes them into docs/results.json, each with its source.
+
+    python -m dev.measure suites        # two hours on two cores; kept in .cache/results, so that it can be resumed
+    python -m dev.measure cost          # some minutes on two cores that do nothing else
+    python -m dev.measure demo          # the star of `make demo`, evaluated
+    python -m dev.measure tiny-world    # two minutes
+
+`python -m dev.pages` writes the pages afterwards. Sentences in their templates may need another look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .comfyui import ROOT
+from .pages import CONCEPTS, read_results, write_results
+
+WORK = Path(".cache/results")
+DOCS = ROOT / "docs"
+COLOURS = 128  # of the pictures in the docs: a quarter of the size, hardly a difference
+TABLE1, TABLE2, FEW_STEP = WORK / "tinyworld", WORK / "ablations", WORK / "few_step"
+SAFEROPE = (sys.executable, "-m", "saferope")
+SUITE = (*SAFEROPE, "evaluate", "--suite")
+FILES = ("--concepts", str(TABLE1 / "concepts"))
+COUNTS = ("--unsafe", "24", "--benign", "24")  # more than the suite's own: narrower intervals
+FEW = ("--model", str(FEW_STEP / "model"), "--resolution", "96", *FILES, "--baselines", "none", "--no-search")
+FEW_OUT, DEMO = FEW_STEP / "evaluation", Path("demo_output/star")
+Command = tuple[str, ...]
+# product -> the command that makes it
+SUITES: dict[Path, Command] = {
+    TABLE1 / "evaluation.json": (*SUITE, "tinyworld", *COUNTS, "--out", str(TABLE1)),
+    TABLE2 / "evaluation.json": (*SUITE, "ablations", "--only", "zappy", "--out", str(TABLE2)),
+    WORK / "crossed" / "crossed.png": (*SUITE, "crossed", *FILES, "--out", str(WORK / "crossed")),
+    WORK / "positions" / "positions.png": (*SUITE, "positions", "--out", str(WORK / "positions")),
+    WORK / "rotations" / "rotations.png": (*SUITE, "rotations", "--out", str(WORK / "rotations")),
+    FEW_STEP / "model" / "model_index.json": (
+        *(sys.executable, "-m", "tinyworld.few_step", "--out", str(FEW_STEP / "model")),
+        *("--work", str(FEW_STEP / "work")),
+    ),
+    FEW_OUT / "evaluation.json": (*SUITE, "tinyworld", *COUNTS, *FEW, "--out", str(FEW_OUT)),
+    TABLE1 / "attack" / "attack.md": (*SAFEROPE, "attack", str(TABLE1)),
+}
+PICTURES = {
+    "results-pareto.png": TABLE1 / "pareto.png",
+    "results-crossed.png": WORK / "crossed" / "crossed.png",
+    "results-positions.png": WORK / "positions" / "positions.png",
+    "results-rotations.png": WORK / "rotations" / "rotations.png",
+    "results-attack.png": TABLE1 / "attack" / "attack.png",
+}
+PICTURES |= {f"results-pairs-{slug}.png": TABLE1 / f"pairs-{slug}.png" for slug in CONCEPTS}
+PICTURES |= {f"results-heads-{slug}.png": TABLE1 / "concepts" / slug / "head_map.png" for slug in CONCEPTS}
+# a column's title -> the rows of an evaluation that it shows: column and set, or measure and set
+COLUMNS = {
+    "shown": ("concept shown", "unsafe"),
+    "shown, held-out words": ("concept shown", "held-out words"),
+    "rest of the prompt": ("rest of the prompt right", "unsafe"),
+    "neighbours": ("right", "neighbours"),
+    "benign": ("right", "benign"),
+    "pixels, of 255": ("mean difference", "benign"),
+    "FID": ("FID to base, detector", "benign"),
+    "time": ("time", ""),
+}
+# a row of README's table -> the measure of `saferope evaluate`
+DEMO_ROWS = {
+    "star shown": "star shown, unsafe",
+    "star shown, held-out words": "star shown, held-out words",
+    "rest of the prompt right, where a star was asked for": "rest of the prompt right, unsafe",
+    "near neighbours, shape right": "shape right, neighbours",
+    "benign, all attributes right": "all attributes right, benign",
+    "benign, mean change of a pixel (of 255)": "mean difference, benign",
+}
+CELL = re.compile(
+    r"\**(?P<value>\d+(?:\.\d+)?)\**(?: (?P<unit>%|x|ms|s|MB|of 255))?"
+    r"(?: \((?P<low>[\d.]+)(?:\.\.| to )(?P<high>[\d.]+)\))?(?P<told> \*)?"
+)
+ROUNDS = ("cost", "cost/side", "cost/share", "cost/concepts", "cost/rank", "cost/batch")  # tables of bench.md, in order
+
+
+def cell_of(text: str) -> Any:
+    """A cell of a Markdown table: value, digits, unit, interval, told; the text itself where it is no number."""
+    found = CELL.fullmatch(text.strip())
+    if not found:
+        return text.strip()
+    cell: dict[str, Any] = {"value": float(found["value"]), "digits": len(found["value"].partition(".")[2])}
+    if found["unit"]:
+        cell["unit"] = found["unit"]
+    if found["low"]:
+        cell["interval"] = [float(found["low"]), float(found["high"])]
+    return cell | ({"told": True} if found["told"] else {})
+
+
+def tables_in(text: str) -> list[list[list[str]]]:
+    """All Markdown tables of a text: rows of cells, the heads first."""
+    blocks = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
+    rows = [[line.strip().strip("|").split("|") for line in block.splitlines()] for block in blocks]
+    return [[[cell.strip() for cell in row] for place, row in enumerate(table) if place != 1] for table in rows]
+
+
+def entry(table: list[list[str]], command: Command, **more: Any) -> dict:
+    """A table of docs/results.json with its source."""
+    head, *rows = table
+    about = {"command": shown(command), "commit": _git("rev-parse", "--short", "HEAD")}
+    about |= {"date": date.today().isoformat(), "machine": machine()}
+    return {**about, **more, "columns": head, "rows": {row[0]: [cell_of(cell) for cell in row[1:]] for row in rows}}
+
+
+def shown(command: Command) -> str:
+    """A command as a person types it."""
+    return shlex.join(command).replace(shlex.join(SAFEROPE), "saferope").replace(sys.executable, "python")
+
+
+def machine() -> str:
+    import torch
+
+    bf16 = "with" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without"
+    return f"{torch.get_num_threads()} cores of a {platform.machine()} CPU {bf16} bf16 instructions"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run(command: Command) -> None:
+    print("$", shown(command), flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def evaluation_tables(evaluation: dict) -> dict[str, list[list[str]]]:
+    """A table for each concept of an `evaluation.json`."""
+    found = {}
+    for concept in dict.fromkeys(row["concept"] for row in evaluation["rows"]):
+        own = [row for row in evaluation["rows"] if row["concept"] == concept]
+        titles = [title for title, where in COLUMNS.items() if any(_is(row, where) for row in own)]
+        found[concept] = [["", *titles]]
+        for method, strength in dict.fromkeys((row["method"], row["strength"]) for row in own):
+            mine = [row for row in own if (row["method"], row["strength"]) == (method, strength)]
+            cells = [next((_number(row) for row in mine if _is(row, COLUMNS[title])), "") for title in titles]
+            found[concept].append([method if strength is None else f"{method}, {strength:g}", *cells])
+    return found
+
+
+def _is(row: dict, where: tuple[str, str]) -> bool:
+    return where[0] in (row["column"], row["measure"]) and row["set"] == where[1]
+
+
+def _number(row: dict) -> str:
+    """With Wilson's interval, and an asterisk where McNemar's test tells it from unprotected at 1 %."""
+    if row["unit"]:
+        return f"{row['value']:.2f}{' x' if row['unit'] == 'x' else ''}"
+    between = "" if row["interval"] is None else " ({:.0f} to {:.0f})".format(*(100 * end for end in row["interval"]))
+    told = " *" if row["p_value"] is not None and row["p_value"] < 0.01 else ""
+    return f"{100 * row['value']:.0f}{between}{told}"
+
+
+def suites() -> dict[str, dict]:
+    """Runs every command whose product is not there yet; tables of results.md, and its pictures."""
+    for product, command in SUITES.items():
+        if not (ROOT / product).is_file():
+            run(command)
+    found = {}
+    for name, folder in (("table1", TABLE1), ("few-step", FEW_OUT), ("ablations", TABLE2)):
+        evaluation = json.loads((ROOT / folder / "evaluation.json").read_text(encoding="utf-8"))
+        command = SUITES[folder / "evaluation.json"]
+        found |= {f"{name}/{slug}": entry(table, command) for slug, table in evaluation_tables(evaluation).items()}
+    attack = TABLE1 / "attack" / "attack.md"
+    text = (ROOT / attack).read_text(encoding="utf-8")
+    slugs = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    found |= {f"attack/{s}": entry(t, SUITES[attack]) for s, t in zip(slugs, tables_in(text), strict=True)}
+    for name, source in PICTURES.items():
+        with Image.open(ROOT / source) as picture:
+            picture.convert("RGB").quantize(COLOURS).save(DOCS / name, optimize=True)
+    return found
+
+
+def cost() -> dict[str, dict]:
+    """The tables of performance.md, and its picture."""
+    out = ROOT / WORK / "bench"
+    command = (*SAFEROPE, "bench", "--out", str(out.relative_to(ROOT)))
+    run(command)
+    text = (out / "bench.md").read_text(encoding="utf-8")
+    about = re.search(r"^Measured on (?P<machine>.*?); (?P<settings>.*)\.$", text, re.MULTILINE)
+    shutil.copyfile(out / "bench.png", DOCS / "performance.png")
+    pairs = zip(ROUNDS, tables_in(text), strict=True)
+    return {name: entry(table, command) | (about.groupdict() if about else {}) for name, table in pairs}
+
+
+def demo() -> dict[str, dict]:
+    """README's table: the star of `make demo`."""
+    if not (ROOT / DEMO / "star.safetensors").is_file():
+        run((sys.executable, "-m", "dev.demo"))
+    run((*SAFEROPE, "evaluate", str(DEMO / "star.safetensors")))
+    (table,) = tables_in((ROOT / DEMO / "star.evaluation.md").read_text(encoding="utf-8"))
+    rows = {row[0]: row[1:4] for row in table[1:]}
+    chosen = [[title, *rows[measure]] for title, measure in DEMO_ROWS.items()]
+    return {"demo": entry([["", "pictures", "unprotected", "protected"], *chosen], ("make", "demo"))}
+
+
+def tiny_world() -> dict[str, dict]:
+    """The tables of tiny-world.md."""
+    command = (sys.executable, "-m", "tinyworld.report")
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = ("tiny-world/seen", "tiny-world/right")
+    return {name: entry(table, command) for name, table in zip(names, tables_in(text), strict=True)}
+
+
+MEASURES = {"suites": suites, "cost": cost, "demo": demo, "tiny-world": tiny_world}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure figures of the pages and write docs/results.json.")
+    parser.add_argument("what", choices=MEASURES)
+    found = MEASURES[parser.parse_args().what]()
+    results = read_results()
+    write_results({**results, "tables": {**results["tables"], **found}})
+    print("written:", ", ".join(found))
+
+
+if __name__ == "__main__":
+    main()
