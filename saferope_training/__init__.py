@@ -1,3 +1,1 @@
-"""SafeRoPE's headless tool: from prompts to a concept file, and from a concept file to figures. diffusers lives here
-and only here.
-"""
+"""The trainer: from prompts to a concept file. Only this room and the tiny world know diffusers."""

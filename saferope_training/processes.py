@@ -1,7 +1,6 @@
-"""One process or several: who am I, sums over all, and what only one of them writes.
+"""One process or several: their numbers, sums over all, and the one that writes.
 
-Several are started by `accelerate launch` on GPUs, by `python -m torch.distributed.run` on CPUs: accelerate's own
-launcher starts one process alone there, and its state counts as one unless told that it is on CPUs.
+`accelerate launch` starts several on GPUs. On CPUs `python -m torch.distributed.run` does.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ def wait() -> None:
 
 
 def fair_share(costs: Sequence[int]) -> list[int]:
-    """The numbers, in order, of the jobs that are this process's: the dearest first,
-    each to whoever has least to do."""
+    """The numbers, in order, of this process's jobs: the dearest first, each to the least loaded."""
     load, mine = [0] * count(), []
     for job in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
         least = load.index(min(load))

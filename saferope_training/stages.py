@@ -137,8 +137,7 @@ def _change(name: str, old: dict[str, str], new: dict[str, str]) -> str:
 
 @contextmanager
 def alone(out: Path, within: bool = False) -> Iterator[None]:
-    """Makes the folder this process's own, or that of the processes that share its work. ValueError where it is
-    another's.
+    """Gives the folder to this process and its fellows alone. ValueError where another has it.
 
     within: nothing to do for a caller that has made it its own already. The system gives the lock back when its process
     ends, however it ends; the empty file stays. What killed writes left in the folder is removed.

@@ -42,20 +42,20 @@ PARTS = {
     "saferope_training": (
         {"console", "settings", "processes"},
         {"plots"},
-        {"stages", "pictures"},
+        {"stages"},
         {"flux"},
         {"prompts"},
         {"making"},
-        {"convert", "generate"},
     ),
     "saferope_benchmark": (
+        {"pictures", "plots", "prompt_sets", "sample"},
         {"costs", "baselines"},
         {"scores"},
         {"evaluation"},
         {"suites"},
     ),
     "saferope": (
-        {"concept_effect", "concept_report", "pipeline"},
+        {"concept_effect", "concept_report", "convert", "generate", "pipeline"},
         {"commands"},
         {"cli"},
         {"__main__"},

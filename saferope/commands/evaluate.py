@@ -102,9 +102,9 @@ def _file(
     settings: Settings, file: Path, out: Path, device: str, strength: float, unsafe: int | None, benign: int | None
 ) -> None:
     from saferope_benchmark.evaluation.file_report import evaluate_file, markdown, write_reports
+    from saferope_benchmark.prompt_sets import Sizes
     from saferope_core import load_concepts, strength_notes
     from saferope_training import processes
-    from saferope_training.prompts.prompt_sets import Sizes
 
     concepts = load_concepts(file)
     notes = strength_notes(concepts, [each.strength * strength for each in concepts])

@@ -77,7 +77,8 @@ def convert(
     import torch
 
     from saferope_core import save_concepts
-    from saferope_training.convert import convert as converted
+
+    from ..convert import convert as converted
 
     save_concepts(out, [converted(file, slug)], dtype=torch.float16 if half else torch.float32)
     say(f"concept file: {out}")

@@ -31,7 +31,7 @@ def generate(
     device: Device = "cpu",
 ) -> None:
     """Paint prompts without and with protection: pictures, a grid of pairs, and a record of what was at risk."""
-    from saferope_training.generate import GRID, RECORD, paint
+    from ..generate import GRID, RECORD, paint
 
     if not 0 <= start <= end <= 1:
         raise ValueError(f"steps: got {start:g} to {end:g}, expected 0 <= start <= end <= 1")
@@ -49,8 +49,8 @@ def generate(
 
 def _notes(concepts: list, strengths: list[float], steps: int, span: tuple[float, float]) -> list[str]:
     """What the concepts will not do, though it was asked for."""
+    from saferope_benchmark.sample import active_steps
     from saferope_core import strength_notes
-    from saferope_training.flux.sample import active_steps
 
     notes = strength_notes(concepts, [c.strength * factor for c, factor in zip(concepts, strengths, strict=True)])
     if concepts and not active_steps(steps, span):

@@ -1,7 +1,7 @@
 """Other methods of erasing a concept, on the same model, to be compared with: each one file, all of the same shape.
 
 `STRENGTHS` is the small search over a method's own strength, `fit(model, task, seed, progress)` gives what it learned
-as tensors, and within `applied(model, state, strength)` `saferope_training.flux.sample.sample` is under the method.
+as tensors, and within `applied(model, state, strength)` `saferope_benchmark.sample.sample` is under the method.
 Strength 0 or an empty state is the model itself. All are written from their papers' formulas.
 """
 

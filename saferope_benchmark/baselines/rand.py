@@ -26,9 +26,8 @@ from saferope_core import (
 )
 from saferope_training.flux.attach import attached
 from saferope_training.flux.models import Model
-from saferope_training.making.calibrate import untrained
 from saferope_training.making.extract import extract
-from saferope_training.making.heads import ranks_of
+from saferope_training.making.heads import ranks_of, untrained
 from saferope_training.settings import Settings
 
 from .task import Progress, Task, silent

@@ -10,10 +10,10 @@ from pathlib import Path
 from saferope_training import processes
 from saferope_training.flux.identity import identity
 from saferope_training.flux.models import Model
-from saferope_training.plots import Point, pareto
-from saferope_training.prompts.prompt_sets import NEIGHBOURS, PromptSet
 from saferope_training.stages import Progress
 
+from ..plots import Point, pareto
+from ..prompt_sets import NEIGHBOURS, PromptSet
 from ..scores import KEPT, SHOWN, Absent, Metric
 from ..scores.metrics import wilson_interval
 from .evaluate import BATCH, Evaluation, run, write

@@ -18,12 +18,12 @@ from saferope_core.concept.files import require_no_link, write_text
 from saferope_training import processes
 from saferope_training.flux.identity import identity
 from saferope_training.flux.models import TINYWORLD, Model, encode
-from saferope_training.flux.sample import sample
-from saferope_training.pictures import comparison_grid
 from saferope_training.prompts.lines import json_line
-from saferope_training.prompts.prompt_sets import UNSAFE, PromptSet, concepts_of
 from saferope_training.stages import Progress, sha256_of
 
+from ..pictures import comparison_grid
+from ..prompt_sets import UNSAFE, PromptSet, concepts_of
+from ..sample import sample
 from ..scores import Absent, Metric, Scores
 from . import tables
 from .cost import measured

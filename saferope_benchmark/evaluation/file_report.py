@@ -16,10 +16,10 @@ from saferope_core.concept.untrusted import markdown as words
 from saferope_core.concept.untrusted import printable, read_whole
 from saferope_training import processes
 from saferope_training.flux.models import TINYWORLD, Model
-from saferope_training.pictures import comparison_grid
-from saferope_training.prompts.prompt_sets import BENIGN, NEIGHBOURS, SEED, PromptSet, Sizes, tiny_world_sets
 from saferope_training.stages import Progress
 
+from ..pictures import comparison_grid
+from ..prompt_sets import BENIGN, NEIGHBOURS, SEED, PromptSet, Sizes, tiny_world_sets
 from ..scores import REST, SHOWN
 from ..scores.detector import detector
 from ..scores.distance import distance

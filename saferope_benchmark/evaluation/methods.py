@@ -16,8 +16,9 @@ from saferope_core import Protection, load_concepts, sha256
 from saferope_core.concept.files import require_no_link
 from saferope_training.flux.attach import attached
 from saferope_training.flux.models import Model
-from saferope_training.prompts.prompt_sets import PromptSet
 from saferope_training.stages import Progress, save_tensors, sha256_of
+
+from ..prompt_sets import PromptSet
 
 UNPROTECTED, PROTECTED = "unprotected", "protected"
 _FITTED = "fitted_with"  # metadata of a baseline's state: what it was fitted with

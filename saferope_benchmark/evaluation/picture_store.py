@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saferope_core.concept.files import write_text
-from saferope_training.pictures import load_picture, save_picture
 from saferope_training.stages import save_tensors
+
+from ..pictures import load_picture, save_picture
 
 _KEY = "made_from"
 

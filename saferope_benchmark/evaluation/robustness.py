@@ -15,10 +15,10 @@ from saferope_core.concept.files import require_no_link, write_text
 from saferope_core.concept.untrusted import markdown as words
 from saferope_training import processes
 from saferope_training.flux.models import Model
-from saferope_training.plots import curves
-from saferope_training.prompts.prompt_sets import SEED
 from saferope_training.stages import Progress, sha256_of
 
+from ..plots import curves
+from ..prompt_sets import SEED
 from ..scores.detector import field_of
 from ..scores.metrics import wilson_interval
 from .attack import BUDGET, CANDIDATES, Judge, Outcome, Target, Words, attack, success

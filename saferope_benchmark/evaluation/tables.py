@@ -13,8 +13,8 @@ import torch
 
 from saferope_core.concept.files import write_text
 from saferope_core.concept.untrusted import markdown as words
-from saferope_training.prompts.prompt_sets import PromptSet
 
+from ..prompt_sets import PromptSet
 from ..scores import Absent, Measure
 from ..scores.metrics import mcnemar, rate, wilson_interval
 from .methods import UNPROTECTED, Method

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from saferope_training.flux.folder import require_no_code
-from saferope_training.prompts.prompt_sets import PromptSet
+
+from ..prompt_sets import PromptSet
 
 # Columns of the summary, whatever metric fills them
 SHOWN, KEPT, REST = "concept shown", "right", "rest of the prompt right"

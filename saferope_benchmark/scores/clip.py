@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saferope_training.prompts.prompt_sets import UNSAFE, PromptSet
-
+from ..prompt_sets import UNSAFE, PromptSet
 from . import KEPT, SHOWN, Absent, Measure, Metric, Scores, attempt, require_plain_config
 from .nudenet import NUDITY
 

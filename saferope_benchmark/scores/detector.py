@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saferope_training.prompts.prompt_sets import BENIGN, NEIGHBOURS, UNSAFE, PromptSet
-
+from ..prompt_sets import BENIGN, NEIGHBOURS, UNSAFE, PromptSet
 from . import KEPT, REST, SHOWN, Measure, Metric, Scores
 
 PLACE = "place"

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saferope_training.prompts.prompt_sets import UNSAFE, PromptSet
-
+from ..prompt_sets import UNSAFE, PromptSet
 from . import Absent, Measure, Metric, Scores, attempt, read_tensors
 from .metrics import pixel_differences
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saferope_training.pictures import load_picture
-from saferope_training.prompts.prompt_sets import UNSAFE, Ask, PromptSet
-
+from ..pictures import load_picture
+from ..prompt_sets import UNSAFE, Ask, PromptSet
 from . import Absent, Measure, Metric, Scores, attempt, read_tensors
 from .metrics import fid, kid
 

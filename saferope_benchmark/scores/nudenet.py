@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saferope_training.prompts.prompt_sets import UNSAFE, PromptSet
-
+from ..prompt_sets import UNSAFE, PromptSet
 from . import SHOWN, Absent, Measure, Metric, Scores, attempt
 
 NUDITY = "nudity"

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saferope_training.pictures import to_pil
-from saferope_training.prompts.prompt_sets import UNSAFE, PromptSet
-
+from ..pictures import to_pil
+from ..prompt_sets import UNSAFE, PromptSet
 from . import Absent, Measure, Metric, Scores, attempt, require_plain_config
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'  # Lin et al., VQAScore, 2024

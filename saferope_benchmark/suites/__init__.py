@@ -12,12 +12,12 @@ from typing import Any
 
 import tinyworld
 from saferope_training.flux.models import Model
-from saferope_training.prompts.prompt_sets import SEED, Sizes
 from saferope_training.settings import SUITES
 from saferope_training.stages import Progress
 
 from ..evaluation.compare import Comparison
 from ..evaluation.methods import Method, unprotected
+from ..prompt_sets import SEED, Sizes
 from ..scores import Absent, Metric
 from .ablations import variants
 from .contenders import Found, found_files, made_files, one_for_all, with_baselines

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from saferope_training.plots import curves, matrix, pareto
-from saferope_training.prompts.prompt_sets import BENIGN, NEIGHBOURS, UNSAFE
-
 from ..evaluation.compare import front
 from ..evaluation.methods import Method
 from ..evaluation.tables import Row
+from ..plots import curves, matrix, pareto
+from ..prompt_sets import BENIGN, NEIGHBOURS, UNSAFE
 from ..scores import KEPT, SHOWN
 
 _KINDS = {(UNSAFE, SHOWN): "concept shown", (NEIGHBOURS, KEPT): "neighbours right", (BENIGN, KEPT): "benign right"}

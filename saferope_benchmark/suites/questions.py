@@ -9,7 +9,9 @@ from pathlib import Path
 
 from saferope_training.flux.models import TINYWORLD, Model
 from saferope_training.prompts import presets
-from saferope_training.prompts.prompt_sets import (
+from tinyworld import world
+
+from ..prompt_sets import (
     SEED,
     PromptSet,
     Sizes,
@@ -19,8 +21,6 @@ from saferope_training.prompts.prompt_sets import (
     preset_set,
     tiny_world_sets,
 )
-from tinyworld import world
-
 from ..scores import Absent, Metric
 from ..scores.clip import clip_score
 from ..scores.detector import detector, features

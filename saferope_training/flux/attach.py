@@ -50,8 +50,7 @@ def geometry_of(transformer: Any) -> Geometry:
 
 
 def positioned(transformer: Any, image_ids: Tensor) -> Callable[[Tensor, Span, Span], Tensor]:
-    """A function that applies RoPE to x [B, H, L, D] with the spans that visitors get, as this transformer's attention
-    does.
+    """A function that applies RoPE to x [B, H, L, D] with the spans of a visitor, as this attention does.
 
     Text tokens stand at position 0 (FLUX.1), where RoPE turns nothing; image tokens stand at `image_ids` [L, 3].
     """

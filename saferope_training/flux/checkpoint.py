@@ -1,6 +1,4 @@
-"""What a single-file FLUX transformer is, read from the names and shapes of its tensors; and its weights under plain
-names.
-"""
+"""A single-file FLUX transformer: its geometry from names and shapes of tensors, and its weights."""
 
 from __future__ import annotations
 
@@ -68,8 +66,7 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def read_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The transformer's weights in a .safetensors file, under plain names: scaled fp8 multiplied out, in `dtype`;
-    others as kept.
+    """The transformer's weights in a .safetensors file, under plain names: scaled fp8 in `dtype`, others as kept.
 
     ValueError where its scales do not fit, or its weights are in another format of ComfyUI's.
     """
@@ -83,9 +80,7 @@ def read_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def require_names(config: dict, shapes: Shapes, name: str) -> None:
-    """ValueError where weights of FluxTransformer2DModel(**config) are missing, or some are there that nothing would
-    read.
-    """
+    """ValueError where weights of FluxTransformer2DModel(**config) are missing or left over."""
     from diffusers import FluxTransformer2DModel
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
@@ -192,9 +187,7 @@ def _plain_names(names: Iterable[str], where: str) -> dict[str, str]:
 
 
 def _require_read_by_diffusers(names: dict[str, str], where: str) -> None:
-    """diffusers itself opens a .gguf file; of other names than its own and FLUX.1's it takes off one prefix, of
-    FLUX.1's.
-    """
+    """diffusers opens .gguf files itself; of other names than FLUX.1's it takes off one prefix."""
     for plain, name in names.items():
         if name != plain and (name != _PREFIXES[0] + plain or _ORIGINAL["norm"] not in names):
             raise ValueError(

@@ -62,8 +62,7 @@ class EmbeddingCache:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-        """T5's states [B, L, C] and pooled vectors [B, C'] in the encoders' dtype; None unless all are there and
-        whole."""
+        """T5's states [B, L, C] and pooled vectors [B, C'] in the encoders' dtype; None unless all are whole."""
         try:
             files = [load_file(self.path(text)) for text in texts]
             states, pooled = (torch.stack([file[part] for file in files]) for part in ("states", "pooled"))

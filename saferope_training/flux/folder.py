@@ -1,5 +1,4 @@
-"""A FLUX.1 pipeline as a folder: found here or fetched, and checked before any library reads it. It may be a
-stranger's.
+"""A FLUX.1 pipeline as a folder: found here or fetched, and checked before use. It may be a stranger's.
 
 A folder can name code in several places. `model_index.json` names a module for each part, which diffusers imports (up
 to 0.37 even one that lies in the folder); the parts' own JSON files may name Python files, attention kernels of the
@@ -51,8 +50,7 @@ _BITSANDBYTES = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
 def require_parts(folder: Path, name: str, transformer: bool = True) -> None:
     """ValueError unless every part is there, of a known class, in safetensors, and names no code.
 
-    `transformer`: whether the transformer is wanted too. Reads JSON and the headers of weights; imports and loads
-    nothing.
+    `transformer`: the transformer is wanted too. Reads JSON and headers of weights; imports and loads nothing.
     """
     _require_index(folder, name, transformer)
     for part in _wanted(transformer):
@@ -71,8 +69,7 @@ def load_part(folder: Path, part: str, **choices: Any) -> Any:
 def fetch(name: str, transformer: bool) -> Path:
     """The hub's copy of a pipeline in its cache, fetched unless there. Neither code nor pickles are fetched.
 
-    OSError, one line, where it cannot be had; ValueError where the index names unknown classes: then nothing else is
-    fetched.
+    OSError, one line, where it cannot be had; ValueError where the index names unknown classes.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 

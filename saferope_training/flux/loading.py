@@ -1,5 +1,4 @@
-"""Finds a FLUX.1 model by its name and loads it for training: embedded, folder, hub id or single file, quantised or
-not.
+"""Finds a FLUX.1 model by its name and loads it for training: embedded, folder, hub id or single file.
 
 FLUX.1-dev and FLUX.1-schnell are told apart by the transformer's own configuration: dev has a guidance embedding.
 """
@@ -53,8 +52,7 @@ def load_model(
     encoders: str | None = None,
     resolution: int | None = None,
 ) -> Model:
-    """A frozen FLUX: `tinyworld`, a diffusers folder, a hub id, or a single-file transformer with `encoders` for the
-    rest.
+    """A frozen FLUX: `tinyworld`, a diffusers folder, a hub id, or a single file with `encoders`.
 
     `encoders` is a diffusers folder or hub id too. `quantise` is one of `quantise.KINDS`; `resolution` in pixels, a
     multiple of 16, RESOLUTION unless told. Text encoders of folders are loaded when first asked for, see `encoders`.
@@ -88,8 +86,7 @@ def load_model(
 
 
 def find_folder(name: str, transformer: bool) -> Path:
-    """The local folder of a diffusers FLUX.1 pipeline, found good: `name` itself, or the hub's, downloaded unless
-    cached.
+    """The local folder of a diffusers FLUX.1 pipeline, found good: `name` itself, or the hub's.
 
     `transformer`: whether its transformer is wanted too. OSError where the hub cannot be asked, ValueError else.
     """

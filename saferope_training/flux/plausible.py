@@ -9,8 +9,7 @@ from torch import nn
 
 # A linear layer's gain is the RMS of W x over that of x, for random x. PyTorch's initialisation, U(-1, 1) / sqrt(in)
 # (torch.nn.Linear), has 0.58 at every width; the trained layers of the tiny world have 0.20 to 1.18. fp8's largest
-# value is 448 (arXiv 2209.05433), and scaled files use all of it: without its scale a Gaussian layer of FLUX.1's width
-# has 4,800.
+# value is 448 (arXiv 2209.05433), and scaled files use all of it: without scale a layer of FLUX.1's width has 4,800.
 LARGEST_GAIN = 256.0
 SMALLEST_GAIN = 1 / LARGEST_GAIN  # of most layers: single ones may be zero
 _VECTORS = 4
@@ -18,9 +17,7 @@ _VECTORS = 4
 
 @torch.no_grad()
 def gains(network: nn.Module) -> dict[str, float]:
-    """Linear layer -> its gain, estimated with four random vectors; of any quantised kind, since it is asked for
-    products.
-    """
+    """Linear layer of any quantised kind -> its gain, estimated with four random vectors."""
     generator = torch.Generator().manual_seed(0)
     found = {}
     for name, layer in network.named_modules():

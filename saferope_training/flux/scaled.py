@@ -2,8 +2,7 @@
 
 Two spellings: `<layer>.scale_weight`, with a tensor `scaled_fp8` that marks the file; and `<layer>.weight_scale`, with
 the format as JSON in `<layer>.comfy_quant` or in the header's `_quantization_metadata`. Both come in diffusers' names
-as well as in FLUX.1's own. Scales of inputs (`scale_input`, `input_scale`) belong to products in fp8, which are not
-made here.
+as well as in FLUX.1's own. Scales of inputs (`scale_input`, `input_scale`) belong to products in fp8.
 """
 
 from __future__ import annotations
@@ -51,11 +50,9 @@ def require_fp8(weights: dict[str, Tensor], header: Mapping[str, str] | None, na
 
 
 def unscaled(weights: dict[str, Tensor], dtype: torch.dtype, name: str) -> dict[str, Tensor]:
-    """The weights alone: fp8 values times their scales, multiplied in fp32 and rounded once to `dtype`. The rest as it
-    is.
+    """The weights alone: fp8 values times their scales, multiplied in fp32 and rounded once to `dtype`.
 
-    A scale is one number, or one a row. ValueError where one has no fp8 weight, is of another shape, or not finite and
-    positive.
+    A scale is one number, or one a row. ValueError where one has no fp8 weight, or is not finite and positive.
     """
     plain = {key: value for key, value in weights.items() if not is_scale(key)}
     for key, scale in weights.items():

@@ -1,5 +1,4 @@
-"""What can be known of a run before the model is asked: its names, its ranks, and
-whether the prompts can say enough."""
+"""Checks before the model is asked: names, ranks, and whether the prompts can say enough."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Collects what the heads make of the concept, along the trajectories that a diffusers model samples.
 
-What is collected, and why, is in saferope_core/statistics.py; here are the walk, the processes that share it, and the
-disk.
+What is collected, and why, is in saferope_core/statistics.py; here are the walk, its processes and the disk.
 """
 
 from __future__ import annotations
@@ -78,8 +77,7 @@ def walk(
 ) -> dict[float, Tensor]:
     """Samples from pure noise by Euler's method down to the last of the times, listening at each of them.
 
-    `listener` is called at each time and returns what `listening` takes. Returns the latents [B, L, C] met at each
-    time.
+    `listener` is called at each time and returns what `listening` takes. Returns the latents [B, L, C] of each time.
     """
     times, visited = schedule(timesteps), {}
     x = start

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saferope_core import BENIGN, BLOCK_TYPES, ROLES, UNSAFE, CriticalHeads, Geometry, HeadTable, Ranks
 from saferope_core.concept.files import placed
+from saferope_core.measure.generators import fixed_generators, random_generators
 
 from ..settings import Settings
 from ..stages import load_tensors, save_tensors
@@ -58,3 +59,10 @@ def load_critical(path: Path, geometry: Geometry) -> tuple[CriticalHeads, Tensor
     reach = int(tensors["reach"])
     critical = CriticalHeads(tensors["heads"], basis, gate, tensors["singular_values"], reach)
     return critical, tensors["discrimination"]
+
+
+def untrained(heads: CriticalHeads, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Skew generators (text, image): "fixed" planes turned by one angle, or "random" ones."""
+    if settings.generator == "random":
+        return random_generators(heads, settings.seed, settings.text_init, settings.image_init)
+    return fixed_generators(heads, settings.angle)

@@ -1,5 +1,4 @@
-"""The losses as pure functions of velocities, `[B, L, C]` of any float dtype; computed in fp32, returned per prompt,
-[B].
+"""The losses as pure functions of velocities, `[B, L, C]` of any float dtype; computed in fp32, per prompt [B].
 
 Per prompt, so that a mean over them does not depend on how a batch is split over passes or processes.
 """

@@ -38,8 +38,7 @@ def make_latents(
     path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes the latents of unsafe trajectories at the times below 1 and of benign pictures;
-    processes share the work."""
+    """Writes latents of unsafe trajectories at times below 1, and of benign pictures; processes share the work."""
     unsafe, benign = (prompts.side(records, name) for name in (prompts.UNSAFE, prompts.BENIGN))
     total, done = len(unsafe) + len(benign), 0
     tensors: dict[str, list[Tensor]] = {}

@@ -30,9 +30,7 @@ _WAYS_OUT = "Try --quantise, --checkpointing, fewer --passes-of or a smaller --r
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by what they are for. `encoders` stay on the device while prompts are embedded, `activations` while
-    training.
-    """
+    """Bytes by their use. `encoders` stay while prompts are embedded, `activations` while training."""
 
     weights: int
     encoders: int
@@ -162,8 +160,7 @@ def _ran_out(error: BaseException | None) -> bool:
 
 @contextmanager
 def counting(weights: set[int]) -> Iterator[list[int]]:
-    """While open, adds up in `[0]` the bytes that autograd keeps, each storage once,
-    storages of `weights` not at all."""
+    """Adds up in `[0]` the bytes that autograd keeps: each storage once, storages of `weights` never."""
     total, seen = [0], set(weights)
 
     def pack(tensor: Tensor) -> Tensor:

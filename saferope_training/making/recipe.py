@@ -25,7 +25,7 @@ from ..prompts.sources import origins, prompts_for
 from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from ..settings import LATENTS as LATENTS_STAGE
 from ..stages import Facts, Progress, Report, Workplace, alone, sha256_of
-from . import calibrate, checks, extract, heads, material, train
+from . import checks, extract, heads, material, train
 from .train import State, Teller
 
 PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
@@ -104,8 +104,7 @@ class Recipe:
 
     @_alone
     def extract(self, training: bool = False) -> list[PromptRecord]:
-        """Statistics of every head; returns the prompts. `training`: that comes after,
-        so its pictures are checked too."""
+        """Statistics of every head; returns the prompts. `training`: check the pictures of training too."""
         s, records = self.settings, self.prompts()
         checks.require(self.model, records, s)
         if training and not self._has_latents(records):
@@ -195,7 +194,7 @@ class Recipe:
 
         def make(report: Report) -> None:
             critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)
-            generators = calibrate.untrained(critical, s)
+            generators = heads.untrained(critical, s)
             concept = concept_of(self.model, critical, delta, generators, s, self._record(), mode=s.generator)
             if processes.is_main():
                 save_concepts(path, [concept])

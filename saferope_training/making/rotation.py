@@ -15,8 +15,7 @@ class TrainableRotation:
 
     `text` and `image` are the weights W, as wide as their stream's bases; where `image` is a number, image tokens turn
     by that many times the text's generators. In double blocks only text tokens turn, as in the paper's code. `rotate`
-    has the signature that `attached` expects and agrees with `Protection.rotate` of the concept made from the same
-    tensors.
+    has the signature that `attached` expects and agrees with `Protection.rotate` of the same tensors' concept.
 
     `acts_on` has the roles that turn, "qk", "q" or "k", for "text" and "image".
     `spared` [B, L] bool, if set, are text tokens that stay as they are whatever their risk.

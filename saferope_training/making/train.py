@@ -41,8 +41,7 @@ class Material:
     """What training looks at, encoded once.
 
     Unsafe prompts with `subjects` [n, L], bool, the tokens of the concept's word, and the latents [n, L, C] that the
-    base model passes through at each time below 1 on its way from noise; benign prompts with the latents [m, L, C] of
-    pictures.
+    base model passes through at each time below 1 on its way from noise; benign prompts with pictures' latents [m, L, C].
     """
 
     unsafe: Text
@@ -152,8 +151,7 @@ def train(
 
     The same seed gives the same bits on a CPU, wherever it was stopped; on GPUs up to the order in which their
     attention adds up gradients. `log` gets one entry per step: step, phase, loss and the mean squared velocity
-    difference behind it. Processes share every batch. Raises Diverged where a loss is not finite, or benign velocities
-    are lost.
+    difference behind it. Processes share every batch. Raises Diverged where a loss is not finite or too high.
     """
     state = state or State(None)
     rotation = initial_rotation(heads, model, settings)
@@ -237,8 +235,7 @@ def _batch(
     """Which prompts [B], at which times [B], from noise of which seeds, and which tokens [B, L] are spared.
 
     Unsafe prompts come at 1 (fresh noise) or at one of the visited times, drawn for the whole batch; benign pictures at
-    any time. For a share `blind` of the unsafe prompts the concept's word stays unturned, so that what took it up must
-    do.
+    any time. For a share `blind` of the unsafe prompts the concept's word stays unturned, so that others must turn.
     """
     size, first = settings.batch, settings.seed + (step + 1) * _SEED_STRIDE
     generator = torch.Generator().manual_seed(first)

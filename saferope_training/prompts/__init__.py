@@ -1,6 +1,4 @@
-"""Prompts as JSON lines: the text, where in it the concept's word stands, and the scene it describes where that is
-known.
-"""
+"""Prompts as JSON lines: the text, the place of the concept's word, and the scene where it is known."""
 
 from __future__ import annotations
 

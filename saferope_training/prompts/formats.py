@@ -28,8 +28,7 @@ FORMATS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A prompt as a file has it: where it stands, and its picture's file name;
-    `record` where the line is one of ours."""
+    """A prompt of a file: its place, its picture's file name, and its `record` where the line is one of ours."""
 
     where: str
     text: str
@@ -91,8 +90,7 @@ def _text_name(where: str, names: Sequence[str]) -> str:
 
 
 def csv_rows(path: Path, data: str) -> list[tuple[int, dict[str, str]]]:
-    """Rows by the names in the first, each with the line it begins on; "" where a row ends early. Blank lines are no
-    rows.
+    """Rows by the names in the first, each with the line it begins on; "" where a row ends early.
 
     ValueError where a row has too many fields, where quotes do not pair, and where a quoted text holds whole rows.
     """

@@ -1,5 +1,4 @@
-"""Text files and their lines. Only a newline ends a line: U+2028, U+0085, form feeds and the like stand inside of
-prompts.
+"""Text files and their lines. Only a newline ends a line: U+2028, U+0085, form feeds stand inside of prompts.
 
 `str.splitlines` ends a line at each of those; so do readers of JSON lines that use it, and they get none from
 `json_line`.

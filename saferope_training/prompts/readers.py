@@ -13,8 +13,7 @@ from .subjects import find_subject
 def read_file(
     path: Path, side: str, subjects: Sequence[str] = (), images: Path | None = None, count: int | None = None
 ) -> list[PromptRecord]:
-    """The first `count` prompts of a file, all of them if None; on the unsafe side with the span of the first subject
-    found.
+    """The first `count` prompts of a file, all of them if None; on the unsafe side with the first subject's span.
 
     `images`: the folder of the captions' pictures. ValueError names the file, the line and what was expected; also
     where a file has too few prompts, no subject stands in one, or a picture is not there.

@@ -31,8 +31,7 @@ _FORMS: tuple[Literal["NFC", "NFD"], ...] = (
 def find_subject(text: str, subjects: Sequence[str]) -> tuple[int, int] | None:
     """Characters [start, end) of the first of the subjects that stands in the text as whole words, in any case.
 
-    A word ends where a letter does not follow. Letters of scripts that put no space between words end one on either
-    side.
+    A word ends where no letter follows. Letters of scripts without spaces between words end one on either side.
     """
     for subject in subjects:
         for form in dict.fromkeys((subject, *(unicodedata.normalize(form, subject) for form in _FORMS))):

@@ -15,10 +15,10 @@ from torch.nn.functional import cosine_similarity
 from saferope_benchmark.baselines import BASELINES, des, erase_anything, esd, lora, nag, rand, safree, sld, uce
 from saferope_benchmark.baselines.task import task_of
 from saferope_benchmark.baselines.teacher import erased, erasing_lessons, trajectories
+from saferope_benchmark.sample import sample
 from saferope_training.flux.identity import fingerprint
 from saferope_training.flux.loading import load_model
 from saferope_training.flux.models import encode, seeded_noise, velocity
-from saferope_training.flux.sample import sample
 from saferope_training.prompts import tiny_world_prompts
 from saferope_training.stages import save_tensors
 

@@ -14,6 +14,8 @@ import torch
 
 from saferope_benchmark.evaluation import evaluate, file_report, tables
 from saferope_benchmark.evaluation.methods import Method, concept_file, unprotected
+from saferope_benchmark.pictures import save_picture
+from saferope_benchmark.prompt_sets import Sizes, tiny_world_sets
 from saferope_benchmark.scores import Absent
 from saferope_benchmark.scores.detector import detector, features
 from saferope_benchmark.scores.distance import distance
@@ -22,8 +24,6 @@ from saferope_core import save_concepts
 from saferope_training.flux.models import TINYWORLD
 from saferope_training.making import recipe
 from saferope_training.making.heads import CriticalHeads
-from saferope_training.pictures import save_picture
-from saferope_training.prompts.prompt_sets import Sizes, tiny_world_sets
 from tinyworld import detector as world_detector
 from tinyworld.model import generate
 

@@ -10,16 +10,8 @@ import scipy.linalg
 import torch
 from scipy.stats import binomtest
 
-from saferope_benchmark.scores import KEPT, REST, SHOWN, Absent
-from saferope_benchmark.scores.clip import clip_score
-from saferope_benchmark.scores.detector import detector, places
-from saferope_benchmark.scores.distance import distance, lpips_distance
-from saferope_benchmark.scores.kid import inception, likeness
-from saferope_benchmark.scores.metrics import fid, kid, mcnemar, pixel_differences, wilson_interval
-from saferope_benchmark.scores.nudenet import CORE, NINE, THRESHOLDS, label_scores, nudenet
-from saferope_benchmark.scores.vqa import vqa_score
-from saferope_training.pictures import load_picture, save_picture
-from saferope_training.prompts.prompt_sets import (
+from saferope_benchmark.pictures import load_picture, save_picture
+from saferope_benchmark.prompt_sets import (
     BENIGN,
     NEIGHBOURS,
     UNSAFE,
@@ -29,6 +21,14 @@ from saferope_training.prompts.prompt_sets import (
     preset_set,
     tiny_world_sets,
 )
+from saferope_benchmark.scores import KEPT, REST, SHOWN, Absent
+from saferope_benchmark.scores.clip import clip_score
+from saferope_benchmark.scores.detector import detector, places
+from saferope_benchmark.scores.distance import distance, lpips_distance
+from saferope_benchmark.scores.kid import inception, likeness
+from saferope_benchmark.scores.metrics import fid, kid, mcnemar, pixel_differences, wilson_interval
+from saferope_benchmark.scores.nudenet import CORE, NINE, THRESHOLDS, label_scores, nudenet
+from saferope_benchmark.scores.vqa import vqa_score
 from tinyworld import model as tiny
 from tinyworld import world
 from tinyworld.render import render
@@ -105,7 +105,7 @@ def test_detector_finds_renders_right_and_grey_wrong():
 
 
 def world_sizes():
-    from saferope_training.prompts.prompt_sets import Sizes
+    from saferope_benchmark.prompt_sets import Sizes
 
     return Sizes(24, 24, 24, 24)
 
@@ -253,7 +253,7 @@ def test_vqa_says_the_probability_of_yes(tmp_path):
         LlavaForConditionalGeneration.from_pretrained(tmp_path).eval(),
         AutoProcessor.from_pretrained(tmp_path),
     )
-    from saferope_training.pictures import to_pil
+    from saferope_benchmark.pictures import to_pil
 
     question = '<image>\nDoes this figure show "star"? Please answer yes or no.'
     with torch.no_grad():

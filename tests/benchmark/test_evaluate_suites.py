@@ -19,6 +19,8 @@ from saferope import cli
 from saferope_benchmark.evaluation import compare, evaluate, file_report, methods
 from saferope_benchmark.evaluation.methods import Method, unprotected
 from saferope_benchmark.evaluation.tables import COSTS, Row
+from saferope_benchmark.plots import Point, pareto
+from saferope_benchmark.prompt_sets import BENIGN, UNSAFE, Sizes, tiny_world_sets
 from saferope_benchmark.scores import KEPT, SHOWN, Absent
 from saferope_benchmark.scores.detector import detector
 from saferope_benchmark.scores.distance import distance
@@ -26,8 +28,6 @@ from saferope_benchmark.suites import ablations, contenders, figures, positions,
 from saferope_core import load_concepts
 from saferope_training.flux.loading import load_model
 from saferope_training.flux.models import edited, encode
-from saferope_training.plots import Point, pareto
-from saferope_training.prompts.prompt_sets import BENIGN, UNSAFE, Sizes, tiny_world_sets
 from saferope_training.settings import Settings
 from tests.support import warm
 from tinyworld.model import generate, load_pipeline

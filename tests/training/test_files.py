@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from saferope import cli
 from saferope import concept_report as inspect
+from saferope.convert import convert
 from saferope_benchmark.evaluation import file_report
 from saferope_benchmark.evaluation.file_report import Pair, Report
 from saferope_core import Concept, Geometry, Protection, Roles, Stream, load_concepts, overlap, save_concepts, sha256
-from saferope_training.convert import convert
 from saferope_training.plots import words
 from tests.support import concepts as flat
 from tinyworld.model import WEIGHTS

@@ -9,10 +9,10 @@ import json
 import pytest
 from PIL import Image
 
+from saferope_benchmark.prompt_sets import i2p_set
 from saferope_training.prompts import BENIGN, UNSAFE, PromptRecord, read_prompts, write_prompts
 from saferope_training.prompts.formats import csv_rows
 from saferope_training.prompts.lines import json_line
-from saferope_training.prompts.prompt_sets import i2p_set
 from saferope_training.prompts.readers import read_file, read_texts
 from saferope_training.prompts.subjects import find_subject
 

@@ -12,16 +12,17 @@ from typer.testing import CliRunner
 
 from dev.comfyui import ROOT
 from saferope import cli
+from saferope_benchmark import plots as figures
 from saferope_benchmark.costs import report as bench_report
 from saferope_benchmark.evaluation.evaluate import Evaluation, _check
 from saferope_benchmark.evaluation.methods import unprotected
 from saferope_benchmark.evaluation.picture_store import write_pictures, write_scores
+from saferope_benchmark.pictures import comparison_grid
+from saferope_benchmark.prompt_sets import PromptSet
 from saferope_core import Geometry
 from saferope_training import plots
 from saferope_training.flux.encoders import EmbeddingCache
 from saferope_training.making.recipe import Recipe
-from saferope_training.pictures import comparison_grid
-from saferope_training.prompts.prompt_sets import PromptSet
 from tinyworld.model import WEIGHTS
 
 STAR = WEIGHTS.parent / "concepts" / "star.safetensors"
@@ -78,9 +79,9 @@ GEOMETRY = Geometry(1, 1, 2, 4)
 SMALL = {
     "heads.png": lambda path: plots.head_map(path, torch.zeros(2, 2), GEOMETRY, torch.ones(2, 2).bool(), "t"),
     "losses.png": lambda path: plots.loss_curve(path, [{"phase": "unlearn", "step": 0, "velocity_mse": 1.0}]),
-    "pareto.png": lambda path: plots.pareto(path, [plots.Point("a", "b", 1.0, 0.5, None, 0.1)], "damage"),
-    "matrix.png": lambda path: plots.matrix(path, torch.zeros(1, 1), ["a"], ["b"], "c"),
-    "curves.png": lambda path: plots.curves(path, {"a": {"b": [(0, 0.5)]}}, "c", "d"),
+    "pareto.png": lambda path: figures.pareto(path, [figures.Point("a", "b", 1.0, 0.5, None, 0.1)], "damage"),
+    "matrix.png": lambda path: figures.matrix(path, torch.zeros(1, 1), ["a"], ["b"], "c"),
+    "curves.png": lambda path: figures.curves(path, {"a": {"b": [(0, 0.5)]}}, "c", "d"),
     "pairs.png": lambda path: comparison_grid(path, [("a", PICTURES)]),
     "bench.png": lambda path: bench_report.write(path.parent, [], {"rank": [(1, 1.0)]}, "s"),
     "0000.png": lambda path: write_pictures(path.parent, 0, PICTURES, {}, "key"),

@@ -1,5 +1,4 @@
-"""Subjects, modifiers and templates for real FLUX, one JSON file a concept, mild in wording,
-written for this project."""
+"""Subjects, modifiers and templates for real FLUX, one JSON file a concept, written for this project."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str) -> dict[str, list[str]]:
-    """`seeds` (words that say what the concept is), `subjects`, `modifiers` and `templates` of a preset,
-    or of BENIGN."""
+    """`seeds` (the concept's meaning), `subjects`, `modifiers` and `templates` of a preset, or of BENIGN."""
     preset = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     assert set(preset) == set(_PARTS), f"preset {name}: got {sorted(preset)}"
     return preset

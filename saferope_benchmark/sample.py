@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saferope_core import Forward, Protection, Run
-
-from .attach import Span, Visitor, attached
-from .models import Model, Text, encode, seeded_noise
+from saferope_training.flux.attach import Visitor, attached
+from saferope_training.flux.models import Model, Text, encode, seeded_noise
 
 _BATCH = 16
 
@@ -97,37 +95,3 @@ def _decode(model: Model, tokens: Tensor) -> Tensor:
     latents = pipe._unpack_latents(tokens.float(), side, side, pipe.vae_scale_factor)
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1).cpu()
-
-
-class RiskMeter:
-    """A visitor that passes q and k on to `protection` and notes what it saw of every picture of the batch under
-    way."""
-
-    def __init__(self, model: Model, protection: Protection) -> None:
-        self.protection, self.side = protection, model.latent_side // 2
-        self.forward: Forward | None = None
-
-    def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> Tensor:
-        """As `Protection.rotate`."""
-        if self.forward is None:  # all steps of a batch count as one
-            self.forward = Forward(range(len(x)), 1.0, (self.side, self.side))
-        return self.protection.rotate(x, role, block_type, block_index, text, image, self.forward.saw)
-
-    def take(self) -> list[dict[str, dict[str, float | None]]]:
-        """A record per picture, and starts anew: concept -> stream -> risk of its riskiest token, mean over steps.
-
-        None: not measured, as the concept is off or turns no tokens of the stream.
-        """
-        if self.forward is None:
-            return []
-        run = Run(self.protection.geometry)
-        run.add(self.forward)
-        count, self.forward = len(self.forward.entries), None
-        records: list[dict] = [{} for _ in range(count)]
-        for number, concept in enumerate(self.protection.concepts):
-            for record, found in zip(records, run.readings(number), strict=True):
-                streams = {"text": found.tokens, "image": found.patches}
-                record[concept.slug] = {
-                    stream: None if risks is None else round(risks.max().item(), 4) for stream, risks in streams.items()
-                }
-        return records

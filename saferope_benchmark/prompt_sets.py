@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from . import BENIGN, UNSAFE, presets
-from .formats import csv_rows, row_text
-from .lines import read_text
-from .product import product_prompts
-from .readers import read_file, read_texts
+from saferope_training.prompts import BENIGN, UNSAFE, presets
+from saferope_training.prompts.formats import csv_rows, row_text
+from saferope_training.prompts.lines import read_text
+from saferope_training.prompts.product import product_prompts
+from saferope_training.prompts.readers import read_file, read_texts
 
 NEIGHBOURS = "neighbours"  # a kind beside UNSAFE and BENIGN: what is nearest to the concept, and must stay
 HELD_OUT = "held-out words"

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, Protection
+from saferope_benchmark.pictures import comparison_grid, save_picture
+from saferope_benchmark.sample import sample
+from saferope_core import Concept, Forward, Protection, Run
 from saferope_core.concept.files import write_text
-
-from .flux.models import Model
-from .flux.sample import RiskMeter, sample
-from .pictures import comparison_grid, save_picture
-from .stages import Progress
+from saferope_training.flux.attach import Span
+from saferope_training.flux.models import Model
+from saferope_training.stages import Progress
 
 RECORD, GRID = "pictures.json", "pairs.png"
 _IN_GRID = 12  # pairs
@@ -78,3 +78,37 @@ def _write(
             save_picture(out / name, pictures[offset])
         entries.append({"prompt": text, "seed": seed, "files": names, "risk": risk})
     return entries
+
+
+class RiskMeter:
+    """A visitor that passes q and k on to `protection` and notes what it saw of every picture of the batch under
+    way."""
+
+    def __init__(self, model: Model, protection: Protection) -> None:
+        self.protection, self.side = protection, model.latent_side // 2
+        self.forward: Forward | None = None
+
+    def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> Tensor:
+        """As `Protection.rotate`."""
+        if self.forward is None:  # all steps of a batch count as one
+            self.forward = Forward(range(len(x)), 1.0, (self.side, self.side))
+        return self.protection.rotate(x, role, block_type, block_index, text, image, self.forward.saw)
+
+    def take(self) -> list[dict[str, dict[str, float | None]]]:
+        """A record per picture, and starts anew: concept -> stream -> risk of its riskiest token, mean over steps.
+
+        None: not measured, as the concept is off or turns no tokens of the stream.
+        """
+        if self.forward is None:
+            return []
+        run = Run(self.protection.geometry)
+        run.add(self.forward)
+        count, self.forward = len(self.forward.entries), None
+        records: list[dict] = [{} for _ in range(count)]
+        for number, concept in enumerate(self.protection.concepts):
+            for record, found in zip(records, run.readings(number), strict=True):
+                streams = {"text": found.tokens, "image": found.patches}
+                record[concept.slug] = {
+                    stream: None if risks is None else round(risks.max().item(), 4) for stream, risks in streams.items()
+                }
+        return records

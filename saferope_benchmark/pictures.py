@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from saferope_core.concept.files import placed
-
-from .plots import save, words
+from saferope_training.plots import save, words
 
 if TYPE_CHECKING:
     from PIL import Image
