@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -63,6 +64,20 @@ def test_versions_agree(wheel):
     from saferope_core.version import __version__
 
     assert metadata(wheel)["Version"] == __version__
+
+
+def test_the_registry_gets_addresses_and_pictures(wheel):
+    """As ComfyUI's registry asks: a square icon, a banner of 21:9, both at the address of the repository."""
+    from PIL import Image
+
+    urls = dict(line.split(", ", 1) for line in metadata(wheel).get_all("Project-URL"))
+    assert {"Repository", "Documentation", "Bug Tracker", "Changelog"} <= urls.keys()
+    comfy = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["comfy"]
+    owner = urls["Repository"].removeprefix("https://github.com/")
+    for key, (width, height) in {"Icon": (400, 400), "Banner": (1260, 540)}.items():
+        file = comfy[key].removeprefix(f"https://raw.githubusercontent.com/{owner}/main/")
+        with Image.open(ROOT / file) as picture:
+            assert picture.size == (width, height)
 
 
 def test_pins_meet_the_ranges(wheel):

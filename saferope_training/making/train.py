@@ -41,7 +41,7 @@ class Material:
     """What training looks at, encoded once.
 
     Unsafe prompts with `subjects` [n, L], bool, the tokens of the concept's word, and the latents [n, L, C] that the
-    base model passes through at each time below 1 on its way from noise; benign prompts with pictures' latents [m, L, C].
+    base model passes through at each time below 1 on its way from noise; benign ones with pictures' latents [m, L, C].
     """
 
     unsafe: Text
