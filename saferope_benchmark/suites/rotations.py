@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, HeadTable, Protection, critical_heads, random_generators, read_heads
+from saferope_core import Concept, HeadTable, Protection, critical_heads, random_generators, read_heads, sha256
 from saferope_training.flux.attach import attached
 from saferope_training.flux.models import Model
 from saferope_training.making.extract import load_statistics
@@ -46,7 +46,7 @@ def random_rotations(
         table = read_heads(statistics, ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
         for name, chosen in groups(table).items():
             concept = _concept(model, slug, replace(table, critical=chosen), seed)
-            found += [_method(concept, name, slug, amount(path)) for amount in AMOUNTS]
+            found += [_method(concept, name, slug, amount, sha256(path)) for amount in AMOUNTS]
     return found
 
 
