@@ -6,12 +6,12 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from dev.comfyui import ROOT, copy_pack, pack_files
 
