@@ -198,9 +198,13 @@ class ComfyUI:
         return self._read("/view?" + urllib.parse.urlencode(reference))
 
     def images(self, outputs: dict) -> list:
-        """All pictures (PIL) of a run's outputs, in the order of node ids as numbers, then of each batch."""
+        """All pictures (PIL) of a run's outputs, in the order of `references`."""
+        return [self.image(reference) for reference in self.references(outputs)]
+
+    def references(self, outputs: dict) -> list[dict]:
+        """What stands for each picture of a run's outputs, in the order of node ids as numbers, then of each batch."""
         nodes = sorted(outputs, key=lambda node: (len(node), node))
-        return [self.image(reference) for node in nodes for reference in outputs[node].get("images", [])]
+        return [reference for node in nodes for reference in outputs[node].get("images", [])]
 
     def add_concept(self, file: Path) -> str:
         """Copies a concept file into models/saferope; returns the name the Load node knows it by."""

@@ -90,8 +90,9 @@ def draw(concept: Path, todo: list[Shot]) -> dict[str, list[Image.Image]]:
             graph = api_prompt(json.loads(BUNDLED.read_text()), server.object_info())
             for shot in track(missing, "ComfyUI draws", console=Console(stderr=True)):
                 filled = fill(graph, shot.prompt.text, shot.seed, name, strength=1.0)
-                for side, picture in zip(SIDES, server.images(server.run(filled)), strict=True):
-                    picture.save(_file(folder, side, shot))
+                for side, reference in zip(SIDES, server.references(server.run(filled)), strict=True):
+                    # as ComfyUI saved it: dropped onto its page, the picture opens its workflow
+                    _file(folder, side, shot).write_bytes(server.file(reference))
     return {side: [Image.open(_file(folder, side, shot)).convert("RGB") for shot in todo] for side in SIDES}
 
 

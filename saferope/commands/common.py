@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 USER_ERROR = 2  # the exit code of a mistake that the user can mend, also Typer's own for unknown options
 LONGEST = 4000  # characters of an error that are told; ours have a few hundred
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+CLOSED_PIPE = 141  # 128 + SIGPIPE
 
 Out = Annotated[Path, typer.Option(help="Folder for every stage's product; a later call goes on from what lies there.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
@@ -99,21 +102,25 @@ def _list_of(kind: type) -> Callable:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What a user can mend is told in a line, without a traceback."""
+    """Tells in a line, without a traceback, the mistakes that a user can mend."""
     try:
         yield
+    except BrokenPipeError:  # `saferope inspect FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(CLOSED_PIPE) from None
     except (ValueError, OSError) as error:
         say(f"saferope: {_indented(error)}", err=True)
         raise typer.Exit(USER_ERROR) from error
     except KeyboardInterrupt:
-        say("saferope: interrupted; what is done is kept, the same command goes on from there", err=True)
+        say("saferope: interrupted; finished work is kept, and the same command resumes it", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
 def _indented(error: Exception) -> str:
-    """Its words, not too many, and no line of them where a line of ours could stand:
-    a file's words may be among them."""
+    """The error's words, which may be a file's: with a limit, and indented, so that they pass for no line of ours."""
     told = str(error)
+    if isinstance(error, FileNotFoundError) and error.errno and error.filename:
+        told = f"{error.filename}: got no such file or folder; check the path"
     return (told if len(told) <= LONGEST else f"{told[: LONGEST - 4]} ...").replace("\n", "\n    ")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from dev.comfyui import ROOT
 from saferope import cli
 from saferope_core import load_concepts
 from saferope_training.making import recipe
@@ -130,3 +131,17 @@ def test_calibration_leaves_the_trained_file_alone(model, small, tmp_path):
     (rand,) = load_concepts(recipe.Recipe(model, replace(small, generator="random"), tmp_path).calibrate())
     assert rand.mode == "random" and not torch.equal(rand.text.generator, concept.text.generator)
     assert (tmp_path / "star.safetensors").read_bytes() == b"trained"
+
+
+def test_a_missing_file_is_told_without_an_errno(tmp_path):
+    result = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "none.safetensors")])
+    assert result.exit_code == 2
+    assert result.output.strip() == f"saferope: {tmp_path}/none.safetensors: got no such file or folder; check the path"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """As in `saferope inspect FILE | head -1`."""
+    star = ROOT / "tinyworld" / "concepts" / "star.safetensors"
+    command = f"{sys.executable} -u -m saferope inspect {star} {'' if sys.platform == 'win32' else '| true'}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert "Broken pipe" not in done.stderr and "Traceback" not in done.stderr
