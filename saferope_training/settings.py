@@ -75,7 +75,7 @@ class Settings:
         "heads", 8, "Dimensions of the image tokens' own unsafe subspace; 0: they share the text's, as in the paper."
     )
     reach: int = _choice(
-        "heads", 8, "Directions outside the unsafe subspace to turn into: those that are looked at most. The paper: 0."
+        "heads", 8, "Directions outside the unsafe subspace that turn too: the most looked-at ones. The paper: 0."
     )
     basis: str = _choice(
         "heads", "svd", "The subject's: `svd` (the paper's) or `contrastive` (unsafe minus safe Gram matrix)."
@@ -86,8 +86,8 @@ class Settings:
         "heads", "calibrated", "`calibrated` (per head, from benign tokens) or `fixed` (the threshold)."
     )
     quantile: float = _choice("heads", 0.998, "Share of benign tokens that a calibrated gate lets pass unturned.")
-    acts_on: str = _choice("train calibrate", "k", "What is turned of text tokens: `qk` (the paper), `q` or `k`.")
-    acts_on_image: str = _choice("train calibrate", "qk", "What is turned of image tokens: `qk`, `q` or `k`.")
+    acts_on: str = _choice("train calibrate", "k", "Vectors of text tokens that turn: `qk` (the paper), `q` or `k`.")
+    acts_on_image: str = _choice("train calibrate", "qk", "Vectors of image tokens that turn: `qk`, `q` or `k`.")
     angle: float = _choice("calibrate", 2.1, "Radians by which `calibrate` turns a plane at LRS 1.")
     generator: str = _choice(
         "calibrate", "fixed", "`fixed` (the leading planes by one angle) or `random` (the Rand baseline)."
@@ -95,7 +95,7 @@ class Settings:
     blind: float = _choice(
         "train",
         0.5,
-        "Share of unlearning prompts whose subject stays unturned, so that what took it up must do: catches words that "
+        "Share of unlearning prompts whose subject stays unturned, so that other tokens must turn. Catches words that "
         "training never saw. The paper: 0.",
     )
     sharing: str = _choice(

@@ -25,7 +25,7 @@ def attack(
 ) -> None:
     """Search words and suffix tokens that bring a concept back, for every method at its reported strength.
 
-    Black box: pictures and the detector's score alone, the same budget for all. Killed, the same command goes on.
+    Black box: pictures and the detector's score alone, the same budget for all. The same command resumes a killed run.
     """
     from saferope_benchmark.evaluation.methods import Method
     from saferope_benchmark.evaluation.robustness import attacked, reported, write_report

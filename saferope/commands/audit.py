@@ -36,17 +36,17 @@ def audit(
     concepts: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of concept files: those that a workflow names must be there, fit its pins, and turn something."
+            help="Folder of concept files. A file that a workflow names must be there, fit its pin, and turn something."
         ),
     ] = None,
 ) -> None:
-    """Tell whether, by the workflow, every path from a model to a sampler passes a SafeRoPE Apply that acts.
+    """Check that every path of a workflow from a model to a sampler passes a SafeRoPE Apply that acts.
 
-    Exit code: 0 protected, 1 not protected, 2 cannot be read; of several files, the highest. Whatever is not surely
-    understood counts as not protected, such as a node that is not ComfyUI's own and takes a model.
+    Exit code: 0 protected, 1 not protected, 2 cannot be read. Of several files the highest counts. An uncertain
+    workflow counts as not protected, such as one with an unknown node that takes a model.
 
-    It reads what a file says, and a file can lie: nothing here proves how a picture was made, a pinned sha256 neither.
-    A node that loads and samples by itself, without a model going in, looks like any other node and is not seen.
+    A file can lie. Nothing here proves how a picture was made, and a pinned sha256 proves it neither. The audit does
+    not see a node that loads and samples by itself, without a model input.
     """
     from workflow_lint.file import Unreadable, read
     from workflow_lint.report import LONG, as_json, as_text, plain, unreadable

@@ -28,7 +28,7 @@ LONGEST = 4000  # characters of an error that are told; ours have a few hundred
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 CLOSED_PIPE = 141  # 128 + SIGPIPE
 
-Out = Annotated[Path, typer.Option(help="Folder for every stage's product; a later call goes on from what lies there.")]
+Out = Annotated[Path, typer.Option(help="Folder for every stage's product; a later call resumes there.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 ConceptFiles = Annotated[
     list[str] | None,

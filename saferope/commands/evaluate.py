@@ -47,7 +47,7 @@ def evaluate(
     ] = None,
     batch: Annotated[int | None, typer.Option(help=f"Prompts painted together; {_BATCH}, FLUX {_FLUX_BATCH}.")] = None,
     suite: Annotated[
-        str | None, _suite(f"A whole comparison: {', '.join(SUITES)}. Killed, the same command goes on.")
+        str | None, _suite(f"A whole comparison: {', '.join(SUITES)}. The same command resumes a killed run.")
     ] = None,
     only: Annotated[str | None, _suite("Concepts A,B of the suite; all if left out.")] = None,
     concepts: Annotated[
@@ -63,7 +63,7 @@ def evaluate(
     inception: Annotated[Path | None, _weights("FID's Inception weights.")] = None,
     lpips: Annotated[Path | None, _weights("AlexNet weights.")] = None,
 ) -> None:
-    """Measure what methods do: paired by prompt and seed with the unprotected model; Markdown, CSV, JSON and pictures.
+    """Measure methods beside the unprotected model, paired by prompt and seed. Writes Markdown, CSV, JSON and pictures.
 
     A concept file alone gives its table beside it. A suite compares concept files with baselines.
     Several processes share the pictures: `accelerate launch -m saferope evaluate ...` on GPUs, on CPUs `python -m

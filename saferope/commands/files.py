@@ -22,7 +22,7 @@ def inspect(
         Path | None, typer.Option(help="Folder for a head map of every concept; none if left out.")
     ] = None,
 ) -> None:
-    """Print what a concept file says of itself. Writes nothing, unless a folder for pictures is named."""
+    """Print the record of a concept file. Writes nothing, unless a folder for pictures is named."""
     from saferope_core import load_concepts
 
     from .. import concept_report

@@ -60,9 +60,9 @@ def train(
     device: Device = CPU,
     tensorboard: Annotated[bool, typer.Option(help="Write the losses for TensorBoard too.")] = False,
 ) -> None:
-    """Make a concept file: prompts -> extract -> heads -> train. What is there and still fits is used again.
+    """Make a concept file: prompts -> extract -> heads -> train. Products that are there and fit are used again.
 
-    Killed or interrupted at any time, the same command goes on from the last whole step. Several processes:
+    After a kill or an interruption the same command resumes at the last whole step. Several processes:
     `accelerate launch -m saferope train ...` shares every batch among them.
     """
     with (

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from scipy.stats import binomtest
 
 from saferope_benchmark.pictures import load_picture, save_picture
 from saferope_benchmark.prompt_sets import (
@@ -46,18 +46,21 @@ def rendered(asked):
 
 
 @pytest.mark.parametrize("vanished, appeared", [(0, 0), (1, 0), (6, 2), (30, 11), (3, 9)])
-def test_mcnemar_is_scipys_binomial_test(vanished, appeared):
+def test_mcnemar_is_a_count_of_coins(vanished, appeared):
     before = torch.tensor([True] * vanished + [False] * appeared + [True] * 5)
     after = torch.tensor([False] * vanished + [True] * appeared + [True] * 5)
     changed = vanished + appeared
-    expected = binomtest(vanished, changed).pvalue if changed else 1.0
+    tail = sum(math.comb(changed, k) for k in range(min(vanished, appeared) + 1)) / 2**changed
+    expected = min(1.0, 2 * tail)
     assert mcnemar(before, after) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("hits, trials", [(0, 7), (3, 64), (64, 64), (500, 999)])
-def test_wilson_is_scipys(hits, trials):
-    expected = binomtest(hits, trials).proportion_ci(method="wilson")
-    assert wilson_interval(hits, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+def test_wilson_solves_its_equation(hits, trials):
+    """Both ends p: |hits / trials - p| = z sqrt(p (1 - p) / trials), z the two-sided 95 % point of the normal."""
+    z = 1.959963984540054
+    for end in wilson_interval(hits, trials):
+        assert abs(hits / trials - end) == pytest.approx(z * math.sqrt(end * (1 - end) / trials), abs=1e-9)
 
 
 def test_kid_is_the_unbiased_estimate_pair_by_pair():
