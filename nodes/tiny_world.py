@@ -20,6 +20,7 @@ from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.flux import FluxClipModel, FluxTokenizer
 from comfy.text_encoders.t5 import T5
 from comfy_api.latest import io
+from einops import rearrange
 from transformers import PreTrainedTokenizerFast
 
 from ..tinyworld.codec import BLOCK, BlockDCT, load_codec
@@ -106,12 +107,13 @@ class TinyVAE:
     @torch.no_grad()
     def decode(self, samples: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
         pixels = self.first_stage_model.decode(samples.float().cpu())
-        return _hand_over(pixels.movedim(1, -1).add(1).div(2).clamp(0, 1))
+        return _hand_over(rearrange(pixels, "b c h w -> b h w c").add(1).div(2).clamp(0, 1))
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         height, width = (side // BLOCK * BLOCK for side in pixels.shape[1:3])
-        cropped = pixels[:, :height, :width, : self.output_channels].float().cpu().movedim(-1, 1)
+        cropped = pixels[:, :height, :width, : self.output_channels].float().cpu()
+        cropped = rearrange(cropped, "b h w c -> b c h w")
         return _hand_over(self.first_stage_model.encode(cropped * 2 - 1))
 
     def decode_tiled(self, samples: torch.Tensor, **tiles: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from saferope_core.concept.files import placed
@@ -20,7 +21,8 @@ def to_pil(picture: Tensor) -> Image.Image:
     """[3, h, w] in [-1, 1] as an image of Pillow's, eight bits a channel."""
     from PIL import Image
 
-    pixels = ((picture.cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
+    pixels = ((picture.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+    pixels = rearrange(pixels, "c h w -> h w c").contiguous()
     height, width, _ = pixels.shape
     return Image.frombytes("RGB", (width, height), pixels.numpy().tobytes())
 
@@ -41,9 +43,9 @@ def load_picture(path: Path, side: int | None = None) -> Tensor:
         picture = file.convert("RGB")
     if side is not None and picture.size != (side, side):
         picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
-    width, height = picture.size
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    height = picture.size[1]
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return rearrange(pixels, "(h w c) -> c h w", h=height, c=3).float() / 127.5 - 1
 
 
 def comparison_grid(path: Path, rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = ()) -> None:
@@ -55,7 +57,7 @@ def comparison_grid(path: Path, rows: Sequence[tuple[str, Tensor]], titles: Sequ
     for line, (label, pictures) in enumerate(rows):
         for column, picture in enumerate(pictures):
             axes = figure.add_subplot(len(rows), count, line * count + column + 1)
-            axes.imshow(((picture + 1) / 2).clamp(0, 1).permute(1, 2, 0).float().numpy())
+            axes.imshow(rearrange(((picture + 1) / 2).clamp(0, 1), "c h w -> h w c").float().numpy())
             axes.set(xticks=[], yticks=[])
             if line == 0 and column < len(titles):
                 axes.set_title(words(titles[column]), fontsize=7, loc="left")

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from saferope_core import ROLES, Geometry
@@ -110,10 +111,10 @@ class _TextLength:
 def _hook(site: Site, visit: Visitor, text_length: _TextLength) -> Callable:
     def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
         text, image = _spans(site.stream, output.shape[1], text_length.value)
-        x = output.transpose(1, 2)
+        x = rearrange(output, "b l h d -> b h l d")
         turned = visit(x, site.role, site.block_type, site.block_index, text, image)
         # contiguous: attention kernels may pick another summation order for another memory layout
-        return None if turned is None or turned is x else turned.transpose(1, 2).contiguous()
+        return None if turned is None or turned is x else rearrange(turned, "b h l d -> b l h d").contiguous()
 
     return hook
 
