@@ -82,7 +82,7 @@ DEMO_ROWS = {
     "benign, mean change of a pixel (of 255)": "mean difference, benign",
 }
 CELL = re.compile(
-    r"\**(?P<value>\d+(?:\.\d+)?)\**(?: (?P<unit>%|x|ms|s|MB|of 255))?"
+    r"(?P<value>\d+(?:\.\d+)?)(?: (?P<unit>%|x|ms|s|MB|of 255))?"
     r"(?: \((?P<low>[\d.]+)(?:\.\.| to )(?P<high>[\d.]+)\))?(?P<told> \*)?"
 )
 ROUNDS = ("cost", "cost/side", "cost/share", "cost/concepts", "cost/rank", "cost/batch")  # tables of bench.md, in order
@@ -90,7 +90,7 @@ ROUNDS = ("cost", "cost/side", "cost/share", "cost/concepts", "cost/rank", "cost
 
 def cell_of(text: str) -> Any:
     """A cell of a Markdown table: value, digits, unit, interval, told; the text itself where it is no number."""
-    found = CELL.fullmatch(text.strip())
+    found = CELL.fullmatch(re.sub(r"^\*\*(.*)\*\*$", r"\1", text.strip()))
     if not found:
         return text.strip()
     cell: dict[str, Any] = {"value": float(found["value"]), "digits": len(found["value"].partition(".")[2])}

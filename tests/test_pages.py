@@ -123,6 +123,7 @@ def test_cells_come_back_as_they_were():
         ("58.3 % (32.0 to 80.7)", {"value": 58.3, "digits": 1, "unit": "%", "interval": [32.0, 80.7]}),
         ("1.19 x", {"value": 1.19, "digits": 2, "unit": "x"}),
         ("0.583 of 255", {"value": 0.583, "digits": 3, "unit": "of 255"}),
+        ("**0.0 %**", {"value": 0.0, "digits": 1, "unit": "%"}),
         ("not measured", "not measured"),
         ("", ""),
     ],

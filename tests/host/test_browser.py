@@ -114,7 +114,7 @@ def test_nodes_are_found_linked_and_explained(editor, shoot):
     editor.connect(load, "concept", apply, "concept")
     assert editor.links() == [[load, 0, apply, 1, "SAFEROPE_CONCEPT"]]
     text = editor.help(apply)
-    assert text.startswith("SafeRoPE Apply") and "It never fails in silence." in text
+    assert text.startswith("SafeRoPE Apply") and "The node never fails in silence." in text
     assert editor.complaints() == []
     shoot(editor, "comfyui-help.png", clip={"x": 340, "y": 40, "width": 1260, "height": 780})
 
