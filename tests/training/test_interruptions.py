@@ -80,7 +80,7 @@ def test_killed_and_called_again_it_ends_the_same(undisturbed, tmp_path, call):
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     told = interrupted(tmp_path, "saferope_training.making.train._gradients", 2, signal.SIGINT, 130)
-    assert "interrupted; what is done is kept" in " ".join(told.split()) and "Traceback" not in told
+    assert "interrupted; finished work is kept" in " ".join(told.split()) and "Traceback" not in told
 
 
 # Of what two processes make, where every half of a batch goes through the network in another shape: bf16 keeps 8 bits,
