@@ -36,8 +36,8 @@ class Apply(io.ComfyNode):
                     min=0.0,
                     max=STRENGTH_MAX,
                     step=0.05,
-                    tooltip="0 to 2. 0 switches the protection off exactly. 1 turns as far as in training. More turns "
-                    "further, to half a turn at most.",
+                    tooltip="0 to 2. 0 switches the protection off exactly. 1 is as trained. More catches weaker risk "
+                    "too, and turns no token further than training did.",
                 ),
                 io.Combo.Input(
                     "gate",

@@ -17,7 +17,7 @@ STRENGTH_MAX = 2.0
 TURNED = ("k", "q", "qk")
 RANGES = {
     "rank": (2, 32),
-    "angle": (0.0, 20.0),
+    "angle": (0.0, 3.14),  # half a turn: more would be less
     "quantile": (0.5, 1.0),
     "cut": (0.0, 1.0),
     "rounds": (1, 64),
@@ -89,7 +89,7 @@ def settings() -> list:
             io.Float,
             "angle",
             0.1,
-            "0 to 20: the angle, in radians, of a plane at risk 1. More suppresses more. 0 turns nothing.",
+            "0 to 3.14: the angle, in radians, of a plane at risk 1. 3.14 is half a turn, the most. 0 turns nothing.",
         ),
         number(
             io.Float,

@@ -21,7 +21,7 @@ _MARK = "_saferope_protected"  # attribute of a transformer inside of a `protect
 def protect(pipe: Any, concepts: Concepts, strength: float = 1.0, threshold: float | None = None) -> Iterator[None]:
     """Turns the queries and keys of a FluxPipeline, or of its transformer, while the block is open.
 
-    concepts: concept files, Concepts, or a list of both. strength: factor on every angle, see `Protection`; 0, and an
+    concepts: concept files, Concepts, or a list of both. strength: factor on the risk, see `Protection`; 0, and an
     empty list, change nothing, bit for bit. threshold: one gate in [0, 1] for all heads, None for the gates of the
     concepts. The whole batch is protected, negative prompts of true CFG as well. After the block the pipeline is as it
     was before, bit for bit, also after an exception.

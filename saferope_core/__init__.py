@@ -14,8 +14,16 @@ from .concept.stream import NAMES, ROLES, STREAMS, Roles, Stream, stream_of, ten
 from .concept.strength import held_strengths, strength_notes
 from .maths.calibration import calibrate_gate, fixed_generator
 from .maths.noise import seeded_noise
-from .maths.risk import CRITICAL, THRESHOLD, discrimination, gated, head_discrimination_score, latent_risk_score
-from .maths.rotation import exact, fold, planes, rotate_by_generator, skew, turn, wide
+from .maths.risk import (
+    CRITICAL,
+    THRESHOLD,
+    discrimination,
+    gated,
+    head_discrimination_score,
+    latent_risk_score,
+    saturated,
+)
+from .maths.rotation import bounded, exact, fold, planes, rotate_by_generator, skew, turn, wide
 from .maths.subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
 from .measure.before import require_known, require_vectors, unknown_parts, unknown_words
 from .measure.generators import fixed_generators, random_generators
@@ -79,6 +87,7 @@ __all__ = [
     "Stream",
     "Vectors",
     "__version__",
+    "bounded",
     "calibrate_gate",
     "contrast",
     "contrastive_basis",
@@ -107,6 +116,7 @@ __all__ = [
     "require_vectors",
     "restricted",
     "rotate_by_generator",
+    "saturated",
     "save_concepts",
     "schedule",
     "seeded_noise",

@@ -1,4 +1,8 @@
-"""How far a strength may turn. A plane that has turned by a whole turn is where it was: half a turn changes most.
+"""How far strengths may turn. A plane that has turned by a whole turn is where it was: half a turn changes most.
+
+A strength is a factor on the risk, s = min(1, strength * gated LRS), so that no strength turns a vector by more than
+the concept's full angle. Two cases are left in which more would be less: a concept whose full angle is above half a
+turn, and copies of one concept, whose angles add up.
 
 Axes: N safety-critical heads, R + S width of a basis.
 """
@@ -17,29 +21,32 @@ from .stream import ROLES, STREAMS
 
 HALF_TURN = math.pi  # radians
 AS_MADE = 1.0  # the strength that a concept's generators were made for
+ROUNDING = 1.01  # of a half turn that float16 generators hold
 # Cosine between what two concepts do in a head. A copy in float16 has 0.99999, also one of other angles; concepts of
 # their own, whose planes are any of D = 128 dimensions, have about 0.
 ALIKE = 0.9
 
 
 def held_strengths(concepts: Sequence[Concept], strengths: Sequence[float]) -> tuple[float, ...]:
-    """The strengths, factors on the concepts' angles, held where more of them would turn past half a turn.
+    """The strengths, factors on the concepts' risk, held where more of them would turn past half a turn.
 
-    A concept is held where its widest angle, over heads, planes and streams, is half a turn at LRS 1; but never below
-    AS_MADE: one that was made with wider angles works as it was made. The angles of copies add up, so copies are held
-    together, each in proportion; a copy is a concept that turns alike in any head, whatever it is called or left of it.
-    Strengths that are not held come back as they are.
+    The full angle of a concept is its widest, over heads, planes and streams. A concept whose full angle is above half
+    a turn is held at AS_MADE. Copies turn one after the other: they are held together, each in proportion, where their
+    full angles, times each one's largest s, add up to more than half a turn, or than one of them was made with. A copy
+    is a concept that turns alike in any head, whatever it is called or left of it. Strengths that are not held come
+    back as they are.
     """
     held = list(strengths)
     for copies in _copies(concepts):
+        most = {number: min(AS_MADE, abs(strengths[number])) for number in copies}  # s at LRS 1
         if len(copies) == 1 and abs(strengths[copies[0]]) <= AS_MADE:
             continue
-        widest = {number: _widest(concepts[number]) for number in copies}
-        turned = sum(abs(strengths[number]) * widest[number] for number in copies)
-        allowed = max(HALF_TURN, *(AS_MADE * angle for angle in widest.values()))
-        if turned > allowed:
+        full = {number: _widest(concepts[number]) for number in copies}
+        turned, allowed = sum(most[number] * full[number] for number in copies), max(HALF_TURN, *full.values())
+        wide = len(copies) == 1 and allowed > HALF_TURN * ROUNDING
+        if wide or turned > allowed * ROUNDING:
             for number in copies:
-                held[number] = strengths[number] * allowed / turned
+                held[number] = math.copysign(most[number] * min(1.0, allowed / turned), strengths[number])
     return tuple(held)
 
 
@@ -47,15 +54,14 @@ def strength_notes(concepts: Sequence[Concept], strengths: Sequence[float]) -> l
     """A sentence for people about every concept that `held_strengths` holds back."""
     return [
         f"concept {concept.slug!r}: strength {asked:g} acts as {used:.3g}. More, of it and its copies together, would "
-        "turn past "
-        "half a turn, back to the unprotected model."
+        "turn past half a turn, back to the unprotected model."
         for concept, asked, used in zip(concepts, strengths, held_strengths(concepts, strengths), strict=True)
         if asked != used
     ]
 
 
 def _widest(concept: Concept) -> float:
-    """The widest angle of any plane at LRS 1 and strength 1, in radians."""
+    """The widest angle of any plane at s = 1, in radians."""
     return max(planes(each)[0].max().item() for each in map(concept.generator, STREAMS))
 
 

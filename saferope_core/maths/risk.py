@@ -37,6 +37,16 @@ def gated(lrs: Tensor, gate: Tensor) -> Tensor:
     return lrs.masked_fill(lrs <= gate.to(lrs)[:, None], 0.0)
 
 
+def saturated(lrs: Tensor, strength: float | Tensor) -> Tensor:
+    """s = min(1, strength * gated LRS): the share of its full angle by which a vector turns. Shape of `lrs`.
+
+    A strength above 1 turns weaker risk further, and no vector further than its full angle, which is at most half a
+    turn in a file that SafeRoPE trained. At strength 1 s is the gated LRS itself, bit for bit. A negative strength
+    turns the other way, s >= -1.
+    """
+    return (strength * lrs).clamp(-1.0, 1.0)
+
+
 def discrimination(lrs_unsafe: Tensor, lrs_safe: Tensor, threshold: float = THRESHOLD) -> Tensor:
     """Δ of equation 4: share of unsafe vectors with LRS > threshold minus the same share of safe vectors.
 

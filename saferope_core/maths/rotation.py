@@ -55,7 +55,7 @@ def fold(generator: Tensor, *bases: Tensor) -> tuple[Tensor, ...]:
 def turn(x: Tensor, directions: Tensor, theta: Tensor, scale: Tensor, coordinates: Tensor | None = None) -> Tensor:
     """R(x) x for every token and head: plane p of head h is turned by the angle scale * θ[h, p].
 
-    x [B, H, L, D], directions [H, D, >= 2P] and θ [H, P] from `fold`, scale [B, H, L] = strength * gated LRS.
+    x [B, H, L, D], directions [H, D, >= 2P] and θ [H, P] from `fold`, scale [B, H, L] = s from `saturated`.
     `coordinates` [B, H, L, >= 2P] are x in `directions`, for a caller who has them already.
     Computed in float32 (float64 for float64), returned in x's dtype. A token whose scale is 0 returns bit for bit.
     """
@@ -89,6 +89,18 @@ def rotate_by_generator(x: Tensor, basis: Tensor, generator: Tensor, scale: Tens
         moved = torch.zeros_like(coordinates).index_put(hit, moved)
         turned = vectors + torch.einsum("bhlr,hdr->bhld", moved, basis)
     return torch.where((scale == 0)[..., None], x, turned.to(x.dtype))
+
+
+def bounded(generator: Tensor, angle: float) -> Tensor:
+    """Skew generators A [N, R, R], with every plane that turns further than `angle` > 0 at s = 1 held at `angle`.
+
+    A S⁻¹ min(S, angle), S = (AᵀA)^(1/2), whose eigenvalues are the θ of the planes. Planes within the bound keep their
+    angle, up to rounding. Computed in float32 (float64 for float64); exactly skew, in A's dtype; not for gradients.
+    """
+    vectors = wide(generator)
+    squares, frame = torch.linalg.eigh(vectors.mT @ vectors)
+    factor = angle / squares.clamp(min=angle**2).sqrt()  # 1 within the bound
+    return skew((vectors @ (frame * factor[..., None, :]) @ frame.mT).to(generator.dtype))
 
 
 def _swing(coordinates: Tensor, angle: Tensor) -> Tensor:

@@ -10,17 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..maths.risk import gated, risk_of
+from ..maths.risk import gated, risk_of, saturated
 from ..maths.rotation import exact, turn
 from .plan import Part, Plan
 
 
 def scales_of(vectors: Tensor, plan: Plan) -> tuple[list[Tensor], Tensor]:
-    """The gated LRS [B, H, L] of vectors [B, H, L, D] for every part, and their coordinates for the first part."""
+    """s [B, H, L] (see `saturated`) of vectors [B, H, L, D] for every part; their coordinates for the first part."""
     with exact(vectors):
         coordinates = [torch.einsum("bhld,hdr->bhlr", vectors, part.directions.to(vectors)) for part in plan.parts]
         pairs = zip(coordinates, plan.parts, strict=True)
-        return [gated(_risk(each, vectors, part), part.gate) for each, part in pairs], coordinates[0]
+        scales = [saturated(gated(_risk(each, vectors, part), part.gate), part.strength) for each, part in pairs]
+        return scales, coordinates[0]
 
 
 def turned(vectors: Tensor, parts: Sequence[Part], scales: Sequence[Tensor], coordinates: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ class Part(NamedTuple):
     """The turn of one concept in the heads of a plan. A head without a turn has directions, θ and gate 0, so LRS 0."""
 
     directions: Tensor  # [H, D, R + S], from `fold`
-    theta: Tensor  # [H, P], strength included
+    theta: Tensor  # [H, P]
+    strength: float  # factor on the risk, see `saturated`
     gate: Tensor  # [H]
     unsafe: Tensor | None  # [H, R + S, R], directionsᵀ U: the unsafe subspace seen from the directions; None if S = 0
     own: Tensor  # int64 [n]: the heads of the plan whose gates a token can pass
@@ -42,7 +43,7 @@ class Active(NamedTuple):
 
     number: int
     concept: Concept
-    strength: float  # factor on its angles
+    strength: float  # factor on its risk
     threshold: float | None  # one gate for all heads, or None for the gates of the concept
 
 
@@ -88,9 +89,9 @@ def _parts_of(active: Active, stream: str) -> Iterator[tuple[int, str, Tensor, P
     for role, basis, directions in zip(roles, bases, folded, strict=True):
         unsafe = (directions.mT.double() @ basis[..., : basis.shape[-1] - concept.reach].double()).float()
         gate = concept.gate(role, stream)[moving]
-        fields = (directions, strength * theta, gate if threshold is None else torch.full_like(gate, threshold), unsafe)
+        fields = (directions, theta, gate if threshold is None else torch.full_like(gate, threshold), unsafe)
         for row, own, d, t, g, u in zip(rows, heads, *(each.split(counts) for each in fields), strict=True):
-            yield row, role, own, Part(d, t, g, u if concept.reach else None, _open(g), number)
+            yield row, role, own, Part(d, t, strength, g, u if concept.reach else None, _open(g), number)
 
 
 def _merged(parts: Sequence[tuple[Tensor, Part]], geometry: Geometry, device: torch.device) -> Plan:

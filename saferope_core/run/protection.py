@@ -43,8 +43,9 @@ Told = Callable[[int, Tensor, Tensor], None]  # concept, heads, passed, of one b
 class Protection:
     """Rotates a model's queries and keys away from concepts, one after the other. Safe to share between threads.
 
-    strengths: one factor per concept, multiplied with the concept's own; 0 switches it off (default 1 each). What turns
-    is `effective`: the product, held where it would turn further than half a turn (see `held_strengths`).
+    strengths: one factor per concept, multiplied with the concept's own; 0 switches it off (default 1 each). The
+    product is a factor on the risk, s = min(1, strength * gated LRS) (see `saturated`). What turns is `effective`: the
+    product, held where copies would turn further than half a turn (see `held_strengths`).
     thresholds: per concept one gate in [0, 1] for all its heads, or None for the concept's gates (default None each).
     Raises ValueError where a concept was made for another geometry, and for lists or numbers that do not fit.
     """

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from saferope_core import discrimination, fold, gated, head_discrimination_score, latent_risk_score, skew
+from saferope_core import discrimination, fold, gated, head_discrimination_score, latent_risk_score, saturated, skew
 from saferope_core.maths.risk import risk_of
 
 HEADS, WIDTH, RANK = 3, 32, 5
@@ -106,3 +106,13 @@ def test_discrimination_by_hand():
 def test_discrimination_refuses_an_empty_set(unsafe, safe, name):
     with pytest.raises(ValueError, match=f"0 {name} vectors"):
         discrimination(torch.rand(unsafe, HEADS), torch.rand(safe, HEADS))
+
+
+def test_strength_is_a_factor_on_the_risk_up_to_one():
+    lrs = torch.tensor([[0.0, 0.2, 0.7, 1.0]])
+    assert torch.equal(saturated(lrs, 1.0), lrs), "bit for bit"
+    torch.testing.assert_close(saturated(lrs, 2.0), torch.tensor([[0.0, 0.4, 1.0, 1.0]]))
+    torch.testing.assert_close(saturated(lrs, -4.0), torch.tensor([[0.0, -0.8, -1.0, -1.0]]))
+    each = saturated(lrs.expand(2, 4), torch.tensor([[0.5], [10.0]]))
+    torch.testing.assert_close(each, torch.tensor([[0.0, 0.1, 0.35, 0.5], [0.0, 1.0, 1.0, 1.0]]))
+    assert saturated(torch.tensor([math.nan]), 2.0).isnan().all(), "damage is not hidden"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from saferope_core import fixed_generator, fold, planes, rotate_by_generator, skew, turn
+from saferope_core import bounded, fixed_generator, fold, planes, rotate_by_generator, skew, turn
 
 HEADS, WIDTH = 3, 32
 RANKS = (2, 5, 8)
@@ -296,3 +296,24 @@ def test_what_would_not_repeat_is_seen():
     assert not repeats(lambda: sum(torch.tensor(next(orders)).unbind()), tries=2)
     heads = torch.randn(3, 8, 8, requires_grad=True)
     assert IN_ANY_ORDER in backward_steps(heads[torch.tensor([0, 0, 1])].sum())
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_bound_holds_wide_planes_and_leaves_the_others(rank):
+    """Against the planes themselves, put together again with their angles cut."""
+    generator = 4 * skew(torch.randn(50, rank, rank, dtype=torch.float64))
+    theta, a, b = planes(generator)
+    bound = theta.median().item()
+    held = bounded(generator, bound)
+    assert torch.equal(held, -held.mT)
+    cut = theta.clamp(max=bound)[:, None]
+    expected = torch.einsum("nip,njp->nij", cut * b, a) - torch.einsum("nip,njp->nij", cut * a, b)
+    torch.testing.assert_close(held, expected, rtol=0, atol=1e-9)
+    assert (theta > 1.2 * bound).any() and (theta < 0.8 * bound).any(), "control: both kinds"
+    assert not torch.allclose(held, generator, atol=0.1)
+
+
+def test_a_wide_bound_changes_rounding_alone():
+    generator = skew(torch.randn(20, 6, 6))
+    torch.testing.assert_close(bounded(generator, 100.0), generator, rtol=0, atol=1e-5)
+    assert not bounded(torch.zeros(2, 4, 4), 1.0).any()

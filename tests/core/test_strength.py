@@ -1,4 +1,4 @@
-"""Strengths multiply and add up, rotations are periodic: no plane is sent past half a turn by more strength."""
+"""More strength turns weaker risk further, and nothing further than the full angle; copies share half a turn."""
 
 import math
 
@@ -43,50 +43,95 @@ def test_up_to_as_made_a_strength_is_what_it_is(make_concept, geometry, angle, s
     assert Protection([concept], geometry, [strength]).effective == (strength,)
 
 
-@pytest.mark.parametrize(("own", "factor"), [(1.0, 3.0), (2.0, 1.5), (2.0, 2.0), (100.0, 100.0), (1.0, -3.0)])
-def test_a_product_is_held_at_half_a_turn(make_concept, geometry, own, factor):
-    """2.1 rad x 3 is a whole turn: as if there were no protection. Held at half a turn, vectors are turned round."""
+def at_risk(concept, risk, seed=0):
+    """Tokens [1, 3, 8, 32] of this LRS, half of their rest left for a direction outside of the subspace."""
+    x = torch.nn.functional.normalize(inside(concept, seed), dim=-1)
+    basis = concept.basis(ROLE)[concept.heads[:, 0].eq(1)]
+    outside = torch.linalg.qr(basis, mode="complete").Q[..., -1][None, :, None]
+    return risk**0.5 * x + (1 - risk) ** 0.5 * outside
+
+
+def swept(concept, geometry, strength, risk):
+    """The angle by which the risky part of tokens turns, measured inside of the subspace."""
+    x = at_risk(concept, risk)
+    basis = concept.basis(ROLE)[concept.heads[:, 0].eq(1)]
+    before, after = (
+        torch.einsum("hdr,bhld->bhlr", basis, each).double()
+        for each in (x, rotated(Protection([concept], geometry, [strength]), x))
+    )
+    return cosines(before, after).clamp(-1, 1).acos()
+
+
+@pytest.mark.parametrize("risk", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize(("own", "factor"), [(1.0, 0.5), (1.0, 1.0), (1.0, 1.5), (2.0, 2.0), (100.0, 100.0)])
+def test_the_angle_is_the_saturated_risk_times_the_full_angle(make_concept, geometry, own, factor, risk):
+    """s = min(1, strength * LRS), the product of both strengths before it saturates."""
     concept = turning(make_concept, SWIRL, strength=own)
-    protection, x = Protection([concept], geometry, [factor]), inside(concept)
-    (effective,) = protection.effective
-    assert abs(effective) == pytest.approx(math.pi / SWIRL) and effective * factor > 0
-    assert cosines(rotated(protection, x), x).max() < -0.999
-    (note,) = strength_notes([concept], [own * factor])
-    assert "'star'" in note and "acts as" in note and f"{effective:.3g}" in note
+    expected = SWIRL * min(1.0, own * factor * risk)
+    torch.testing.assert_close(
+        swept(concept, geometry, factor, risk), torch.full((1, 3, 8), expected).double(), rtol=0, atol=2e-3
+    )
+    assert Protection([concept], geometry, [factor]).effective == (own * factor,)
+    assert not strength_notes([concept], [own * factor])
 
 
-def test_without_the_hold_a_whole_turn_would_be_no_protection(make_concept, geometry):
-    """The control: the same product, folded into the generator where nobody can tell it from one that was made so."""
+@pytest.mark.parametrize("risk", [0.2, 0.6, 1.0])
+def test_more_strength_never_turns_less(make_concept, geometry, risk):
+    concept = turning(make_concept, math.pi)
+    courses = torch.stack([swept(concept, geometry, step / 4, risk) for step in range(9)])
+    assert (courses.diff(dim=0) >= -2e-3).all() and courses.amax() <= math.pi
+    wide = flat.changed(concept, generator_text=concept.text.generator * 2)
+    falls = torch.stack([swept(wide, geometry, step / 4, 1.0) for step in range(5)]).diff(dim=0)
+    assert (falls < -0.1).any(), "control: past half a turn more is less"
+
+
+def test_a_negative_strength_turns_the_other_way(make_concept, geometry):
+    concept = turning(make_concept, SWIRL)
+    x = at_risk(concept, 0.8)
+    there = rotated(Protection([concept], geometry, [0.7]), x)
+    back = rotated(Protection([concept], geometry, [-0.7]), there)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-6)
+    assert (there - x).abs().max() > 0.1, "control"
+
+
+def test_a_whole_turn_would_be_no_protection(make_concept, geometry):
+    """The control of all of these: angles made that wide, where nobody can tell them from others."""
     concept = turning(make_concept, SWIRL)
     whole = flat.changed(concept, generator_text=concept.text.generator * (2 * math.pi / SWIRL))
     x = inside(concept)
     assert cosines(rotated(Protection([whole], geometry), x), x).min() > 0.999
-    assert cosines(rotated(Protection([concept], geometry, [2 * math.pi / SWIRL]), x), x).max() < -0.999
+    assert cosines(rotated(Protection([concept], geometry, [2 * math.pi / SWIRL]), x), x).max() < -0.5
 
 
-def test_a_concept_made_with_wider_angles_stays_as_it_was_made_and_goes_no_further(make_concept, geometry):
-    concept = turning(make_concept, WIDE)
-    x, made = inside(concept), Protection([concept], geometry)
+@pytest.mark.parametrize("angle", [1.05 * math.pi, WIDE])
+def test_a_concept_made_with_wider_angles_stays_as_it_was_made_and_goes_no_further(make_concept, geometry, angle):
+    concept = turning(make_concept, angle)
+    x, made = at_risk(concept, 0.9), Protection([concept], geometry)
     for strength in (1.0, 1.05, 2.0, 4.0):
         held = Protection([concept], geometry, [strength])
         assert held.effective == (1.0,) and torch.equal(rotated(held, x), rotated(made, x))
-    assert not torch.equal(rotated(Protection([concept], geometry, [0.9]), x), rotated(made, x)), (
-        "control: it reaches x"
-    )
+        assert bool(strength_notes([concept], [strength])) == (strength > 1)
+    assert held_strengths([concept], [-2.0]) == (-1.0,)
+    assert not torch.equal(rotated(Protection([concept], geometry, [0.9]), x), rotated(made, x)), "control: it turns x"
 
 
 @pytest.mark.parametrize("stream", ["text", "image"])
 def test_the_widest_angle_of_any_head_and_stream_counts(make_concept, stream):
     fields = {f"generator_{each}": fixed_generator(4, 0.1, 6) for each in ("text", "image")}
-    fields[f"generator_{stream}"][5] = fixed_generator(4, SWIRL, 1)[0]
-    concept = turning(make_concept, SWIRL, **fields)
-    assert held_strengths([concept], [2.0]) == (pytest.approx(math.pi / SWIRL),)
+    fields[f"generator_{stream}"][5] = fixed_generator(4, WIDE, 1)[0]
+    assert held_strengths([turning(make_concept, SWIRL, **fields)], [2.0]) == (1.0,)
     fields[f"generator_{stream}"][5] = fixed_generator(4, 0.1, 1)[0]
-    assert held_strengths([turning(make_concept, SWIRL, **fields)], [2.0]) == (2.0,), "control: without it 2 is far"
+    assert held_strengths([turning(make_concept, SWIRL, **fields)], [2.0]) == (2.0,), "control: without it 2 is 2"
+
+
+def test_half_a_turn_in_float16_is_half_a_turn(make_concept):
+    for angle in (math.pi, 1.004 * math.pi):
+        assert held_strengths([halved(turning(make_concept, angle))], [2.0]) == (2.0,)
 
 
 def test_what_turns_nothing_may_have_any_strength(make_concept):
-    assert held_strengths([turning(make_concept, 0.0)], [100.0]) == (100.0,)
+    still = turning(make_concept, 0.0)
+    assert held_strengths([still], [100.0]) == (100.0,) and held_strengths([still, still], [3.0, 2.0]) == (3.0, 2.0)
 
 
 def test_copies_of_one_concept_are_held_together(make_concept, geometry):

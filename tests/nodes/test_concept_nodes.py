@@ -125,11 +125,11 @@ def test_combining_shows_progress_and_can_be_cancelled(node_classes, make_concep
 
 
 def test_a_strength_that_is_held_is_reported(node_classes, make_concept, core):
-    """2.1 rad at strength 1, as the bundled swirl; twice that passes half a turn."""
-    generators = {f"generator_{stream}": core.fixed_generator(4, 2.1, 4) for stream in ("text", "image")}
+    """4.2 rad, past half a turn: more than strength 1 would be less."""
+    generators = {f"generator_{stream}": core.fixed_generator(4, 4.2, 4) for stream in ("text", "image")}
     concepts = [make_concept(slug=slug, seed=seed, strength=2.0 - seed, **generators) for seed, slug in enumerate("ab")]
     report = run(node_classes, "CombineConcepts", concepts={"concept0": concepts})[1]
-    assert "concept 'a': strength 2 acts as 1.5." in report and "concept 'b'" not in report
+    assert "concept 'a': strength 2 acts as 1." in report and "concept 'b'" not in report
 
 
 def test_saved_concepts_are_found_again_and_never_overwritten(node_classes, make_concept, folder):

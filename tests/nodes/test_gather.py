@@ -131,7 +131,7 @@ def sample_tiny(comfy):
         ({"timesteps": "0.5, 1"}, "timesteps: expected falling numbers"),
         ({"timesteps": "nan"}, "timesteps: expected"),
         ({"timesteps": "one"}, "timesteps: expected"),
-        ({"angle": float("nan")}, "angle is nan, expected a number from 0 to 20"),
+        ({"angle": float("nan")}, "angle is nan, expected a number from 0 to 3.14"),
         ({"rank": 1}, "rank is 1"),
         ({"turned": "v"}, "turned is 'v', expected one of k, q, qk"),
     ],

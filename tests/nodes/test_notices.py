@@ -39,6 +39,17 @@ def gentle(core, make_concept):
     return make_concept(slug="gentle", **generators)
 
 
+@pytest.fixture(scope="module")
+def wide(gentle):
+    """The same, made with twice the angles: past half a turn."""
+    return flat.changed(
+        gentle,
+        slug="wide",
+        generator_text=2 * gentle.text.generator,
+        generator_image=2 * flat.field(gentle, "generator_image"),
+    )
+
+
 def test_a_concept_with_nothing_to_turn_is_named(said, concept, doubles):
     (one,) = said([concept, doubles], blocks="s0-1")
     assert "concept 'doubles' has nothing to turn in the chosen blocks and streams: it is not suppressed" in one
@@ -67,20 +78,22 @@ def test_strength_0_is_what_was_asked_for(said, concept, doubles):
     assert said([flat.changed(doubles, strength=0.0), concept], blocks="s0-1") == []
 
 
-def test_a_product_past_half_a_turn_is_told_once_each(said, gentle):
-    """Load 2 x Apply 1.5, as 3 x 2.1 rad."""
-    bases = {"basis_q": gentle.text.basis.q.flip(0), "basis_k": gentle.text.basis.k.flip(0)}
-    other = flat.changed(gentle, slug="other", strength=0.5, **bases)
-    (one,) = said([flat.changed(gentle, strength=2.0), other], 1.5)
-    assert "concept 'gentle': strength 3 acts as 1.5." in one
-    assert said([gentle], 1.4) == []
+def test_a_strength_that_is_held_is_told_once_each(said, gentle, wide):
+    """Load 2 x Apply 1.5. The angles of `gentle` saturate below half a turn, so that nothing is held."""
+    (one,) = said([flat.changed(wide, strength=2.0), flat.changed(gentle, **flipped(gentle), strength=2.0)], 1.5)
+    assert "concept 'wide': strength 3 acts as 1." in one
+    assert said([gentle], 2.0) == [] and said([wide], 1.0) == []
 
 
-def test_held_strengths_paint_the_picture_of_half_a_turn(apply, flux, sample, gentle):
-    double = flat.changed(gentle, strength=2.0)
-    held, half = (sample(apply(flux, [double], strength)) for strength in (1.5, torch.pi / 4.2))
-    torch.testing.assert_close(held, half, rtol=0, atol=1e-5)
-    assert (held - sample(apply(flux, [gentle], 1.0))).abs().max() > 1e-4, "control: another strength shows"
+def flipped(concept):
+    """Bases of other heads, so that the concept is nobody's copy."""
+    return {f"basis_{role}": getattr(concept.text.basis, role).flip(0) for role in "qk"}
+
+
+def test_held_strengths_paint_the_picture_of_strength_1(apply, flux, sample, wide):
+    held, made, less = (sample(apply(flux, [wide], strength)) for strength in (1.5, 1.0, 0.9))
+    assert torch.equal(held, made)
+    assert (less - made).abs().max() > 1e-4, "control: another strength shows"
 
 
 def test_a_second_node_may_not_turn_a_concept_past_half_a_turn(apply, flux, gentle, concept):

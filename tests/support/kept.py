@@ -69,14 +69,14 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def merged(one: core.Concept, other: core.Concept) -> dict[str, object]:
-    """Overlaps, held strengths, and the refusal to take apart two concepts that share a direction."""
+    """Overlaps, and the refusal to take apart two concepts that share a direction."""
     try:
         refused = f"none: {core.orthogonalised(other, one).slug}"
     except ValueError as error:
         refused = str(error)
     found = core.overlap(one, other)
     overlaps = [found.of(stream) for stream in ("text", "image")]
-    return {"overlap": overlaps, "refused": refused, "held": list(core.held_strengths([one, one], [1.0, 1.5]))}
+    return {"overlap": overlaps, "refused": refused}
 
 
 def parts(found: core.Concept) -> dict[str, object]:
