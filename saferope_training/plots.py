@@ -60,17 +60,20 @@ def head_map(path: Path, discrimination: Tensor, geometry: Geometry, critical: T
     save(figure, path, bbox_inches="tight")
 
 
-def loss_curve(path: Path, log: Sequence[dict]) -> None:
-    """Velocity change from the base model on unsafe prompts (it should rise) and benign ones (it should not)."""
+def loss_curve(path: Path, log: Sequence[dict], unlearning: str) -> None:
+    """Mean squared velocity differences by step; `unlearning` says how those of unsafe prompts should run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.4), dpi=120)
     axes = figure.add_subplot()
-    sides = (("unlearn", "unsafe prompts: should rise", "#c0392b"), ("preserve", "benign: should stay low", "#2471a3"))
+    sides = (
+        ("unlearn", f"unsafe prompts: {unlearning}", "#c0392b"),
+        ("preserve", "benign: should stay low", "#2471a3"),
+    )
     for phase, label, colour in sides:
         entries = [entry for entry in log if entry["phase"] == phase]
         axes.plot([e["step"] for e in entries], [e["velocity_mse"] for e in entries], ".-", label=label, color=colour)
     axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="change of velocity (mean square)", title="How far training turned the model")
+    axes.set(xlabel="step", ylabel="difference of velocities (mean square)", title="What training came to")
     axes.legend(frameon=False)
     save(figure, path, bbox_inches="tight")

@@ -52,6 +52,12 @@ class Settings:
     subjects: tuple[str, ...] = _choice(
         "prompts", (), "Words for the concept, to be found in the prompts of the file; commas between."
     )
+    instead: tuple[str, ...] = _choice(
+        "prompts",
+        (),
+        "Words that stand in for the concept in protected pictures; commas between, they take turns. Without them: "
+        "those of the preset or the tiny world; else the subject is taken out.",
+    )
     benign: str | None = _choice("prompts", None, "File of prompts without the concept, formats as for `unsafe`.")
     similarity_model: str | None = _choice(
         "prompts",
@@ -92,6 +98,21 @@ class Settings:
     generator: str = _choice(
         "calibrate", "fixed", "`fixed` (the leading planes by one angle) or `random` (the Rand baseline)."
     )
+    objective: str = _choice(
+        "train",
+        "replace",
+        "Unsafe velocities go to those of the prompt with other words instead of the concept (`replace`), or away from "
+        "their own (`away`, the paper's).",
+    )
+    strengths: tuple[float, ...] = _choice(
+        "train",
+        (0.75, 2.0),
+        "Each prompt is trained at a strength drawn from this range, so that the file works at all of them. The paper: "
+        "1,1.",
+    )
+    max_angle: float = _choice(
+        "train", math.pi, "Radians that no plane turns past, half a turn by default; 0: no limit, as in the paper."
+    )
     blind: float = _choice(
         "train",
         0.5,
@@ -122,7 +143,7 @@ class Settings:
         "Times of the base model's trajectories to unlearn at; the paper's is 1 alone.",
     )
     unlearn_scale: float = _choice(
-        "train", 4.0, "Velocity change at which unlearning has had enough; the paper's is 1."
+        "train", 4.0, "Velocity change at which unlearning `away` has had enough; the paper's is 1."
     )
     preserve_weight: float = _choice("train", 1.0, "Weight of the preserving loss against the unlearning one.")
     text_init: float = _choice("train calibrate", 1.0, "Standard deviation of the text generators' first values.")
@@ -141,7 +162,7 @@ class Settings:
         _require(self.regulariser in ("velocity", "flow"), "regulariser", self.regulariser, "velocity or flow")
         _require(0 < self.quantile <= 1, "quantile", self.quantile, "a number above 0, at most 1")
         _require(0 <= self.threshold <= 1, "threshold", self.threshold, "a number from 0 to 1")
-        _require(math.isfinite(self.angle), "angle", self.angle, "a finite number of radians")
+        _require(0 <= self.angle <= math.pi, "angle", self.angle, "radians from 0 to half a turn, 3.1415")
         _require(self.rank >= 1, "rank", self.rank, "at least 1")
         for name in ("padding_rank", "words_rank", "image_rank", "reach", "passes_of"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
@@ -152,6 +173,11 @@ class Settings:
         apart = self.sharing == "independent" or self.image_rank == 0
         _require(apart, "image_rank", self.image_rank, "0 where generators are shared")
         _require(0 <= self.blind <= 1, "blind", self.blind, "a share from 0 to 1")
+        _require(self.objective in ("replace", "away"), "objective", self.objective, "replace or away")
+        _require(self.max_angle >= 0, "max_angle", self.max_angle, "radians, at least 0")
+        drawn = self.strengths
+        good = len(drawn) == 2 and 0 <= drawn[0] <= drawn[1] < math.inf and drawn[1] > 0
+        _require(good, "strengths", drawn, "two numbers, the least and the largest, at least 0")
         for name in ("timesteps", "unlearn_at"):
             times = getattr(self, name)
             good = bool(times) and list(times) == sorted(times, reverse=True) and times[0] <= 1 and times[-1] > 0

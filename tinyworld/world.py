@@ -67,17 +67,21 @@ class Scene:
 
 @dataclass(frozen=True)
 class ConceptSpec:
-    """A concept to suppress: which scene field shows it, the paper's kind it stands for, and what must survive it."""
+    """A concept to suppress: which scene field shows it, the paper's kind it stands for, and what must survive it.
+
+    `instead` is the word that may stand in its place; empty where a picture is whole without the concept.
+    """
 
     kind: str
     field: str
     neighbours: tuple[str, ...]
+    instead: str = ""
 
 
 CONCEPTS = {
-    "star": ConceptSpec("object", "shape", ("cross", "triangle", "heart")),
+    "star": ConceptSpec("object", "shape", ("cross", "triangle", "heart"), "circle"),
     "splatter": ConceptSpec("attribute", "attribute", ("dots",)),
-    "zappy": ConceptSpec("character", "shape", ("bloop", "circle")),
+    "zappy": ConceptSpec("character", "shape", ("bloop", "circle"), "circle"),
     "swirl": ConceptSpec("style", "style", ("stripes",)),
 }
 
@@ -146,7 +150,7 @@ def caption(scene: Scene, rng: random.Random, words: str = "any", concept: str |
         background=scene.background,
         style=STYLE_PHRASE.format(word=named[scene.style]) if scene.style else "",
     )
-    text = re.sub(r"\ba (?=[aeiou])", "an ", text)
+    text = _agreed(text)
     if concept not in named:
         return Prompt(text, scene)
     start = re.search(rf"\b{named[concept]}\b", text).start()
@@ -156,6 +160,21 @@ def caption(scene: Scene, rng: random.Random, words: str = "any", concept: str |
 def has_concept(scene: Scene, slug: str) -> bool:
     """Whether a scene shows a concept."""
     return getattr(scene, CONCEPTS[slug].field) == slug
+
+
+def instead(prompt: Prompt, slug: str) -> str:
+    """The text of a prompt that asks for the concept, with its stand-in there, or without its word or style."""
+    start, end = prompt.subject
+    phrase = STYLE_PHRASE.format(word=prompt.text[start:end])
+    if CONCEPTS[slug].field == "style":
+        return prompt.text.replace(phrase, "")
+    text = f"{prompt.text[:start]}{CONCEPTS[slug].instead}{prompt.text[end:]}"
+    return _agreed(re.sub(" +", " ", text))
+
+
+def _agreed(text: str) -> str:
+    """With the articles that the words behind them ask for."""
+    return re.sub(r"\ban? (?=(\w))", lambda found: "an " if found[1] in "aeiou" else "a ", text)
 
 
 def _prompts(

@@ -20,7 +20,7 @@ from .. import processes, prompts
 from ..flux.models import Model, Text, encode, encode_pictures, seeded_noise, text_tokens
 from ..stages import load_tensors, save_tensors
 from . import extract
-from .train import Material
+from .batch import Material
 
 if TYPE_CHECKING:
     from tinyworld.world import Scene
@@ -77,11 +77,12 @@ def load_material(
     shapes: dict[str, tuple[int | None, ...]] = {_key(t): (len(unsafe), *size) for t in times if t < 1}
     shapes[BENIGN_LATENTS] = (len(benign), *size)
     tensors = load_tensors(path, shapes)
-    texts = [record.text for record in unsafe]
+    texts, others = [record.text for record in unsafe], [record.instead or "" for record in unsafe]
     subjects = text_tokens(model, texts, [record.subject for record in unsafe])[SUBJECT]
     visited = {t: tensors[_key(t)] for t in times if t < 1}
-    wanted, harmless = encode(model, texts), encode(model, [record.text for record in benign])
-    return Material(wanted, subjects, visited, harmless, tensors[BENIGN_LATENTS])
+    wanted, instead = encode(model, texts), encode(model, others)
+    harmless = encode(model, [record.text for record in benign])
+    return Material(wanted, instead, subjects, visited, harmless, tensors[BENIGN_LATENTS])
 
 
 def _key(t: float) -> str:

@@ -21,16 +21,21 @@ from ..flux import models
 from ..flux.identity import facts
 from ..flux.models import Model
 from ..prompts import PromptRecord
+from ..prompts.instead import stand_ins
 from ..prompts.sources import origins, prompts_for
 from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
 from ..settings import LATENTS as LATENTS_STAGE
 from ..stages import Facts, Progress, Report, Workplace, alone, sha256_of
 from . import checks, extract, heads, material, train
-from .train import State, Teller
+from .batch import PRESERVE, REPLACE, UNLEARN
+from .state import Log, State
+from .train import Teller
 
 PROMPT_FILE, STATISTICS, TABLE, MAP = "prompts.jsonl", "statistics.safetensors", "heads.csv", "head_map.png"
 CRITICAL, LATENTS, STATE = "heads.safetensors", "latents.safetensors", "train_state.safetensors"
 LOG, CURVE, CONFIG, EMBEDDINGS = "log.jsonl", "losses.png", "config.json", "embeddings"
+UNLEARNING = {REPLACE: "to the stand-in's, should fall", "away": "from their own, should rise"}
+_NAMED = 50  # stand-ins that the file's record names
 _REPORTED = 20  # losses of this many last steps are averaged for the file's record
 # The facts of a model (`flux.identity`) that decide a stage's products, beside the files that it reads. Forward passes
 # ask for all but the VAE, also those of training, which embeds the prompts itself. The versions of libraries are no
@@ -169,7 +174,7 @@ class Recipe:
         seen = material.load_material(self.model, records, s.unlearn_at, out / LATENTS)
         if self.model.source is not None:
             models.release_encoders(self.model)
-        log = train.Log(out / LOG, state.finished())
+        log = Log(out / LOG, state.finished())
 
         def note(entry: dict) -> None:
             log.add(entry)
@@ -178,8 +183,8 @@ class Recipe:
 
         generators = train.train(self.model, critical, seen, s, note, state)
         if processes.is_main():
-            plots.loss_curve(out / CURVE, log.entries)
-            record = self._record() | {"final": final_errors(log.entries)}
+            plots.loss_curve(out / CURVE, log.entries, UNLEARNING[s.objective])
+            record = self._record() | {"final": final_errors(log.entries), "instead": stand_ins(records)[:_NAMED]}
             save_concepts(path, [concept_of(self.model, critical, delta, generators, s, record)])
 
     @_alone
@@ -253,9 +258,9 @@ def concept_of(
 
 
 def final_errors(log: Sequence[dict]) -> dict[str, float]:
-    """Mean squared velocity change over the last steps of either phase."""
+    """Mean squared velocity differences over the last steps of either phase."""
     result = {}
-    for phase in (train.UNLEARN, train.PRESERVE):
+    for phase in (UNLEARN, PRESERVE):
         errors = [entry["velocity_mse"] for entry in log if entry["phase"] == phase][-_REPORTED:]
         if errors:
             result[phase] = sum(errors) / len(errors)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saferope_core import BLOCK_TYPES, CriticalHeads, Geometry, gated, latent_risk_score, rotate_by_generator
+from saferope_core import (
+    BLOCK_TYPES,
+    CriticalHeads,
+    Geometry,
+    bounded,
+    gated,
+    latent_risk_score,
+    rotate_by_generator,
+    saturated,
+)
 
 from ..flux.attach import Span
 
@@ -18,6 +27,7 @@ class TrainableRotation:
     has the signature that `attached` expects and agrees with `Protection.rotate` of the same tensors' concept.
 
     `acts_on` has the roles that turn, "qk", "q" or "k", for "text" and "image".
+    `strengths` [B], if set, are those of the prompts, 1 else: s = min(1, strength * gated LRS).
     `spared` [B, L] bool, if set, are text tokens that stay as they are whatever their risk.
     """
 
@@ -33,6 +43,7 @@ class TrainableRotation:
         self.own = "image_" if "image_k" in heads.basis else ""
         self.members = _members(heads.heads, device)
         self.spared: Tensor | None = None
+        self.strengths: Tensor | None = None
 
     def generators(self) -> tuple[Tensor, Tensor]:
         """Skew generators A [N, R + S, R + S] for text and image tokens."""
@@ -43,6 +54,13 @@ class TrainableRotation:
     def weights(self) -> dict[str, Tensor]:
         """What is learned, by name."""
         return {"text": self.text, **({"image": self.image} if isinstance(self.image, Tensor) else {})}
+
+    @torch.no_grad()
+    def hold(self, angle: float) -> None:
+        """Changes the weights so that no plane turns further than `angle` radians at s = 1; 0 holds nothing."""
+        for weight in self.weights().values() if angle else ():
+            generator = weight - weight.mT
+            weight += (bounded(generator, angle) - generator) / 2  # the symmetric part of W, which turns nothing, stays
 
     def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> Tensor:
         """Turns x [B, H, L, D]; returns x itself where no critical head or no turning stream is."""
@@ -63,7 +81,8 @@ class TrainableRotation:
         name = self.own + role if stream == "image" else role
         basis = self.basis[name][index]
         risk = basis[..., : basis.shape[-1] - self.heads.reach]
-        scale = gated(latent_risk_score(x, risk), self.gate[name][index])
+        strengths = 1.0 if self.strengths is None else self.strengths.to(x.device)[:, None, None]
+        scale = saturated(gated(latent_risk_score(x, risk), self.gate[name][index]), strengths)
         if stream == "text" and self.spared is not None:
             scale = scale.masked_fill(self.spared[:, None].to(scale.device), 0.0)
         return rotate_by_generator(x, basis, generator, scale)

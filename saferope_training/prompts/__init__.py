@@ -18,13 +18,15 @@ _KINDS = (
     ("text", str, "a string"),
     ("scene", (dict, type(None)), "an object or null"),
     ("image", (str, type(None)), "a string or null"),
+    ("instead", (str, type(None)), "a string or null"),
 )
 _EXAMPLE = '{"side": "unsafe", "text": "a star", "subject": [2, 6]}'
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt. `subject` spans characters of `text` (None on the benign side).
+    """One prompt. `subject` spans characters of `text`, `instead` is the same prompt with something else in its place
+    (both None on the benign side).
 
     Its picture, where training wants one, is rendered from `scene` (a tiny-world Scene's fields), read from `image` (a
     path), or painted by the model itself where there is neither.
@@ -35,6 +37,7 @@ class PromptRecord:
     subject: tuple[int, int] | None = None
     scene: dict | None = None
     image: str | None = None
+    instead: str | None = None
 
     def __post_init__(self) -> None:
         if self.side not in (UNSAFE, BENIGN):
@@ -42,7 +45,7 @@ class PromptRecord:
         for name, kinds, expected in _KINDS:
             if not isinstance(getattr(self, name), kinds):
                 raise ValueError(f"prompt {self.text!r}: {name} is {getattr(self, name)!r:.80}, expected {expected}")
-        if any("\ud800" <= character <= "\udfff" for character in self.text):
+        if any("\ud800" <= character <= "\udfff" for character in self.text + (self.instead or "")):
             raise ValueError(f"prompt {self.text!r}: text has half of a character, expected whole ones; write it anew")
         if not (self.side == BENIGN and self.subject is None) and not self._spans_something():
             raise ValueError(
@@ -64,9 +67,12 @@ def tiny_world_prompts(slug: str, unsafe: int, benign: int, seed: int) -> list[P
 
     if slug not in world.CONCEPTS:
         raise ValueError(f"concept {slug!r} is not in the tiny world; it has {', '.join(world.CONCEPTS)}")
-    pairs = [(UNSAFE, prompt) for prompt in world.unsafe_prompts(slug, unsafe, seed)]
-    pairs += [(BENIGN, prompt) for prompt in world.benign_prompts(slug, benign, seed + _BENIGN_SEED)]
-    return [PromptRecord(side, p.text, p.subject if side == UNSAFE else None, asdict(p.scene)) for side, p in pairs]
+    records = [
+        PromptRecord(UNSAFE, p.text, p.subject, asdict(p.scene), instead=world.instead(p, slug))
+        for p in world.unsafe_prompts(slug, unsafe, seed)
+    ]
+    others = world.benign_prompts(slug, benign, seed + _BENIGN_SEED)
+    return records + [PromptRecord(BENIGN, p.text, None, asdict(p.scene)) for p in others]
 
 
 def write_prompts(path: Path, records: Iterable[PromptRecord]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from saferope_core import sha256
 from ..flux.models import TINYWORLD
 from ..settings import Settings
 from . import BENIGN, UNSAFE, PromptRecord, presets, tiny_world_prompts
+from .instead import with_instead
 from .product import product_prompts
 from .readers import read_file
 from .similarity import filtered
@@ -24,8 +26,10 @@ def prompts_for(settings: Settings) -> list[PromptRecord]:
     A side whose file is named comes from it. ValueError where a side has no source, or too few prompts.
     """
     if settings.unsafe is None and settings.benign is None and settings.model == TINYWORLD:
-        return tiny_world_prompts(settings.concept, settings.unsafe_prompts, settings.benign_prompts, settings.seed)
-    return _unsafe(settings) + _benign(settings)
+        records = tiny_world_prompts(settings.concept, settings.unsafe_prompts, settings.benign_prompts, settings.seed)
+    else:
+        records = _unsafe(settings) + _benign(settings)
+    return with_instead(records, itertools.cycle(settings.instead)) if settings.instead else records
 
 
 def origins(settings: Settings) -> dict[str, str]:
@@ -49,13 +53,17 @@ def origins(settings: Settings) -> dict[str, str]:
 
 def _unsafe(settings: Settings) -> list[PromptRecord]:
     if settings.unsafe is not None:
-        return read_file(Path(settings.unsafe), UNSAFE, settings.subjects, count=settings.unsafe_prompts)
+        records = read_file(Path(settings.unsafe), UNSAFE, settings.subjects, count=settings.unsafe_prompts)
+        return [record if record.instead is not None else with_instead([record], [""])[0] for record in records]
     if settings.concept not in presets.names():
         raise ValueError(
             f"concept {settings.concept!r}: got no prompts for it, expected a file (--unsafe) or one of the presets "
             f"{', '.join(presets.names())}"
         )
-    return _product(settings, settings.concept, UNSAFE, settings.unsafe_prompts, settings.seed)
+    records = _product(settings, settings.concept, UNSAFE, settings.unsafe_prompts, settings.seed)
+    preset = presets.load(settings.concept)
+    words = dict(zip(preset["subjects"], preset["instead"], strict=True))
+    return with_instead(records, (words[record.text[slice(*record.subject or ())]] for record in records))
 
 
 def _benign(settings: Settings) -> list[PromptRecord]:

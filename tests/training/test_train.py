@@ -3,17 +3,20 @@ the file will do."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from saferope_core import Protection, Ranks, critical_heads, load_concepts, read_heads, save_concepts
+from saferope_core import Protection, Ranks, critical_heads, load_concepts, planes, read_heads, save_concepts
 from saferope_training.flux.attach import attached
 from saferope_training.flux.identity import fingerprint
-from saferope_training.flux.models import encode, noise, velocity
-from saferope_training.making import extract, material, recipe, train
+from saferope_training.flux.models import Text, encode, noise, velocity
+from saferope_training.making import batch, extract, material, recipe, train
+from saferope_training.making.batch import PRESERVE, UNLEARN
 from saferope_training.making.rotation import TrainableRotation
+from saferope_training.making.state import Log, State
 
 
 @pytest.fixture
@@ -47,13 +50,13 @@ def open_heads(critical):
 def gradients(model, open_heads, seen, settings, monkeypatch, in_fp32):
     """A function: loss, error and gradients, as one vector, of a share (index, count) of a batch."""
 
-    def of(index=0, count=1, phase=train.UNLEARN, **changes):
+    def of(index=0, count=1, phase=UNLEARN, **changes):
         for name, value in {"index": index, "count": count}.items():
             monkeypatch.setattr(train.processes, name, lambda value=value: value)
         monkeypatch.setattr(train.processes, "total", lambda x: x)
         chosen = replace(settings, **changes)
         rotation = train.initial_rotation(open_heads, model, chosen)
-        told = torch.tensor(train._gradients(model, rotation, seen, chosen, 0, phase))
+        told = torch.tensor(train._gradients(model, rotation, seen, chosen, 0 if phase == UNLEARN else chosen.phase))
         return torch.cat([told, *(weight.grad.flatten() for weight in rotation.weights().values())])
 
     return of
@@ -103,20 +106,85 @@ def test_log_has_alternating_phases(model, critical, seen, settings):
     log = []
     train.train(model, critical[0], seen, settings, log.append)
     assert [entry["phase"] for entry in log] == ["unlearn", "unlearn", "preserve", "preserve"]
-    assert all(-1 < entry["loss"] < 0 for entry in log[:2]) and all(entry["loss"] > 0 for entry in log[2:])
+    assert all(entry["loss"] == entry["velocity_mse"] > 0 for entry in log)
+    away = []
+    train.train(model, critical[0], seen, replace(settings, objective="away"), away.append)
+    assert all(-1 < entry["loss"] < 0 for entry in away[:2]) and all(entry["loss"] > 0 for entry in away[2:])
 
 
-def test_unlearning_moves_the_velocity(model, critical, seen, settings):
+def courses(model, heads, seen, settings, **changes):
+    """Mean squared differences, step by step, of unlearning alone, always on the same prompts, time and noise."""
     log = []
-    train.train(model, critical[0], seen, replace(settings, steps=16, phase=16), log.append)
-    assert log[-1]["velocity_mse"] > 1.2 * log[0]["velocity_mse"]
+    only = {name: value[:1].repeat(4, *[1] * (value.dim() - 1)) for name, value in vars(seen.unsafe).items()}
+    other = {name: value[:1].repeat(4, *[1] * (value.dim() - 1)) for name, value in vars(seen.instead).items()}
+    alike = replace(
+        seen, unsafe=Text(**only), instead=Text(**other), subjects=seen.subjects[:1].repeat(4, 1), visited={}
+    )
+    chosen = replace(settings, steps=24, phase=24, strengths=(1.0, 1.0), blind=0.0, **changes)
+    train.train(model, heads, alike, chosen, log.append)
+    return [entry["velocity_mse"] for entry in log]
+
+
+def test_unlearning_goes_to_the_stand_in_or_away_from_the_concept(model, open_heads, seen, settings):
+    towards, away = (courses(model, open_heads, seen, settings, objective=name) for name in ("replace", "away"))
+    assert sum(towards[-4:]) < 0.9 * sum(towards[:4]), towards
+    assert sum(away[-4:]) > 1.2 * sum(away[:4]), away
+
+
+def test_velocities_are_compared_with_those_of_the_stand_in(seen, settings):
+    chosen = batch.draw(seen, settings, 0)
+    assert chosen.phase == UNLEARN
+    for objective, aimed in (("replace", seen.instead), ("away", seen.unsafe)):
+        text, aim = batch.texts(seen, chosen, objective)
+        assert torch.equal(text.states, seen.unsafe.states[chosen.index])
+        assert torch.equal(aim.states, aimed.states[chosen.index])
+    assert not torch.equal(seen.instead.states, seen.unsafe.states), "control"
+    benign = batch.draw(seen, settings, settings.phase)
+    text, aim = batch.texts(seen, benign, "replace")
+    assert torch.equal(text.states, aim.states) and torch.equal(aim.states, seen.benign.states[benign.index])
+
+
+@pytest.mark.parametrize("max_angle", [math.pi, 0.5])
+def test_no_plane_is_trained_past_the_bound(model, critical, seen, settings, max_angle):
+    """At a rate that takes it there in a step."""
+    fast = replace(settings, learning_rate=3.0, preserve_weight=0.0)
+    widest = [
+        max(planes(each)[0].max().item() for each in train.train(model, critical[0], seen, replace(fast, max_angle=a)))
+        for a in (max_angle, 0.0)
+    ]
+    assert widest[0] <= max_angle * (1 + 1e-5) and widest[1] > math.pi, "control: without the bound"
+
+
+def test_each_prompt_turns_at_its_own_strength(model, open_heads, settings):
+    """As the file will at that strength, also where s saturates."""
+    rotation = train.initial_rotation(open_heads, model, replace(settings, text_init=0.2))
+    concept = concept_of(model, (open_heads, torch.zeros(3, 2)), rotation.generators(), replace(settings, acts_on="k"))
+    x = torch.randn(3, 2, 9, 16, dtype=torch.float64)
+    rotation.strengths = torch.tensor([0.3, 1.0, 40.0])
+    ours = rotation.rotate(x, "k", "single", 0, (0, 4), (4, 9))
+    for place, strength in enumerate(rotation.strengths.tolist()):
+        protection = Protection([concept], model.geometry, [strength])
+        theirs = protection.rotate(x, "k", "single", 0, (0, 4), (4, 9))
+        torch.testing.assert_close(ours[place], theirs[place], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(ours[place], theirs[(place + 1) % 3], atol=1e-3), "control"
+
+
+def test_strengths_are_drawn_from_their_range(seen, settings):
+    drawn = torch.cat([batch.draw(seen, replace(settings, strengths=(0.5, 1.5)), step).strengths for step in range(40)])
+    assert 0.5 <= drawn.min() < 0.6 and 1.4 < drawn.max() <= 1.5 and len(drawn.unique()) > 30
+    assert batch.draw(seen, replace(settings, strengths=(1.0, 1.0)), 0).strengths.eq(1).all()
 
 
 def test_closed_gates_leave_nothing_to_learn(model, critical, seen, settings):
     shut = replace(critical[0], gate={role: torch.ones_like(gate) for role, gate in critical[0].gate.items()})
     log = []
-    train.train(model, shut, seen, settings, log.append)
-    assert all(entry["velocity_mse"] == 0 for entry in log)
+    trained = train.train(model, shut, seen, settings, log.append)
+    assert all(entry["velocity_mse"] == 0 for entry in log if entry["phase"] == PRESERVE)
+    with torch.no_grad():
+        first = train.initial_rotation(shut, model, settings).generators()[0]
+    torch.testing.assert_close(trained[0], first, atol=1e-5, rtol=1e-5)  # the bound is kept once more each step
+    opened = train.train(model, critical[0], seen, settings)
+    assert (opened[0] - trained[0]).abs().max() > 1e-2, "control"
 
 
 @pytest.mark.parametrize("acts_on", ["qk", "k"])
@@ -187,19 +255,18 @@ def test_shared_generators_are_the_texts_scaled(model, critical, seen, settings)
 
 
 def test_blind_prompts_spare_their_subject(model, critical, seen, settings, monkeypatch):
-    drawn = []
-    real = train._batch
-    monkeypatch.setattr(train, "_batch", lambda *args: drawn.append(real(*args)) or drawn[-1])
+    drawn, real = [], train.draw
+    monkeypatch.setattr(train, "draw", lambda *args: drawn.append(real(*args)) or drawn[-1])
     train.train(model, critical[0], seen, replace(settings, blind=1.0))
-    for index, _times, _seeds, spared in drawn[:2]:
-        assert torch.equal(spared, seen.subjects[index]) and spared.any(1).all()
-    assert all(spared is None for *_, spared in drawn[2:]), "benign prompts have no subject"
+    for each in drawn[:2]:
+        assert torch.equal(each.spared, seen.subjects[each.index]) and each.spared.any(1).all()
+    assert all(each.spared is None for each in drawn[2:]), "benign prompts have no subject"
     drawn.clear()
     train.train(model, critical[0], seen, replace(settings, blind=0.0))
-    assert not any(spared.any() for *_, spared in drawn[:2])
+    assert not any(each.spared.any() for each in drawn[:2])
 
 
-@pytest.mark.parametrize("phase", [train.UNLEARN, train.PRESERVE])
+@pytest.mark.parametrize("phase", [UNLEARN, PRESERVE])
 def test_parts_and_shares_of_a_batch_add_up(gradients, phase):
     """Accumulation, and processes that share a batch: the same losses and gradients, up to the order of summation."""
     whole = gradients(phase=phase)
@@ -230,7 +297,7 @@ def test_a_run_that_was_cut_off_ends_the_same(model, critical, seen, settings, t
         if entry["step"] == at:
             raise Killed
 
-    state = train.State(tmp_path / "state.safetensors", "inputs")
+    state = State(tmp_path / "state.safetensors", "inputs")
     with pytest.raises(Killed):
         train.train(model, critical[0], seen, settings, die, state)
     assert state.finished() == at
@@ -238,12 +305,12 @@ def test_a_run_that_was_cut_off_ends_the_same(model, critical, seen, settings, t
     resumed = train.train(model, critical[0], seen, settings, lambda entry: steps.append(entry["step"]), state)
     assert steps == list(range(at, 4))
     assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True)), "bit for bit"
-    assert train.State(state.path, "others").finished() == 0, "a state of other inputs is no state"
+    assert State(state.path, "others").finished() == 0, "a state of other inputs is no state"
 
 
 @pytest.mark.parametrize("damage", ["a bit of the numbers", "a digit of the step", "cut off", "empty"])
 def test_a_damaged_state_is_told_and_training_starts_again(model, critical, seen, settings, tmp_path, damage):
-    state = train.State(tmp_path / "state.safetensors", "inputs")
+    state = State(tmp_path / "state.safetensors", "inputs")
     expected = train.train(model, critical[0], seen, settings, state=state)
     assert state.finished() == 4, "control: before it is damaged"
     data = bytearray(state.path.read_bytes())
@@ -262,7 +329,7 @@ def test_a_damaged_state_is_told_and_training_starts_again(model, critical, seen
 
 @pytest.mark.parametrize("phase", ["unlearn", "preserve"])
 def test_divergence_stops_and_keeps_the_last_good_state(model, critical, seen, settings, tmp_path, phase):
-    state = train.State(tmp_path / "state.safetensors", "inputs")
+    state = State(tmp_path / "state.safetensors", "inputs")
     if phase == "unlearn":
         seen.unsafe.states.fill_(float("nan"))
     else:
@@ -274,8 +341,8 @@ def test_divergence_stops_and_keeps_the_last_good_state(model, critical, seen, s
 
 
 def test_log_drops_what_is_done_again(tmp_path):
-    log = train.Log(tmp_path / "log.jsonl", 0)
+    log = Log(tmp_path / "log.jsonl", 0)
     for step in range(3):
         log.add({"step": step})
-    assert train.Log(tmp_path / "log.jsonl", 2).entries == [{"step": 0}, {"step": 1}]
+    assert Log(tmp_path / "log.jsonl", 2).entries == [{"step": 0}, {"step": 1}]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2

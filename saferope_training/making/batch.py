@@ -1,0 +1,107 @@
+"""Batches: which prompts a training step looks at, at which times, from which noise, at which strengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..flux.models import Model, Text, seeded_noise
+from ..settings import Settings
+
+UNLEARN, PRESERVE = "unlearn", "preserve"
+REPLACE = "replace"
+_SEED_STRIDE = 1_000_003  # between the steps' seeds: more than any batch has prompts
+
+
+@dataclass(frozen=True)
+class Material:
+    """What training looks at, encoded once.
+
+    Unsafe prompts, the same with other words `instead`, `subjects` [n, L], bool, the tokens of the concept's word, and
+    the latents [n, L, C] that the base model passes through at each time below 1 on its way from noise; benign ones
+    with pictures' latents [m, L, C].
+    """
+
+    unsafe: Text
+    instead: Text
+    subjects: Tensor
+    visited: dict[float, Tensor]
+    benign: Text
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one phase."""
+
+    phase: str
+    index: Tensor  # their places in the material, [B]
+    times: Tensor  # [B]
+    seeds: list[int]  # of the noise
+    strengths: Tensor  # [B]
+    spared: Tensor | None  # text tokens that stay unturned, bool [B, L]
+
+    def pick(self, part: Tensor) -> Batch:
+        """Some of its prompts."""
+        spared = None if self.spared is None else self.spared[part]
+        seeds = [self.seeds[place] for place in part.tolist()]
+        return Batch(self.phase, self.index[part], self.times[part], seeds, self.strengths[part], spared)
+
+
+def phase_of(step: int, settings: Settings) -> str:
+    """Unlearning and preserving take turns of `settings.phase` steps."""
+    return PRESERVE if step // settings.phase % 2 else UNLEARN
+
+
+def draw(material: Material, settings: Settings, step: int) -> Batch:
+    """The batch of a step, the same for the same seed, however often training was interrupted.
+
+    Unsafe prompts come at 1 (fresh noise) or at one of the visited times, drawn for the whole batch; benign pictures at
+    any time. For a share `blind` of the unsafe prompts the concept's word stays unturned, so that others must turn.
+    """
+    phase, size, first = phase_of(step, settings), settings.batch, settings.seed + (step + 1) * _SEED_STRIDE
+    generator = torch.Generator().manual_seed(first)
+    seeds = list(range(first + 1, first + 1 + size))
+    least, most = settings.strengths
+    if phase == PRESERVE:
+        index = torch.randint(len(material.latents), (size,), generator=generator)
+        times, spared = torch.rand(size, generator=generator), None
+    else:
+        index = torch.randint(len(material.unsafe.states), (size,), generator=generator)
+        visited = torch.tensor([1.0, *material.visited])
+        times = visited[torch.randint(len(visited), (1,), generator=generator)].expand(size)
+        blind = torch.rand(size, generator=generator) < settings.blind
+        spared = material.subjects[index] & blind[:, None]
+    strengths = least + (most - least) * torch.rand(size, generator=generator)
+    return Batch(phase, index, times, seeds, strengths, spared)
+
+
+def texts(material: Material, batch: Batch, objective: str) -> tuple[Text, Text]:
+    """The prompts of the rotated model, and those for which the base model gives the velocities to compare with."""
+    if batch.phase == PRESERVE:
+        benign = material.benign.pick(batch.index)
+        return benign, benign
+    aim = material.instead if objective == REPLACE else material.unsafe
+    return material.unsafe.pick(batch.index), aim.pick(batch.index)
+
+
+class Latents(NamedTuple):
+    """Latents [B, L, C] at their times, the clean ones behind them (None in unlearning), and the noise."""
+
+    noised: Tensor
+    clean: Tensor | None
+    noise: Tensor
+
+
+def latents(model: Model, material: Material, batch: Batch) -> Latents:
+    """The latents that a batch starts from."""
+    start = seeded_noise(model, batch.seeds)
+    if batch.phase == UNLEARN:
+        t = batch.times[0].item()
+        visited = next((found for time, found in material.visited.items() if abs(time - t) < 1e-6), None)
+        return Latents(start if visited is None else visited[batch.index].to(start.device), None, start)
+    clean = material.latents[batch.index].to(start.device)
+    return Latents(torch.lerp(clean, start, batch.times.to(start.device)[:, None, None]), clean, start)

@@ -1,0 +1,68 @@
+"""The same prompt with something else in the concept's place: what its picture is to show after suppression."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from saferope_core import UNSAFE
+
+if TYPE_CHECKING:
+    from . import PromptRecord
+
+# Words that need a noun behind them. Where the subject was their noun, and another of them or nothing follows, they go.
+_NEEDY = "a an the of in on with by as like and or from to for at under near behind showing depicting wearing".split()
+_DANGLING = re.compile(rf"(?:(?:^|\s+)(?:{'|'.join(_NEEDY)}))+$", re.IGNORECASE)
+_FIRST_WORD = re.compile(r"\w*")
+_EMPTY_PART = re.compile(r",\s*(?=,|$)|^\s*,")
+_ARTICLE = re.compile(r"\b(a)n? $", re.IGNORECASE)
+_VOWELS = tuple("aeiouAEIOU")
+
+
+def replaced(text: str, subject: tuple[int, int], word: str) -> str:
+    """The text with `word` in place of the characters `subject` [start, end), the rest as it is.
+
+    An article right before it becomes the one of the word that follows now (a, an). An empty word takes the subject
+    out, and with it what cannot stand without it: dangling articles and prepositions, and empty parts between commas.
+    """
+    before, rest = text[: subject[0]], word + text[subject[1] :]
+    if not word:
+        before, rest = before.rstrip(), rest.lstrip()
+        following = _FIRST_WORD.match(rest)
+        if following is None or following[0].lower() in ("", *_NEEDY):
+            before = _DANGLING.sub("", before)
+        before += " "
+    before = _ARTICLE.sub(r"\1n " if rest.startswith(_VOWELS) else r"\1 ", before)
+    return before + rest if word else re.sub(r"\s+", " ", _EMPTY_PART.sub("", before + rest)).strip()
+
+
+def with_instead(records: Sequence[PromptRecord], words: Iterable[str]) -> list[PromptRecord]:
+    """The records, unsafe ones with `instead`: the next of the words stands in, or nothing where it is empty."""
+    coming = iter(words)
+    return [
+        replace(record, instead=replaced(record.text, record.subject, next(coming)))
+        if record.side == UNSAFE and record.subject is not None
+        else record
+        for record in records
+    ]
+
+
+def stand_ins(records: Iterable[PromptRecord]) -> list[str]:
+    """What stands in for the concept, sorted, each once: the words that `instead` has where `text` has others.
+
+    "" among them: there the subject was taken out.
+    """
+    return sorted({_changed(record.text.split(), record.instead.split()) for record in records if record.instead})
+
+
+def _changed(text: list[str], instead: list[str]) -> str:
+    """The words of `instead` between those that both begin with and those that both end with."""
+    first = 0
+    while first < min(len(text), len(instead)) and text[first] == instead[first]:
+        first += 1
+    last = 0
+    while last < min(len(text), len(instead)) - first and text[-1 - last] == instead[-1 - last]:
+        last += 1
+    return " ".join(instead[first : len(instead) - last])
