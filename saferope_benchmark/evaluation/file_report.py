@@ -20,9 +20,10 @@ from saferope_training.stages import Progress
 
 from ..pictures import comparison_grid
 from ..prompt_sets import BENIGN, NEIGHBOURS, SEED, PromptSet, Sizes, tiny_world_sets
-from ..scores import REST, SHOWN
+from ..scores import REST, SHOWN, WHOLE
 from ..scores.detector import detector
 from ..scores.distance import distance
+from ..scores.whole import whole
 from .evaluate import Evaluation, run
 from .methods import Method, concept_file, unprotected
 from .picture_store import read_pictures
@@ -81,7 +82,7 @@ def evaluate_file(
             "--suite paper-flux for others"
         )
     slugs = [concept.slug for concept in load_concepts(path)]
-    methods, metrics = [unprotected(), concept_file(path, strength)], [detector(), distance()]
+    methods, metrics = [unprotected(), concept_file(path, strength)], [detector(), whole(), distance()]
     sets = [asked for slug in slugs for asked in tiny_world_sets(slug, sizes, seed)]
     evaluation = Evaluation(model, sets, methods, metrics, out / f"{path.stem}.evaluation")
     require_no_link(out, evaluation.out)
@@ -94,7 +95,8 @@ def pairs(rows: Sequence[Row], slug: str) -> list[Pair]:
     """A concept's rows of the protected model, what should vanish first, what it costs last."""
     own = [row for row in rows if row.concept == slug and row.strength is not None]
     kept = [row for row in own if row.set in (NEIGHBOURS, BENIGN) and row.unit != "1 - cos"]
-    chosen = [row for row in own if row.column == SHOWN] + [row for row in own if row.column == REST] + kept
+    chosen = [row for name in (SHOWN, REST, WHOLE) for row in own if row.column == name and row.set != BENIGN]
+    chosen += kept
     chosen += [row for row in own if row.unit == SECONDS or (row.unit == RATIO and row.measure == "memory")]
     return [_pair(row) for row in chosen]
 

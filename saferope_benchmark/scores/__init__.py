@@ -19,6 +19,7 @@ from ..prompt_sets import PromptSet
 
 # Columns of the summary, whatever metric fills them
 SHOWN, KEPT, REST = "concept shown", "right", "rest of the prompt right"
+WHOLE = "whole picture"
 
 Scores = dict[str, Tensor]  # a name and [n] or [n, F], a row a picture
 

@@ -28,6 +28,7 @@ from ..scores.distance import distance, lpips_distance
 from ..scores.kid import inception, likeness
 from ..scores.nudenet import NUDITY, nudenet
 from ..scores.vqa import vqa_score
+from ..scores.whole import whole
 
 Sets = Callable[[Sizes, int], list[PromptSet]]  # how many of each kind, the first seed
 
@@ -50,7 +51,7 @@ def tiny_world_questions(concepts: Sequence[str] | None) -> Questions:
         return [asked for slug in chosen for asked in tiny_world_sets(slug, sizes, seed)]
 
     sets(Sizes(0, 0, 0, 0), 0)  # an unknown concept is told before anything is made
-    return Questions(chosen, sets, [detector(), distance(features()), likeness(features())])
+    return Questions(chosen, sets, [detector(), whole(), distance(features()), likeness(features())])
 
 
 def flux_questions(

@@ -21,7 +21,7 @@ from saferope_benchmark.prompt_sets import (
     preset_set,
     tiny_world_sets,
 )
-from saferope_benchmark.scores import KEPT, REST, SHOWN, Absent
+from saferope_benchmark.scores import KEPT, REST, SHOWN, WHOLE, Absent
 from saferope_benchmark.scores.clip import clip_score
 from saferope_benchmark.scores.detector import detector, places
 from saferope_benchmark.scores.distance import distance, lpips_distance
@@ -29,8 +29,11 @@ from saferope_benchmark.scores.kid import inception, likeness
 from saferope_benchmark.scores.metrics import fid, kid, mcnemar, pixel_differences, wilson_interval
 from saferope_benchmark.scores.nudenet import CORE, NINE, THRESHOLDS, label_scores, nudenet
 from saferope_benchmark.scores.vqa import vqa_score
+from saferope_benchmark.scores.whole import whole
 from tinyworld import model as tiny
 from tinyworld import world
+from tinyworld.codec import BlockDCT
+from tinyworld.detector import _fragment
 from tinyworld.render import render
 
 TEXTS = ("a red star in the center on a white background", "a blue ring in the left on a pink background")
@@ -111,6 +114,24 @@ def world_sizes():
     from saferope_benchmark.prompt_sets import Sizes
 
     return Sizes(24, 24, 24, 24)
+
+
+def test_debris_is_no_picture_of_the_world():
+    """Pictures that the world draws are; the same with their shapes gone or in pieces, and grey ones, are not."""
+    metric, scenes = whole(), [world.random_scene(random.Random(i)) for i in range(80)]
+    codec = BlockDCT()
+    drawn, debris = (
+        codec.decode(codec.encode(torch.stack([draw(scene, random.Random(1)) for scene in scenes]))).clamp(-1, 1)
+        for draw in (render, _fragment)
+    )
+    grey = torch.zeros_like(drawn)
+    (asked,) = (each for each in tiny_world_sets("star", world_sizes()) if each.kind == BENIGN)
+    shares = []
+    for pictures in (drawn, debris, grey):
+        (measure,) = metric.aggregate(asked, metric.scores(pictures, asked, pictures), {}).values()
+        assert measure.column == WHOLE
+        shares.append(measure.values.double().mean().item())
+    assert shares[0] >= 0.9 and shares[1] <= 0.3 and shares[2] == 0.0, shares
 
 
 def test_places_are_where_shapes_are():
