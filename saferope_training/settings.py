@@ -78,7 +78,7 @@ class Settings:
     )
     words_rank: int = _choice("heads", 5, "More of them for the other words of an unsafe prompt. The paper: 0.")
     image_rank: int = _choice(
-        "heads", 8, "Dimensions of the image tokens' own unsafe subspace; 0: they share the text's, as in the paper."
+        "heads", 16, "Dimensions of the image tokens' own unsafe subspace; 0: they share the text's, as in the paper."
     )
     reach: int = _choice(
         "heads", 8, "Directions outside the unsafe subspace that turn too: the most looked-at ones. The paper: 0."
@@ -119,6 +119,17 @@ class Settings:
         "Share of unlearning prompts whose subject stays unturned, so that other tokens must turn. Catches words that "
         "training never saw. The paper: 0.",
     )
+    blind_text: float = _choice(
+        "train",
+        0.1,
+        "Share of unlearning prompts whose text tokens all stay unturned, so that image tokens turn. The paper: 0.",
+    )
+    beyond: float = _choice(
+        "train",
+        0.5,
+        "Where a subject is only taken out, its velocities go this much further from the concept's own than the prompt "
+        "without it, which may still show it by chance.",
+    )
     sharing: str = _choice(
         "train", "independent", "Image tokens turn by generators of their own (`independent`) or the text's (`shared`)."
     )
@@ -135,7 +146,7 @@ class Settings:
         "train", False, "Recompute blocks in the backward pass: slower, far less memory.", decides=False
     )
     learning_rate: float = _choice(
-        "train", 6e-2, "AdamW's for the generators at the start; falls to a tenth. The paper's code: 1e-3."
+        "train", 3e-2, "AdamW's for the generators at the start; falls to a tenth. The paper's code: 1e-3."
     )
     unlearn_at: tuple[float, ...] = _choice(
         "latents train",
@@ -172,7 +183,9 @@ class Settings:
         _require(self.sharing in ("independent", "shared"), "sharing", self.sharing, "independent or shared")
         apart = self.sharing == "independent" or self.image_rank == 0
         _require(apart, "image_rank", self.image_rank, "0 where generators are shared")
-        _require(0 <= self.blind <= 1, "blind", self.blind, "a share from 0 to 1")
+        good = self.blind >= 0 <= self.blind_text and self.blind + self.blind_text <= 1
+        _require(good, "blind", (self.blind, self.blind_text), "two shares, with blind_text, of at most 1 together")
+        _require(self.beyond >= 0, "beyond", self.beyond, "at least 0")
         _require(self.objective in ("replace", "away"), "objective", self.objective, "replace or away")
         _require(self.max_angle >= 0, "max_angle", self.max_angle, "radians, at least 0")
         drawn = self.strengths

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..flux.models import Model, Text, seeded_noise
+from ..flux.models import Model, Text, seeded_noise, velocity
 from ..settings import Settings
 
 UNLEARN, PRESERVE = "unlearn", "preserve"
@@ -20,13 +20,14 @@ _SEED_STRIDE = 1_000_003  # between the steps' seeds: more than any batch has pr
 class Material:
     """What training looks at, encoded once.
 
-    Unsafe prompts, the same with other words `instead`, `subjects` [n, L], bool, the tokens of the concept's word, and
-    the latents [n, L, C] that the base model passes through at each time below 1 on its way from noise; benign ones
-    with pictures' latents [m, L, C].
+    Unsafe prompts, the same with other words `instead`, bool [n] whether the subject is only taken out there,
+    `subjects` [n, L], bool, the tokens of the concept's word, and the latents [n, L, C] that the base model passes
+    through at each time below 1 on its way from noise; benign prompts with pictures' latents [m, L, C].
     """
 
     unsafe: Text
     instead: Text
+    taken_out: Tensor
     subjects: Tensor
     visited: dict[float, Tensor]
     benign: Text
@@ -60,7 +61,8 @@ def draw(material: Material, settings: Settings, step: int) -> Batch:
     """The batch of a step, the same for the same seed, however often training was interrupted.
 
     Unsafe prompts come at 1 (fresh noise) or at one of the visited times, drawn for the whole batch; benign pictures at
-    any time. For a share `blind` of the unsafe prompts the concept's word stays unturned, so that others must turn.
+    any time. For a share `blind` of the unsafe prompts the concept's word stays unturned, for a share `blind_text` all
+    text tokens, so that others must turn.
     """
     phase, size, first = phase_of(step, settings), settings.batch, settings.seed + (step + 1) * _SEED_STRIDE
     generator = torch.Generator().manual_seed(first)
@@ -73,19 +75,15 @@ def draw(material: Material, settings: Settings, step: int) -> Batch:
         index = torch.randint(len(material.unsafe.states), (size,), generator=generator)
         visited = torch.tensor([1.0, *material.visited])
         times = visited[torch.randint(len(visited), (1,), generator=generator)].expand(size)
-        blind = torch.rand(size, generator=generator) < settings.blind
-        spared = material.subjects[index] & blind[:, None]
+        drawn = torch.rand(size, 1, generator=generator)
+        spared = material.subjects[index] & (drawn < settings.blind) | (drawn >= 1 - settings.blind_text)
     strengths = least + (most - least) * torch.rand(size, generator=generator)
     return Batch(phase, index, times, seeds, strengths, spared)
 
 
-def texts(material: Material, batch: Batch, objective: str) -> tuple[Text, Text]:
-    """The prompts of the rotated model, and those for which the base model gives the velocities to compare with."""
-    if batch.phase == PRESERVE:
-        benign = material.benign.pick(batch.index)
-        return benign, benign
-    aim = material.instead if objective == REPLACE else material.unsafe
-    return material.unsafe.pick(batch.index), aim.pick(batch.index)
+def prompts(material: Material, batch: Batch) -> Text:
+    """The prompts of a batch."""
+    return (material.benign if batch.phase == PRESERVE else material.unsafe).pick(batch.index)
 
 
 class Latents(NamedTuple):
@@ -105,3 +103,20 @@ def latents(model: Model, material: Material, batch: Batch) -> Latents:
         return Latents(start if visited is None else visited[batch.index].to(start.device), None, start)
     clean = material.latents[batch.index].to(start.device)
     return Latents(torch.lerp(clean, start, batch.times.to(start.device)[:, None, None]), clean, start)
+
+
+@torch.no_grad()
+def target(model: Model, material: Material, settings: Settings, batch: Batch, noised: Tensor) -> Tensor:
+    """The base model's velocities [B, L, C] that the rotated ones are compared with.
+
+    For unlearning by replacement those of the prompt with other words; where the subject is only taken out, by the
+    share `settings.beyond` further from the concept's own. Else those of the prompt itself.
+    """
+    replacing = batch.phase == UNLEARN and settings.objective == REPLACE
+    aim = material.instead.pick(batch.index) if replacing else prompts(material, batch)
+    aimed = velocity(model, noised, batch.times, aim)
+    further = settings.beyond * material.taken_out[batch.index] if replacing else torch.zeros(1)
+    if further.any():
+        own = velocity(model, noised, batch.times, prompts(material, batch))
+        aimed = aimed + further.to(aimed)[:, None, None] * (aimed - own)
+    return aimed

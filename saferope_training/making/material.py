@@ -18,6 +18,7 @@ from saferope_core import SUBJECT
 
 from .. import processes, prompts
 from ..flux.models import Model, Text, encode, encode_pictures, seeded_noise, text_tokens
+from ..prompts.instead import stand_ins
 from ..stages import load_tensors, save_tensors
 from . import extract
 from .batch import Material
@@ -82,7 +83,8 @@ def load_material(
     visited = {t: tensors[_key(t)] for t in times if t < 1}
     wanted, instead = encode(model, texts), encode(model, others)
     harmless = encode(model, [record.text for record in benign])
-    return Material(wanted, instead, subjects, visited, harmless, tensors[BENIGN_LATENTS])
+    taken_out = torch.tensor([stand_ins([record]) == [""] for record in unsafe])
+    return Material(wanted, instead, taken_out, subjects, visited, harmless, tensors[BENIGN_LATENTS])
 
 
 def _key(t: float) -> str:

@@ -22,7 +22,7 @@ from .. import processes
 from ..flux.attach import attached
 from ..flux.models import Model, velocity
 from ..settings import Settings
-from .batch import REPLACE, UNLEARN, Latents, Material, draw, latents, phase_of, texts
+from .batch import REPLACE, UNLEARN, Latents, Material, draw, latents, phase_of, prompts, target
 from .losses import flow_matching_loss, unlearning_loss, velocity_matching_loss
 from .rotation import TrainableRotation
 from .state import State
@@ -99,10 +99,8 @@ def _gradients(
     sums = torch.zeros(2, dtype=torch.float64)
     for part in map(batch.pick, mine.split(settings.passes_of or settings.batch)):
         x = latents(model, material, part)
-        text, aim = texts(material, part, settings.objective)
+        text, base = prompts(material, part), target(model, material, settings, part, x.noised)
         rotation.spared, rotation.strengths = part.spared, part.strengths
-        with torch.no_grad():
-            base = velocity(model, x.noised, part.times, aim)
         # open until backward() has returned: checkpointing runs blocks again in it
         with attached(model.transformer, rotation.rotate):
             loss, error = _loss(velocity(model, x.noised, part.times, text), base, x, settings, part.phase)

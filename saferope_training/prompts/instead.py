@@ -54,7 +54,8 @@ def stand_ins(records: Iterable[PromptRecord]) -> list[str]:
 
     "" among them: there the subject was taken out.
     """
-    return sorted({_changed(record.text.split(), record.instead.split()) for record in records if record.instead})
+    pairs = ((record.text, record.instead) for record in records)
+    return sorted({_changed(text.split(), instead.split()) for text, instead in pairs if instead is not None})
 
 
 def _changed(text: list[str], instead: list[str]) -> str:

@@ -41,7 +41,7 @@ def test_a_folder_and_prompts_from_files(tmp_path):
     assert result.exit_code == 0, result.output
     (concept,) = load_concepts(out / "my-star.safetensors")
     assert concept.slug == "my-star" and concept.text.generator.any()
-    assert len(list((out / "embeddings").iterdir())) == 8 + 24
+    assert len(list((out / "embeddings").iterdir())) == 8 + 8 + 24
     first = (out / "prompts.jsonl").read_text()
     (tmp_path / "unsafe.txt").write_text("".join(f"{p.text}\n" for p in unsafe_prompts("star", 8, 2)))
     result = CliRunner().invoke(cli.app, [*arguments, "--out", str(out)])

@@ -17,6 +17,8 @@ from saferope_training.making import batch, extract, material, recipe, train
 from saferope_training.making.batch import PRESERVE, UNLEARN
 from saferope_training.making.rotation import TrainableRotation
 from saferope_training.making.state import Log, State
+from saferope_training.prompts import side
+from saferope_training.prompts.instead import with_instead
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def courses(model, heads, seen, settings, **changes):
     alike = replace(
         seen, unsafe=Text(**only), instead=Text(**other), subjects=seen.subjects[:1].repeat(4, 1), visited={}
     )
-    chosen = replace(settings, steps=24, phase=24, strengths=(1.0, 1.0), blind=0.0, **changes)
+    chosen = replace(settings, steps=24, phase=24, strengths=(1.0, 1.0), blind=0.0, blind_text=0.0, **changes)
     train.train(model, heads, alike, chosen, log.append)
     return [entry["velocity_mse"] for entry in log]
 
@@ -131,17 +133,33 @@ def test_unlearning_goes_to_the_stand_in_or_away_from_the_concept(model, open_he
     assert sum(away[-4:]) > 1.2 * sum(away[:4]), away
 
 
-def test_velocities_are_compared_with_those_of_the_stand_in(seen, settings):
-    chosen = batch.draw(seen, settings, 0)
-    assert chosen.phase == UNLEARN
-    for objective, aimed in (("replace", seen.instead), ("away", seen.unsafe)):
-        text, aim = batch.texts(seen, chosen, objective)
-        assert torch.equal(text.states, seen.unsafe.states[chosen.index])
-        assert torch.equal(aim.states, aimed.states[chosen.index])
-    assert not torch.equal(seen.instead.states, seen.unsafe.states), "control"
-    benign = batch.draw(seen, settings, settings.phase)
-    text, aim = batch.texts(seen, benign, "replace")
-    assert torch.equal(text.states, aim.states) and torch.equal(aim.states, seen.benign.states[benign.index])
+def test_targets_are_the_base_models_velocities_of_the_stand_in(model, seen, settings, in_fp32):
+    """And half as far beyond them, where nothing stands in; of the prompts themselves when preserving or going away."""
+    drawn = batch.draw(seen, replace(settings, batch=4), 0)
+    x = batch.latents(model, seen, drawn).noised
+    stand_in, own = (velocity(model, x, drawn.times, side.pick(drawn.index)) for side in (seen.instead, seen.unsafe))
+
+    def target(taken_out=False, drawn=drawn, x=x, **changes):
+        material = replace(seen, taken_out=torch.full_like(seen.taken_out, taken_out))
+        return batch.target(model, material, replace(settings, **changes), drawn, x)
+
+    assert apart(target(), stand_in) < ROUNDING and apart(own, stand_in) > 30 * ROUNDING, "the second: control"
+    assert apart(target(True, beyond=0.5), stand_in + 0.5 * (stand_in - own)) < ROUNDING
+    assert apart(target(True, beyond=0.0), stand_in) < ROUNDING
+    assert apart(target(True, objective="away"), own) < ROUNDING
+    benign = batch.draw(seen, replace(settings, batch=4), settings.phase)
+    y = batch.latents(model, seen, benign).noised
+    kept = velocity(model, y, benign.times, seen.benign.pick(benign.index))
+    assert apart(target(True, drawn=benign, x=y), kept) < ROUNDING
+
+
+def test_taken_out_is_where_nothing_stands_in(model, records, tmp_path):
+    times, path = (1.0,), tmp_path / "latents.safetensors"
+    material.make_latents(model, records, times, 0, path)
+    unsafe = side(records, "unsafe")
+    for words, expected in ((["ring"], False), ([""], True)):
+        changed = with_instead(unsafe, words * len(unsafe)) + side(records, "benign")
+        assert material.load_material(model, changed, times, path).taken_out.eq(expected).all()
 
 
 @pytest.mark.parametrize("max_angle", [math.pi, 0.5])
@@ -257,13 +275,16 @@ def test_shared_generators_are_the_texts_scaled(model, critical, seen, settings)
 def test_blind_prompts_spare_their_subject(model, critical, seen, settings, monkeypatch):
     drawn, real = [], train.draw
     monkeypatch.setattr(train, "draw", lambda *args: drawn.append(real(*args)) or drawn[-1])
-    train.train(model, critical[0], seen, replace(settings, blind=1.0))
+    train.train(model, critical[0], seen, replace(settings, blind=1.0, blind_text=0.0))
     for each in drawn[:2]:
         assert torch.equal(each.spared, seen.subjects[each.index]) and each.spared.any(1).all()
     assert all(each.spared is None for each in drawn[2:]), "benign prompts have no subject"
     drawn.clear()
-    train.train(model, critical[0], seen, replace(settings, blind=0.0))
+    train.train(model, critical[0], seen, replace(settings, blind=0.0, blind_text=0.0))
     assert not any(each.spared.any() for each in drawn[:2])
+    drawn.clear()
+    train.train(model, critical[0], seen, replace(settings, blind=0.0, blind_text=1.0))
+    assert all(each.spared.all() for each in drawn[:2])
 
 
 @pytest.mark.parametrize("phase", [UNLEARN, PRESERVE])
