@@ -95,66 +95,75 @@ class Settings:
     acts_on: str = _choice("train calibrate", "k", "Vectors of text tokens that turn: `qk` (the paper), `q` or `k`.")
     acts_on_image: str = _choice("train calibrate", "qk", "Vectors of image tokens that turn: `qk`, `q` or `k`.")
     angle: float = _choice("calibrate", 2.1, "Radians by which `calibrate` turns a plane at LRS 1.")
+    fit: int = _choice(
+        "calibrate",
+        18,
+        "Steps by which `calibrate` fits its fixed turn to the stand-in's velocities, a tenth of training; 0: none.",
+    )
     generator: str = _choice(
         "calibrate", "fixed", "`fixed` (the leading planes by one angle) or `random` (the Rand baseline)."
     )
     objective: str = _choice(
-        "train",
+        "train calibrate",
         "replace",
         "Unsafe velocities go to those of the prompt with other words instead of the concept (`replace`), or away from "
         "their own (`away`, the paper's).",
     )
     strengths: tuple[float, ...] = _choice(
-        "train",
+        "train calibrate",
         (0.75, 2.0),
         "Each prompt is trained at a strength drawn from this range, so that the file works at all of them. The paper: "
         "1,1.",
     )
     max_angle: float = _choice(
-        "train", math.pi, "Radians that no plane turns past, half a turn by default; 0: no limit, as in the paper."
+        "train calibrate",
+        math.pi,
+        "Radians that no plane turns past, half a turn; 0: no limit, as in the paper.",
     )
     blind: float = _choice(
-        "train",
+        "train calibrate",
         0.5,
         "Share of unlearning prompts whose subject stays unturned, so that other tokens must turn. Catches words that "
         "training never saw. The paper: 0.",
     )
     blind_text: float = _choice(
-        "train",
+        "train calibrate",
         0.1,
         "Share of unlearning prompts whose text tokens all stay unturned, so that image tokens turn. The paper: 0.",
     )
     beyond: float = _choice(
-        "train",
+        "train calibrate",
         0.5,
         "Where a subject is only taken out, its velocities go this much further from the concept's own than the prompt "
         "without it, which may still show it by chance.",
     )
     sharing: str = _choice(
-        "train", "independent", "Image tokens turn by generators of their own (`independent`) or the text's (`shared`)."
+        "train calibrate",
+        "independent",
+        "Image tokens turn by generators of their own (`independent`), or the text's.",
     )
-    image_scale: float = _choice("train", 0.01, "Factor on the text's generators where they are `shared`.")
+    image_scale: float = _choice("train calibrate", 0.01, "Factor on the text's generators where they are `shared`.")
     steps: int = _choice("train", 180, "Optimiser steps. The paper's code: up to 10,000 of one prompt.")
     phase: int = _choice(
         "train", 5, "Steps of unlearning, then as many of preserving, and so on. The paper's code: 10."
     )
-    batch: int = _choice("train", 24, "Prompts per step.")
+    batch: int = _choice("train calibrate", 24, "Prompts per step.")
     passes_of: int = _choice(
-        "train", 0, "Prompts per forward pass (accumulation); 0: the whole batch at once.", decides=False
+        "train calibrate", 0, "Prompts per forward pass (accumulation); 0: the whole batch at once.", decides=False
     )
     checkpointing: bool = _choice(
-        "train", False, "Recompute blocks in the backward pass: slower, far less memory.", decides=False
+        "train calibrate", False, "Recompute blocks in the backward pass: slower, far less memory.", decides=False
     )
     learning_rate: float = _choice(
         "train", 3e-2, "AdamW's for the generators at the start; falls to a tenth. The paper's code: 1e-3."
     )
     unlearn_at: tuple[float, ...] = _choice(
-        "latents train",
+        "latents train calibrate",
         (1.0, 0.9, 0.8),
         "Times of the base model's trajectories to unlearn at; the paper's is 1 alone.",
     )
     unlearn_scale: float = _choice(
-        "train", 4.0, "Velocity change at which unlearning `away` has had enough; the paper's is 1."
+        "train calibrate", 4.0, "Velocity change at which unlearning `away` has had enough; the paper's is 1."
     )
     preserve_weight: float = _choice("train", 1.0, "Weight of the preserving loss against the unlearning one.")
     text_init: float = _choice("train calibrate", 1.0, "Standard deviation of the text generators' first values.")
@@ -175,7 +184,7 @@ class Settings:
         _require(0 <= self.threshold <= 1, "threshold", self.threshold, "a number from 0 to 1")
         _require(0 <= self.angle <= math.pi, "angle", self.angle, "radians from 0 to half a turn, 3.1415")
         _require(self.rank >= 1, "rank", self.rank, "at least 1")
-        for name in ("padding_rank", "words_rank", "image_rank", "reach", "passes_of"):
+        for name in ("padding_rank", "words_rank", "image_rank", "reach", "passes_of", "fit"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         width = self.rank + self.padding_rank + self.words_rank + self.reach
         _require(width >= 2, "rank", self.rank, "at least 2 with padding_rank, words_rank and reach: one plane")

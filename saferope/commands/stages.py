@@ -75,8 +75,8 @@ def train(
 
 @command(*BEFORE_HEADS, HEADS, CALIBRATE, acts_on="qk")
 def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
-    """Make a concept file without training: extraction and a fixed rotation. Prompts only, no gradient, no picture."""
-    with _recipe(settings, out, device) as recipe:
+    """Make a concept file in a tenth of the time: extraction, a fixed turn, a short fit. From prompts, no pictures."""
+    with _recipe(settings, out, device, training=bool(settings.fit)) as recipe:
         path = recipe.calibrate()
     say(f"concept file: {path}")
 

@@ -18,7 +18,7 @@ from saferope_training.stages import Progress
 from ..evaluation.methods import Method, baseline, baselines, concept_file, fit_baseline
 from ..scores import Absent
 
-OURS, NO_TRAINING = "saferope", "saferope, no training"
+OURS, CALIBRATED = "saferope", "saferope, calibrated"
 STRENGTHS = (0.75, 1.0, 1.25, 1.5)  # of learned concept files, for the Pareto plot; 1 is reported
 
 Found = list[Method | Absent]
@@ -31,13 +31,13 @@ def settings_for(model: Model, slug: str, **changes) -> Settings:
 
 
 def made_files(model: Model, folder: Path, progress: Progress) -> Files:
-    """Makes a concept's files in `folder/<slug>`, or takes those that lie there: learned, and without training."""
+    """Makes a concept's files in `folder/<slug>`, or takes those that lie there: trained, and calibrated."""
 
     def files(slug: str) -> Mapping[str, Path]:
         plain = settings_for(model, slug)
         learned = Recipe(model, plain, folder / slug, progress).train()
         by_calibration = replace(plain, acts_on="qk", generator="fixed")  # as `saferope calibrate` has it
-        return {OURS: learned, NO_TRAINING: Recipe(model, by_calibration, folder / slug, progress).calibrate()}
+        return {OURS: learned, CALIBRATED: Recipe(model, by_calibration, folder / slug, progress).calibrate()}
 
     return files
 
@@ -46,7 +46,7 @@ def found_files(folder: Path) -> Files:
     """Takes a concept's files from a folder, or from the folder of the concept's name in it; those that are there."""
 
     def files(slug: str) -> Mapping[str, Path]:
-        names = {OURS: f"{slug}.safetensors", NO_TRAINING: f"{slug}.fixed.safetensors"}
+        names = {OURS: f"{slug}.safetensors", CALIBRATED: f"{slug}.fixed.safetensors"}
         known = {method: (folder / name, folder / slug / name) for method, name in names.items()}
         return {method: path for method, paths in known.items() for path in paths if path.is_file()}
 

@@ -52,19 +52,14 @@ class Batch:
         return Batch(self.phase, self.index[part], self.times[part], seeds, self.strengths[part], spared)
 
 
-def phase_of(step: int, settings: Settings) -> str:
-    """Unlearning and preserving take turns of `settings.phase` steps."""
-    return PRESERVE if step // settings.phase % 2 else UNLEARN
-
-
-def draw(material: Material, settings: Settings, step: int) -> Batch:
+def draw(material: Material, settings: Settings, step: int, phase: str) -> Batch:
     """The batch of a step, the same for the same seed, however often training was interrupted.
 
     Unsafe prompts come at 1 (fresh noise) or at one of the visited times, drawn for the whole batch; benign pictures at
     any time. For a share `blind` of the unsafe prompts the concept's word stays unturned, for a share `blind_text` all
     text tokens, so that others must turn.
     """
-    phase, size, first = phase_of(step, settings), settings.batch, settings.seed + (step + 1) * _SEED_STRIDE
+    size, first = settings.batch, settings.seed + (step + 1) * _SEED_STRIDE
     generator = torch.Generator().manual_seed(first)
     seeds = list(range(first + 1, first + 1 + size))
     least, most = settings.strengths

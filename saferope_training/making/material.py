@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,13 +79,30 @@ def load_material(
     shapes: dict[str, tuple[int | None, ...]] = {_key(t): (len(unsafe), *size) for t in times if t < 1}
     shapes[BENIGN_LATENTS] = (len(benign), *size)
     tensors = load_tensors(path, shapes)
+    visited = {t: tensors[_key(t)] for t in times if t < 1}
+    harmless = encode(model, [record.text for record in benign])
+    return replace(_unsafe_material(model, unsafe, visited), benign=harmless, latents=tensors[BENIGN_LATENTS])
+
+
+def fitting_material(
+    model: Model, records: Sequence[prompts.PromptRecord], times: Sequence[float], seed: int
+) -> Material:
+    """The material of unlearning alone: no benign prompt, no picture."""
+    unsafe = prompts.side(records, prompts.UNSAFE)
+    parts = []
+    for places in torch.arange(len(unsafe)).split(_BATCH):
+        some = [unsafe[place] for place in places.tolist()]
+        parts.append(_visited(model, some, [seed + place for place in places.tolist()], times))
+    visited = {t: torch.cat([part[_key(t)] for part in parts]).cpu() for t in times if t < 1}
+    return _unsafe_material(model, unsafe, visited)
+
+
+def _unsafe_material(model: Model, unsafe: Sequence[prompts.PromptRecord], visited: dict[float, Tensor]) -> Material:
     texts, others = [record.text for record in unsafe], [record.instead or "" for record in unsafe]
     subjects = text_tokens(model, texts, [record.subject for record in unsafe])[SUBJECT]
-    visited = {t: tensors[_key(t)] for t in times if t < 1}
-    wanted, instead = encode(model, texts), encode(model, others)
-    harmless = encode(model, [record.text for record in benign])
     taken_out = torch.tensor([stand_ins([record]) == [""] for record in unsafe])
-    return Material(wanted, instead, taken_out, subjects, visited, harmless, tensors[BENIGN_LATENTS])
+    wanted, instead = encode(model, texts), encode(model, others)
+    return Material(wanted, instead, taken_out, subjects, visited, wanted.pick(slice(0)), torch.empty(0))
 
 
 def _key(t: float) -> str:

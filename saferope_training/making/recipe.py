@@ -46,7 +46,7 @@ FACTS = {
     HEADS: ("transformer",),  # its geometry; all else is in the statistics
     LATENTS_STAGE: (*_FORWARD, "vae"),
     TRAIN: _FORWARD,
-    CALIBRATE: ("transformer",),
+    CALIBRATE: _FORWARD,
 }
 
 
@@ -189,23 +189,38 @@ class Recipe:
 
     @_alone
     def calibrate(self) -> Path:
-        """The concept file with generators that nothing was learned for, `<out>/<concept>.<generator>.safetensors`.
+        """The concept file of a fitted fixed turn, or of random ones, `<out>/<concept>.<generator>.safetensors`.
 
         Its name leaves room beside it for the trained concept, whose first three stages are the same.
         """
-        s, out = self.settings, self.out
-        self.heads()
+        s, out, records = self.settings, self.out, self.heads()
         path = out / f"{s.concept}.{s.generator}.safetensors"
 
         def make(report: Report) -> None:
             critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)
-            generators = heads.untrained(critical, s)
-            concept = concept_of(self.model, critical, delta, generators, s, self._record(), mode=s.generator)
+            generators, mode, record = heads.untrained(critical, s), s.generator, self._record()
+            if s.fit and s.generator == "fixed":
+                generators, mode = self._fitted(critical, records, generators, report), "learned"
+                record |= {"instead": stand_ins(records)[:_NAMED]}
+            concept = concept_of(self.model, critical, delta, generators, s, record, mode)
             if processes.is_main():
                 save_concepts(path, [concept])
 
-        self.place.stage(CALIBRATE, (CRITICAL,), (path.name,), make, self._facts(CALIBRATE))
+        self.place.stage(CALIBRATE, (PROMPT_FILE, CRITICAL), (path.name,), make, self._facts(CALIBRATE))
         return path
+
+    def _fitted(
+        self,
+        critical: CriticalHeads,
+        records: Sequence[PromptRecord],
+        start: tuple[Tensor, Tensor],
+        report: Report,
+    ) -> tuple[Tensor, Tensor]:
+        s = self.settings
+        seen = material.fitting_material(self.model, records, s.unlearn_at, s.seed)
+        if self.model.source is not None:
+            models.release_encoders(self.model)
+        return train.fit(self.model, critical, seen, s, start, lambda entry: report(entry["step"] + 1, s.fit))
 
     def _facts(self, stage: str) -> Facts:
         """The model's facts that decide a stage."""

@@ -122,7 +122,7 @@ def test_losses_go_to_tensorboard(monkeypatch, model, small, tmp_path):
 def test_calibration_leaves_the_trained_file_alone(model, small, tmp_path):
     (tmp_path / "star.safetensors").write_bytes(b"trained")
     with torch.inference_mode():  # a gradient would raise here
-        path = recipe.Recipe(model, replace(small, acts_on="k"), tmp_path).calibrate()
+        path = recipe.Recipe(model, replace(small, acts_on="k", fit=0), tmp_path).calibrate()
     (concept,) = load_concepts(path)
     assert (concept.mode, concept.text.acts_on, concept.slug, concept.reach) == ("fixed", "k", "star", 2)
     single = concept.heads[:, 0] == 1
@@ -130,6 +130,9 @@ def test_calibration_leaves_the_trained_file_alone(model, small, tmp_path):
     assert not concept.image.generator[~single].any()
     (rand,) = load_concepts(recipe.Recipe(model, replace(small, generator="random"), tmp_path).calibrate())
     assert rand.mode == "random" and not torch.equal(rand.text.generator, concept.text.generator)
+    (fitted,) = load_concepts(recipe.Recipe(model, replace(small, acts_on="k", fit=2), tmp_path).calibrate())
+    assert fitted.mode == "learned" and fitted.training["instead"] == ["circle"]
+    assert (fitted.text.generator - concept.text.generator).abs().max() > 0.05
     assert (tmp_path / "star.safetensors").read_bytes() == b"trained"
 
 

@@ -32,6 +32,8 @@ CHANGED = {
     "unsafe_prompts": 5, "benign_prompts": 7, "timesteps": (1.0, 0.9), "reservoir": 128, "rank": 5, "padding_rank": 4,
     "words_rank": 4, "image_rank": 0, "reach": 7, "basis": "contrastive", "threshold": 0.6, "cut": 0.4, "gate": "fixed",
     "quantile": 0.9, "acts_on": "qk", "acts_on_image": "k", "angle": 2.0, "generator": "random", "blind": 0.25,
+    "instead": ("ring",), "objective": "away", "strengths": (1.0, 1.5), "max_angle": 1.0, "blind_text": 0.2,
+    "beyond": 1.0, "fit": 3,
     "image_scale": 0.1, "steps": 3, "phase": 2, "batch": 3, "passes_of": 1, "checkpointing": True, "learning_rate": 0.1,
     "unlearn_at": (1.0, 0.9), "unlearn_scale": 2.0, "preserve_weight": 2.0, "text_init": 0.5, "image_init": 0.5,
     "regulariser": "flow", "sharing": "shared", "quantise": "torchao-int8", "resolution": 112,
@@ -40,8 +42,8 @@ CHANGED = {
 OF_THE_MODEL = {
     "model": {"extract", "heads", "latents", "train", "calibrate"},
     "quantise": {"extract", "heads", "latents", "train", "calibrate"},
-    "encoders": {"extract", "latents", "train"},
-    "resolution": {"extract", "latents", "train"},
+    "encoders": {"extract", "latents", "train", "calibrate"},
+    "resolution": {"extract", "latents", "train", "calibrate"},
 }
 
 
@@ -198,8 +200,9 @@ def test_no_stage_reads_a_setting_that_is_none_of_its_inputs(model, settings, wa
     """Watched while every stage runs in all forms: `threshold` was read by two stages that did not depend on it."""
     plain = {entry.name: getattr(settings, entry.name) for entry in fields(Settings)}
     plain |= {"unsafe_prompts": 6, "benign_prompts": 6, "steps": 2, "phase": 1}
-    forms = ({}, {"sharing": "shared", "image_rank": 0}, {"regulariser": "flow"}, {"generator": "random"})
-    for number, form in enumerate((*forms, {"gate": "calibrated"}, {"basis": "contrastive"})):
+    plain |= {"fit": 1}
+    forms = ({}, {"sharing": "shared", "image_rank": 0}, {"regulariser": "flow"}, {"generator": "random"}, {"fit": 0})
+    for number, form in enumerate((*forms, {"objective": "away"}, {"gate": "calibrated"}, {"basis": "contrastive"})):
         recipe = Recipe(model, Watched(**plain | form), tmp_path / str(number))
         recipe.train(), recipe.calibrate()
     Recipe(None, Watched(**plain | {"concept": "gore", "model": "x"}), tmp_path / "preset").prompts()

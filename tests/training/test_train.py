@@ -9,7 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saferope_core import Protection, Ranks, critical_heads, load_concepts, planes, read_heads, save_concepts
+from saferope_core import (
+    Protection,
+    Ranks,
+    critical_heads,
+    fixed_generators,
+    load_concepts,
+    planes,
+    read_heads,
+    save_concepts,
+)
 from saferope_training.flux.attach import attached
 from saferope_training.flux.identity import fingerprint
 from saferope_training.flux.models import Text, encode, noise, velocity
@@ -19,6 +28,8 @@ from saferope_training.making.rotation import TrainableRotation
 from saferope_training.making.state import Log, State
 from saferope_training.prompts import side
 from saferope_training.prompts.instead import with_instead
+
+PHASES = (UNLEARN, PRESERVE)
 
 
 @pytest.fixture
@@ -58,7 +69,7 @@ def gradients(model, open_heads, seen, settings, monkeypatch, in_fp32):
         monkeypatch.setattr(train.processes, "total", lambda x: x)
         chosen = replace(settings, **changes)
         rotation = train.initial_rotation(open_heads, model, chosen)
-        told = torch.tensor(train._gradients(model, rotation, seen, chosen, 0 if phase == UNLEARN else chosen.phase))
+        told = torch.tensor(train._gradients(model, rotation, batch.draw(seen, chosen, 0, phase), seen, chosen))
         return torch.cat([told, *(weight.grad.flatten() for weight in rotation.weights().values())])
 
     return of
@@ -135,7 +146,7 @@ def test_unlearning_goes_to_the_stand_in_or_away_from_the_concept(model, open_he
 
 def test_targets_are_the_base_models_velocities_of_the_stand_in(model, seen, settings, in_fp32):
     """And half as far beyond them, where nothing stands in; of the prompts themselves when preserving or going away."""
-    drawn = batch.draw(seen, replace(settings, batch=4), 0)
+    drawn = batch.draw(seen, replace(settings, batch=4), 0, UNLEARN)
     x = batch.latents(model, seen, drawn).noised
     stand_in, own = (velocity(model, x, drawn.times, side.pick(drawn.index)) for side in (seen.instead, seen.unsafe))
 
@@ -147,7 +158,7 @@ def test_targets_are_the_base_models_velocities_of_the_stand_in(model, seen, set
     assert apart(target(True, beyond=0.5), stand_in + 0.5 * (stand_in - own)) < ROUNDING
     assert apart(target(True, beyond=0.0), stand_in) < ROUNDING
     assert apart(target(True, objective="away"), own) < ROUNDING
-    benign = batch.draw(seen, replace(settings, batch=4), settings.phase)
+    benign = batch.draw(seen, replace(settings, batch=4), 0, PRESERVE)
     y = batch.latents(model, seen, benign).noised
     kept = velocity(model, y, benign.times, seen.benign.pick(benign.index))
     assert apart(target(True, drawn=benign, x=y), kept) < ROUNDING
@@ -188,9 +199,10 @@ def test_each_prompt_turns_at_its_own_strength(model, open_heads, settings):
 
 
 def test_strengths_are_drawn_from_their_range(seen, settings):
-    drawn = torch.cat([batch.draw(seen, replace(settings, strengths=(0.5, 1.5)), step).strengths for step in range(40)])
+    wide = replace(settings, strengths=(0.5, 1.5))
+    drawn = torch.cat([batch.draw(seen, wide, step, phase).strengths for step in range(20) for phase in PHASES])
     assert 0.5 <= drawn.min() < 0.6 and 1.4 < drawn.max() <= 1.5 and len(drawn.unique()) > 30
-    assert batch.draw(seen, replace(settings, strengths=(1.0, 1.0)), 0).strengths.eq(1).all()
+    assert batch.draw(seen, replace(settings, strengths=(1.0, 1.0)), 0, UNLEARN).strengths.eq(1).all()
 
 
 def test_closed_gates_leave_nothing_to_learn(model, critical, seen, settings):
@@ -287,7 +299,7 @@ def test_blind_prompts_spare_their_subject(model, critical, seen, settings, monk
     assert all(each.spared.all() for each in drawn[:2])
 
 
-@pytest.mark.parametrize("phase", [UNLEARN, PRESERVE])
+@pytest.mark.parametrize("phase", PHASES)
 def test_parts_and_shares_of_a_batch_add_up(gradients, phase):
     """Accumulation, and processes that share a batch: the same losses and gradients, up to the order of summation."""
     whole = gradients(phase=phase)
@@ -367,3 +379,16 @@ def test_log_drops_what_is_done_again(tmp_path):
         log.add({"step": step})
     assert Log(tmp_path / "log.jsonl", 2).entries == [{"step": 0}, {"step": 1}]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_fit_unlearns_from_where_it_starts(model, critical, seen, settings):
+    """A few steps, no preserving: so the benign side may be empty."""
+    heads = critical[0]
+    start, log = fixed_generators(heads, 2.1), []
+    bare = replace(seen, benign=seen.benign.pick(slice(0)), latents=torch.empty(0))
+    fitted = train.fit(model, heads, bare, replace(settings, fit=3), start, log.append)
+    assert [entry["phase"] for entry in log] == [UNLEARN] * 3
+    still = train.fit(model, heads, bare, replace(settings, fit=0), start)
+    for one, two, three in zip(fitted, still, start, strict=True):
+        torch.testing.assert_close(two, three, atol=1e-5, rtol=0)
+        assert (one - three).abs().max() > 0.05, "control: it moves"
