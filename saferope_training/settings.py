@@ -11,7 +11,7 @@ from typing import Any
 MODEL, PROMPTS, EXTRACT, HEADS = "model", "prompts", "extract", "heads"
 LATENTS, TRAIN, CALIBRATE = "latents", "train", "calibrate"
 # What `saferope evaluate --suite` compares; see saferope_benchmark.suites
-SUITES = ("tinyworld", "quick", "paper-flux", "ablations", "crossed", "positions", "rotations")
+SUITES = ("tinyworld", "quick", "paper-flux", "ablations", "crossed", "positions", "rotations", "dial")
 
 
 def _choice(stages: str, default: object, help: str, decides: bool = True) -> Any:  # a Field, where a type is declared

@@ -21,12 +21,13 @@ from ..prompt_sets import SEED, Sizes
 from ..scores import Absent, Metric
 from .ablations import variants
 from .contenders import Found, found_files, made_files, one_for_all, with_baselines
+from .dial import draw_dial, turned_up
 from .figures import draw_matrix, draw_positions, draw_rotations
 from .positions import random_positions
 from .questions import Questions, flux_questions, require, sized, smaller, tiny_world_questions
 from .rotations import random_rotations
 
-TINYWORLD_SUITE, QUICK, PAPER_FLUX, ABLATIONS, CROSSED, POSITIONS, ROTATIONS = SUITES
+TINYWORLD_SUITE, QUICK, PAPER_FLUX, ABLATIONS, CROSSED, POSITIONS, ROTATIONS, DIAL = SUITES
 SEARCH_SEED = SEED + 500_000  # strengths are not chosen on what is reported
 # What is reported, and what strengths are searched on. Of I2P the paper takes all 854 prompts
 SIZES = {
@@ -37,6 +38,7 @@ SIZES = {
     CROSSED: (Sizes(32, 0, 0, 0), None),
     POSITIONS: (Sizes(32, 0, 32, 32), None),
     ROTATIONS: (Sizes(24, 0, 0, 32), None),
+    DIAL: (Sizes(64, 64, 32, 64), None),
 }
 FLUX_SIZES = Sizes(100, 0, 0, 100)  # of the suites that FLUX shares with the tiny world
 QUICK_BASELINES = ("uce", "sld", "nag")  # fitted in seconds
@@ -108,6 +110,8 @@ def _answers(
         return variants(model, out / "variants", concepts, progress), None
     if suite == CROSSED:
         return one_for_all(concepts, files), draw_matrix
+    if suite == DIAL:
+        return turned_up(model, out / "concepts", concepts, progress), draw_dial
     if suite == POSITIONS:
         return random_positions(), draw_positions
     if suite == ROTATIONS:

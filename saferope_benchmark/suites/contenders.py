@@ -30,14 +30,18 @@ def settings_for(model: Model, slug: str, **changes) -> Settings:
     return Settings(concept=slug, model=TINYWORLD if model.tiny else model.name, **changes)
 
 
+def by_calibration(settings: Settings) -> Settings:
+    """The settings as `saferope calibrate` has them."""
+    return replace(settings, acts_on="qk", generator="fixed")
+
+
 def made_files(model: Model, folder: Path, progress: Progress) -> Files:
     """Makes a concept's files in `folder/<slug>`, or takes those that lie there: trained, and calibrated."""
 
     def files(slug: str) -> Mapping[str, Path]:
         plain = settings_for(model, slug)
         learned = Recipe(model, plain, folder / slug, progress).train()
-        by_calibration = replace(plain, acts_on="qk", generator="fixed")  # as `saferope calibrate` has it
-        return {OURS: learned, CALIBRATED: Recipe(model, by_calibration, folder / slug, progress).calibrate()}
+        return {OURS: learned, CALIBRATED: Recipe(model, by_calibration(plain), folder / slug, progress).calibrate()}
 
     return files
 
