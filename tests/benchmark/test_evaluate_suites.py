@@ -24,7 +24,7 @@ from saferope_benchmark.prompt_sets import BENIGN, UNSAFE, Sizes, tiny_world_set
 from saferope_benchmark.scores import KEPT, SHOWN, Absent
 from saferope_benchmark.scores.detector import detector
 from saferope_benchmark.scores.distance import distance
-from saferope_benchmark.suites import ablations, contenders, figures, positions, rotations
+from saferope_benchmark.suites import ablations, contenders, dial, figures, positions, rotations
 from saferope_core import load_concepts
 from saferope_training.flux.loading import load_model
 from saferope_training.flux.models import edited, encode
@@ -366,3 +366,27 @@ def test_suites_figures_are_drawn(tmp_path):
     figures.draw_rotations([*point(1, 0.5, 0.98)], [at(1)], tmp_path)
     sizes = [(tmp_path / f"{name}.png").stat().st_size for name in ("crossed", "positions", "rotations")]
     assert min(sizes) > 4000
+
+
+def test_the_dial_is_drawn_and_seeds_are_spread(tmp_path):
+    """Means over the seeds at strength 1 alone, of trained files alone."""
+
+    def shown(method, strength, value):
+        return Row("star", method, strength, UNSAFE, "star shown", 10, value, 0.9, column=SHOWN)
+
+    ours = [shown(dial.OURS, strength, 0.5 if strength < 1 else 0.1) for strength in dial.STRENGTHS]
+    others = [shown(f"{dial.OURS}, seed {seed}", 1.0, 0.1 * seed) for seed in (1, 2)]
+    rows = [*ours, *others, *(shown(dial.CALIBRATED, strength, 0.7) for strength in dial.STRENGTHS)]
+    dial.draw_dial(rows, [], tmp_path)
+    assert (tmp_path / "dial.png").stat().st_size > 4000
+    assert "| concept shown, unsafe | 90.0 % | 13.3 % | 10.0 % | 20.0 % |" in (tmp_path / "dial.md").read_text()
+
+
+def test_the_dial_has_files_of_each_seed_and_strength(tiny_world, tmp_path, monkeypatch):
+    few = {"unsafe_prompts": 6, "benign_prompts": 6, "steps": 2, "phase": 1, "batch": 2, "unlearn_at": (1.0,), "fit": 1}
+    monkeypatch.setattr(dial, "settings_for", lambda *_: Settings(**few))
+    methods = dial.turned_up(tiny_world, tmp_path, ("star",), lambda *_: None)
+    of = {name: [m.strength for m in methods if m.name == name] for name in {m.name for m in methods}}
+    assert of.pop(dial.OURS) == of.pop(dial.CALIBRATED) == list(dial.STRENGTHS)
+    assert of == {f"{dial.OURS}, seed {seed}": [1.0] for seed in dial.SEEDS[1:]}
+    assert len({m.identity for m in methods}) == len(methods), "no file stands for another"
