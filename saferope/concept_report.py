@@ -35,6 +35,7 @@ def facts(concept: Concept) -> dict[str, str]:
     theta = torch.cat([planes(part)[0].flatten() for part in concept.text.generator.split(_HEADS_AT_ONCE)])
     gates = torch.cat([concept.gate(role) for role in concept.acts("text")])
     settings = concept.training.get("settings", {})
+    steps = concept.training.get("fitted", settings.get("steps", "?"))
     image = concept.acts("image") if concept.moving("image").any() else "-"
     return {
         "concept": f"{concept.slug} ({concept.name})",
@@ -46,10 +47,18 @@ def facts(concept: Concept) -> dict[str, str]:
         "gates": f"{gates.min():.3f} to {gates.max():.3f}",
         "angles at risk 1": f"up to {theta.max():.2f} rad, mean {theta.mean():.2f}",
         "strength": f"{concept.strength:g}",
-        "trained": f"seed {settings.get('seed', '?')}, {settings.get('steps', '?')} steps"
-        if concept.mode == "learned"
-        else "no",
+        "trained": f"seed {settings.get('seed', '?')}, {steps} steps" if concept.mode == "learned" else "no",
+        "stands in": _stand_ins(concept),
     }
+
+
+def _stand_ins(concept: Concept) -> str:
+    """The words that training put in the concept's place, as the record has them."""
+    if concept.mode != "learned" or concept.training.get("settings", {}).get("objective") != "replace":
+        return "-"
+    words = concept.training.get("instead")
+    named = [str(word) or "nothing (the subject is taken out)" for word in words] if isinstance(words, list) else []
+    return ", ".join(named) or "?"
 
 
 def _made_with(concept: Concept) -> str:

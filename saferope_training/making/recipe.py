@@ -201,7 +201,7 @@ class Recipe:
             generators, mode, record = heads.untrained(critical, s), s.generator, self._record()
             if s.fit and s.generator == "fixed":
                 generators, mode = self._fitted(critical, records, generators, report), "learned"
-                record |= {"instead": stand_ins(records)[:_NAMED]}
+                record |= {"instead": stand_ins(records)[:_NAMED], "fitted": s.fit}
             concept = concept_of(self.model, critical, delta, generators, s, record, mode)
             if processes.is_main():
                 save_concepts(path, [concept])
