@@ -9,6 +9,7 @@ import shlex
 import sys
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tests.support import concepts as flat
 from tinyworld.model import WEIGHTS
 
 STAR = WEIGHTS.parent / "concepts" / "star.safetensors"
+OLD_STAR = Path(__file__).parents[1] / "files" / "star-0.1.0.safetensors"
 
 
 def run(*arguments, code=0):
@@ -46,6 +48,8 @@ def star(tmp_path):
 def test_inspect_tells_and_draws(star):
     told = run("inspect", star)
     assert "star (Star)" in told and "flux: 2 double + 4 single blocks x 2 heads x 128" in told and "sha256" in told
+    assert "angles at risk 1 up to 3.14 rad" in told and "stands in circle" in told
+    assert "stands in -" in run("inspect", OLD_STAR), "control: driven away"
     assert "head map" not in told and list(star.parent.iterdir()) == [star], "it writes nothing unless asked"
     assert "head map" in run("inspect", star, "--pictures", star.parent / "maps")
     assert set(star.parent.iterdir()) == {star.parent / "maps", star}
@@ -249,13 +253,16 @@ def test_what_was_not_measured_is_null_in_the_record(star, tmp_path):
     assert risk["still"]["image"] is not None and risk["star"]["text"] > 0.8, "control"
 
 
-def test_generate_says_where_a_strength_is_held(star, tmp_path):
-    """The star was made with more than half a turn: two strengths above 1 are that of 1."""
+@pytest.mark.parametrize("held", [True, False])
+def test_generate_says_where_a_strength_is_held(star, tmp_path, held):
+    """The star of 0.1.0 was made with more than half a turn: a strength of 1.5 is that of 1. Today's turns further."""
     made, more = (tmp_path / name for name in ("made", "more"))
+    file = OLD_STAR if held else star
     arguments = ("generate", "--prompt", "a red star", "--steps", 2, "--concept")
-    said = [run(*arguments, f"{star}:{strength}", "--out", out) for strength, out in ((1, made), (1.5, more))]
-    assert "acts as" not in said[0] and "concept 'star': strength 1.5 acts as 1." in said[1]
-    assert (made / "0000.protected.png").read_bytes() == (more / "0000.protected.png").read_bytes()
+    said = [run(*arguments, f"{file}:{strength}", "--out", out) for strength, out in ((1, made), (1.5, more))]
+    assert "acts as" not in said[0] and ("concept 'star': strength 1.5 acts as 1." in said[1]) is held
+    pictures = [(folder / "0000.protected.png").read_bytes() for folder in (made, more)]
+    assert (pictures[0] == pictures[1]) is held
 
 
 def test_generate_in_no_step_is_no_protection(star, tmp_path):
