@@ -60,9 +60,8 @@ class CombineConcepts(io.ComfyNode):
         found = [concept for name in concepts for concept in concepts[name]]
         if not 1 <= len(found) <= MAX_CONCEPTS:
             raise ValueError(
-                f"These inputs hold {len(found)} concepts, expected 1 to {MAX_CONCEPTS}, as many as a concept file "
-                "may hold. "
-                "Take inputs away."
+                f"These inputs hold {len(found)} concepts, expected 1 to {MAX_CONCEPTS}, as many as a concept file may "
+                "hold. Take inputs away."
             )
         found, tell = distinct(found), _teller(len(found), orthogonalise)
         values = overlaps(found, tell)

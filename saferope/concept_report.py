@@ -105,8 +105,7 @@ def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
         "",
         f"{markdown_code(name)}, sha256 `{sha256(path)}`. Made to suppress {names} in one kind of model: "
         f"{concepts[0].geometry.describe()}. Use it with the ComfyUI node *SafeRoPE Apply*, or with this command, "
-        "MODEL being "
-        f"such a model: {markdown_code(_command(name))}.",
+        f"MODEL being such a model: {markdown_code(_command(name))}.",
     ]
     for concept in concepts:
         told = {"description": " ".join(concept.description.split()), **facts(concept)}

@@ -47,8 +47,7 @@ def protect(pipe: Any, concepts: Concepts, strength: float = 1.0, threshold: flo
     if not watch.forwards:
         raise RuntimeError(
             "protect: got a block in which the protected transformer never ran, expected at least one picture. Call "
-            "the "
-            "pipeline that you gave to protect, inside of the block."
+            "the pipeline that you gave to protect, inside of the block."
         )
 
 
@@ -109,8 +108,6 @@ class _Watch:
             role, block_type, block_index, _ = missing[0]
             raise RuntimeError(
                 f"protect: a forward pass left out {len(missing)} of {len(self.expected)} protected queries and keys, "
-                "such as "
-                f"{role} of {block_type} block {block_index}, expected all of them. An attention processor that does "
-                "not "
-                "call the block's QK-norms cannot be protected: take it away, and draw again."
+                f"such as {role} of {block_type} block {block_index}, expected all of them. An attention processor "
+                "that does not call the block's QK-norms cannot be protected: take it away, and draw again."
             )

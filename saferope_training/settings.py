@@ -26,8 +26,7 @@ class Settings:
         "prompts heads train calibrate",
         "star",
         "What to suppress: star, splatter, zappy or swirl in the tiny world; a preset (nudity, gore, van-gogh, "
-        "pikachu); "
-        "or a name of your own for prompts from a file.",
+        "pikachu); or a name of your own for prompts from a file.",
     )
     model: str = _choice(
         "model",

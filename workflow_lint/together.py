@@ -19,8 +19,7 @@ def doubts(chain: Sequence[Protection], digests: Sequence[str], full: bool) -> l
     parts = [part for each in chain for part in each.parts if part.strength > 0]
     found = [
         f"concept {part.name!r} is not pinned to one of the required files, and may turn back what they turn: pin it, "
-        "and "
-        "require its sha256 too"
+        "and require its sha256 too"
         for part in parts
         if digests and part.sha256 not in digests
     ]
@@ -63,8 +62,7 @@ def stop_by_samplers(found: Protection, walk: Walk) -> None:
             if drawing(node) and not _from_the_start(walk.flow.graph, node):
                 found.stops.append(
                     f"it ends at {found.settings['end_percent']:g} of the steps, and {node.kind} {node.id} may begin "
-                    "after "
-                    "that: only a denoise of 1, as a constant, is sure to begin before"
+                    "after that: only a denoise of 1, as a constant, is sure to begin before"
                 )
 
 

@@ -43,9 +43,9 @@ def heat_map(
 ) -> Tensor:
     """Values [rows, columns] in [0, 1] (others are clamped) as a labelled map with a colour bar; IMAGE [1, h, w, 3].
 
-    NaN, a value that is not known, is a light grey cell without a number.
-    `framed` bool [rows, columns] marks cells; `numbers` writes the values into them. `unit` names the colour bar.
-    Texts are plain letters: the font has no Greek and no exponents. Long ones are cut.
+    NaN, a value that is not known, is a light grey cell without a number. `framed` bool [rows, columns] marks cells;
+    `numbers` writes the values into them. `unit` names the colour bar. Texts are plain letters: the font has no Greek
+    and no exponents. Long ones are cut.
     """
     title, unit = title_of(title), label_of(unit)
     rows, columns = [label_of(row) for row in rows], [label_of(column) for column in columns]

@@ -38,6 +38,5 @@ def require_pin(name: str, digest: str, pin: str) -> None:
     if pin.strip() and pin.strip().lower() != digest:
         raise ValueError(
             f"Concept file {name!r} has the sha256 {digest}, expected {pin.strip()[:80]!r}. It is another file than "
-            "the one "
-            "this workflow was made with: fetch that one, or clear the field if you trust this one."
+            "the one this workflow was made with: fetch that one, or clear the field if you trust this one."
         )

@@ -102,8 +102,7 @@ def _encoded(clip: Any, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor, Tensor]
     if states.shape[1] != used.shape[1]:
         raise ValueError(
             f"The CLIP gives {states.shape[1]} vectors for {used.shape[1]} tokens of T5. Expected FLUX's text "
-            "encoders, whose text "
-            "stream is T5's alone."
+            "encoders, whose text stream is T5's alone."
         )
     return states, extra["pooled_output"], used, subject
 
@@ -161,8 +160,7 @@ def _sample(
     if len(heard) != len(timesteps):
         raise RuntimeError(
             f"The model was asked at {len(heard)} of the {len(timesteps)} times at which it was to be heard. Connect "
-            "it without "
-            "nodes that skip steps or replace the sampling."
+            "it without nodes that skip steps or replace the sampling."
         )
 
 

@@ -55,9 +55,7 @@ def _show(node: str, text: str) -> None:
 def rested(concepts: Sequence[Concept], start: float, end: float) -> str:
     """What to say of a sampling run none of whose steps was in the part that is protected."""
     return (
-        f"none of the steps of this run lies in the part from {start:g} to {end:g} of the denoising, in which "
-        "SafeRoPE Apply "
-        f"acts: it did not protect this picture ({', '.join(concept.slug for concept in concepts)}). Widen "
-        "start_percent and "
-        "end_percent there: a denoise below 1 takes the last steps alone."
+        f"none of the steps of this run lies in the part from {start:g} to {end:g} of the denoising, in which SafeRoPE "
+        f"Apply acts: it did not protect this picture ({', '.join(concept.slug for concept in concepts)}). Widen "
+        "start_percent and end_percent there: a denoise below 1 takes the last steps alone."
     )

@@ -263,10 +263,8 @@ class ListeningPatch:
             if self._listen is not None and self._heard != self.blocks:
                 raise RuntimeError(
                     f"SafeRoPE heard queries and keys, before RoPE, of {len(self._heard)} of the model's "
-                    f"{len(self.blocks)} blocks. "
-                    "Expected every block to call its attention patches. Connect the model without nodes that compile "
-                    "it or "
-                    "replace its blocks."
+                    f"{len(self.blocks)} blocks. Expected every block to call its attention patches. Connect the model "
+                    "without nodes that compile it or replace its blocks."
                 )
             return out
         finally:
@@ -297,10 +295,8 @@ def _require_chunks(q: torch.Tensor, pictures: int, kinds: list[int]) -> None:
     if q.shape[0] != pictures * len(kinds):
         raise RuntimeError(
             f"SafeRoPE Apply is set to conditionings = positive only, but the model was called with {q.shape[0]} rows "
-            "for "
-            f"{len(kinds)} prompts of {pictures} pictures: another node takes the prompts apart, and the positive one "
-            "could "
-            "go unprotected. Remove the node that wraps the model's function, or set conditionings to all."
+            f"for {len(kinds)} prompts of {pictures} pictures: another node takes the prompts apart, and the positive "
+            "one could go unprotected. Remove the node that wraps the model's function, or set conditionings to all."
         )
 
 

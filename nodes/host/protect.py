@@ -77,10 +77,8 @@ def require_room(model: Any, parts: list[Concept], strength: float, span: tuple[
         if not math.isclose(asked, held):
             raise ValueError(
                 f"Concept {concept.slug!r} is turned by another SafeRoPE Apply before this one in the same steps, and "
-                "both "
-                "together would turn it past half a turn, back to the unprotected model. Remove one of them, or lower "
-                "their "
-                "strengths."
+                "both together would turn it past half a turn, back to the unprotected model. Remove one of them, or "
+                "lower their strengths."
             )
 
 

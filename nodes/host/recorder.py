@@ -100,9 +100,8 @@ class Recorder:
         if record is None:
             raise ValueError(
                 f"This latent did not come out of a sampler with this protected model (of {len(self._records)} "
-                "recorded "
-                "runs). Connect the sampler's own latent output, before any other node changes it, and the recorder of "
-                "the SafeRoPE Apply whose model that sampler uses."
+                "recorded runs). Connect the sampler's own latent output, before any other node changes it, and the "
+                "recorder of the SafeRoPE Apply whose model that sampler uses."
             )
         return record
 
@@ -118,11 +117,9 @@ def require_usual(guider: Any) -> None:
     if others or not _conditionings(guider) <= USUAL:
         who = others[0] if others else type(guider).__name__
         raise RuntimeError(
-            f"SafeRoPE Apply is set to conditionings = positive only, but this model is run by {who}, which may "
-            "number its "
-            f"prompts in another way ({', '.join(sorted(_conditionings(guider)))}): the positive one could go "
-            "unprotected. "
-            "Expected KSampler, CFG Guider or Basic Guider. Use one of them, or set conditionings to all."
+            f"SafeRoPE Apply is set to conditionings = positive only, but this model is run by {who}, which may number "
+            f"its prompts in another way ({', '.join(sorted(_conditionings(guider)))}): the positive one could go "
+            "unprotected. Expected KSampler, CFG Guider or Basic Guider. Use one of them, or set conditionings to all."
         )
 
 

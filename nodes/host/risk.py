@@ -45,8 +45,8 @@ def require_measured(record: Record) -> None:
     if not record.measured:
         raise ValueError(
             "SafeRoPE measured nothing in this run: none of its steps lay between start_percent and end_percent, or "
-            "all "
-            "gates are 1, which no token passes. Widen them or lower the gates in SafeRoPE Apply, or mute this node."
+            "all gates are 1, which no token passes. Widen them or lower the gates in SafeRoPE Apply, or mute this "
+            "node."
         )
 
 
@@ -55,9 +55,8 @@ def comparable(record: Record) -> float | ExecutionBlocker:
     if record.score is not None:
         return record.score
     return ExecutionBlocker(
-        f"SafeRoPE has no risk to compare: that of {listed(record.unmeasured)} was not measured ({NO_TEXT}). Turn "
-        "that on, take "
-        "the concept out, or use the report instead of the risk."
+        f"SafeRoPE has no risk to compare: that of {listed(record.unmeasured)} was not measured ({NO_TEXT}). Turn that "
+        "on, take the concept out, or use the report instead of the risk."
     )
 
 
@@ -78,8 +77,7 @@ def named_words(risks: Tensor, clip: Any | None, text: str) -> list[Word]:
     if len(found) > len(risks):
         raise ValueError(
             f"text has {len(found)} tokens, the prompt that was sampled had {len(risks)}. Connect the very text that "
-            "the "
-            "positive prompt was encoded from."
+            "the positive prompt was encoded from."
         )
     named = [(word, risks[first:last].max().item()) for word, first, last in words(found)]
     for label, kind in ((STOP, END), (PAD, PADDING)):

@@ -83,16 +83,15 @@ def located(clip: Any, text: str, span: tuple[int, int]) -> tuple[int, int]:
         named = re.search(rf"{IDENTIFIER}\S+", text)
         raise ValueError(
             f"Prompt {text!r:.200}: the embedding {named[0] if named else 'of a name unknown'!r:.60} stands in or "
-            "before "
-            f"{text[slice(*span)]!r:.60}, and the word's tokens cannot be told behind it. Put it after the word, or "
-            "leave it out."
+            f"before {text[slice(*span)]!r:.60}, and the word's tokens cannot be told behind it. Put it after the "
+            "word, or leave it out."
         )
     if hit and until == own["input_ids"][: hit[-1] + 1]:
         return hit[0], hit[-1] + 1
     raise ValueError(
         f"Prompt {text!r:.200}: the tokens of {text[slice(*span)]!r:.60} were not found in the text stream. Expected "
-        "plain text, "
-        f"without weights such as (word:1.2) or embeddings, and the word within the {len(stream)} tokens of the stream."
+        f"plain text, without weights such as (word:1.2) or embeddings, and the word within the {len(stream)} tokens "
+        "of the stream."
     )
 
 
@@ -103,8 +102,7 @@ def _stream(clip: Any, rows: dict[str, list]) -> str:
         have = ", ".join(rows) if isinstance(rows, dict) else type(rows).__name__
         raise ValueError(
             f"The CLIP has the text streams {have}, none of T5. Expected FLUX's text encoders: load them with "
-            "DualCLIPLoader "
-            "(clip_l and t5xxl, type flux), or connect SafeRoPE Tiny World."
+            "DualCLIPLoader (clip_l and t5xxl, type flux), or connect SafeRoPE Tiny World."
         )
     return found[0]
 

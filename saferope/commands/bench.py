@@ -50,7 +50,6 @@ def bench(
     grown = rotation.curves(size, repeats) if curves else {}
     setting = (
         f"{resolution} x {resolution}, {heads} heads, critical {critical:g}, concepts {concepts}, rank {rank}, batch "
-        f"{batch}, "
-        f"{dtype}, median of {repeats} rounds"
+        f"{batch}, {dtype}, median of {repeats} rounds"
     )
     say(report.write(out, rows, grown, setting))

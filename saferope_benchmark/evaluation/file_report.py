@@ -78,8 +78,7 @@ def evaluate_file(
     if not model.tiny:
         raise ValueError(
             f"evaluation: got model {model.name!r}, expected {TINYWORLD!r}, the only one with a detector of its own; "
-            "use "
-            "--suite paper-flux for others"
+            "use --suite paper-flux for others"
         )
     slugs = [concept.slug for concept in load_concepts(path)]
     methods, metrics = [unprotected(), concept_file(path, strength)], [detector(), whole(), distance()]

@@ -93,8 +93,7 @@ def summary(rows: Sequence[Row], absent: Sequence[Absent], facts: str) -> str:
         ]
     parts += [
         "Shares with Wilson's 95 % interval; p is McNemar's, exact, paired by prompt and seed with unprotected; time "
-        "and "
-        "peak memory are multiples of unprotected's in the same run.",
+        "and peak memory are multiples of unprotected's in the same run.",
         "",
     ]
     if absent:

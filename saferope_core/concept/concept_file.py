@@ -240,8 +240,7 @@ def _check_tensors(header: dict, slugs: list) -> None:
         if not _are_sizes(entry["shape"], MAX_AXES, MAX_LENGTH) or not _are_sizes(entry["data_offsets"], 2, MAX_BYTES):
             raise ValueError(
                 f"tensor {key} has shape {entry['shape']!r:.60} at {entry['data_offsets']!r:.60}, expected 1 to "
-                f"{MAX_AXES}"
-                f" lengths and 2 offsets: whole numbers, none negative"
+                f"{MAX_AXES} lengths and 2 offsets: whole numbers, none negative"
             )
 
 

@@ -42,8 +42,7 @@ class Geometry:
         if not 1 <= self.blocks <= MOST_BLOCKS:
             raise ValueError(
                 f"geometry: {self.double_blocks} double and {self.single_blocks} single blocks, expected 1 to "
-                f"{MOST_BLOCKS} "
-                "blocks in all"
+                f"{MOST_BLOCKS} blocks in all"
             )
         if not isinstance(self.family, str) or not SLUG.fullmatch(self.family) or len(self.family) > _LONGEST:
             raise ValueError(

@@ -112,10 +112,8 @@ def _freed(later: Concept, earlier: Sequence[Concept], stream: str, role: str) -
     if values.min() < LEAST_LEFT**2:
         raise ValueError(
             f"concept {later.slug!r}: a direction of it lies almost wholly in the space of "
-            f"{', '.join(map(repr, slugs[:4]))} "
-            f"for {stream} tokens, expected at least {LEAST_LEFT:g} of each outside it; merge without "
-            "orthogonalising, or "
-            "make one concept of them"
+            f"{', '.join(map(repr, slugs[:4]))} for {stream} tokens, expected at least {LEAST_LEFT:g} of each outside "
+            "it; merge without orthogonalising, or make one concept of them"
         )
     # the polar factor by its Gram matrix: no value of it is small, and an SVD takes fifty times as long
     left[touched] = left[touched] @ (vectors * values.rsqrt()[:, None]) @ vectors.mT

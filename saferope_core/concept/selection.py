@@ -36,8 +36,7 @@ def parse_blocks(text: str, geometry: Geometry) -> frozenset[tuple[int, int]]:
         if not first <= last < counts[kind]:
             raise ValueError(
                 f"blocks: got {part.strip()!r}, expected blocks from {found[1]}0 to {found[1]}{counts[kind] - 1} in "
-                "rising "
-                f"order: the model is {geometry.describe()}"
+                f"rising order: the model is {geometry.describe()}"
             )
         chosen |= {(kind, block) for block in range(first, last + 1)}
     return frozenset(chosen)

@@ -29,8 +29,8 @@ def calibrate_gate(lrs_safe: Tensor, quantile: float = QUANTILE) -> Tensor:
 def fixed_generator(rank: int, angle: float, count: int) -> Tensor:
     """Generators that turn the planes of columns (1, 2), (3, 4), ... by `angle` radians at LRS 1, first towards second.
 
-    Returns `count` equal ones, [N, R, R] float32, skew. For odd rank the last column is not turned.
-    Raises ValueError for a rank below 2, which holds no plane.
+    Returns `count` equal ones, [N, R, R] float32, skew. For odd rank the last column is not turned. Raises ValueError
+    for a rank below 2, which holds no plane.
     """
     if rank < 2:
         raise ValueError(f"rank is {rank}, expected at least 2: a rotation needs a plane")

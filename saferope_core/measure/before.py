@@ -42,10 +42,9 @@ def require_known(text: str, subject: Span, parts: Sequence[Span]) -> None:
     if shown:
         raise ValueError(
             f"prompt {text!r:.200}: the text encoder does not know {', '.join(map(repr, shown)):.80} of the concept's "
-            "word "
-            f"{text[slice(*subject)][:LONGEST_SHOWN]!r}, and a concept about it would be about everything that is not "
-            "known; "
-            "expected a word that it knows: FLUX's T5 knows English, German, French and Romanian, without emoji"
+            f"word {text[slice(*subject)][:LONGEST_SHOWN]!r}, and a concept about it would be about everything that is "
+            "not known; expected a word that it knows: FLUX's T5 knows English, German, French and Romanian, without "
+            "emoji"
         )
 
 
@@ -65,6 +64,5 @@ def require_vectors(counts: dict[tuple[str, str], int], looks: int, ranks: Ranks
     if (seen := counts[UNSAFE, SUBJECT] * looks) < ranks.subject:
         raise ValueError(
             f"unsafe prompts: the concept's word would be seen {seen} times, expected at least {ranks.subject}, its "
-            "rank; "
-            "give more prompts, a dozen or more"
+            "rank; give more prompts, a dozen or more"
         )

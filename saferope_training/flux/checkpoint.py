@@ -99,8 +99,7 @@ def require_names(config: dict, shapes: Shapes, name: str) -> None:
     if unread:
         raise ValueError(
             f"model {name!r}: got tensors {', '.join(unread[:3])!r:.200} ..., which are no weights of a FLUX.1 "
-            "transformer and "
-            "would be dropped, expected none; name a FLUX.1 checkpoint without them"
+            "transformer and would be dropped, expected none; name a FLUX.1 checkpoint without them"
         )
 
 
@@ -122,8 +121,7 @@ def transformer_config(shapes: Shapes, name: str) -> dict:
         some = ", ".join(sorted(shapes)[:3]) or "no tensor"
         raise ValueError(
             f"model {name!r}: got tensors {some} ..., expected a FLUX.1 transformer in diffusers' or the original "
-            "layout; "
-            "name a FLUX.1 checkpoint"
+            "layout; name a FLUX.1 checkpoint"
         )
     width, channels = shapes[layout["picture"]]
     head_dim = shapes[layout["norm"]][0]
@@ -159,8 +157,7 @@ def _check(name: str, layout: dict, shapes: Shapes, width: int, channels: int, h
     if layout is _ORIGINAL and width != ORIGINAL_WIDTH:
         raise ValueError(
             f"model {name!r}: got the original key layout with a width of {width}, expected {ORIGINAL_WIDTH}: "
-            "diffusers "
-            "converts no other; save it in diffusers' layout"
+            "diffusers converts no other; save it in diffusers' layout"
         )
 
 
@@ -192,8 +189,7 @@ def _require_read_by_diffusers(names: dict[str, str], where: str) -> None:
         if name != plain and (name != _PREFIXES[0] + plain or _ORIGINAL["norm"] not in names):
             raise ValueError(
                 f"model {where!r}: got a tensor {name!r:.120}, expected {plain!r:.120} in a .gguf file; name a "
-                ".safetensors file, "
-                "where both are read, or another .gguf"
+                ".safetensors file, where both are read, or another .gguf"
             )
 
 

@@ -141,8 +141,7 @@ def _require_index(folder: Path, name: str, transformer: bool) -> None:
             classes = " or ".join(".".join(pair) for pair in known) or "no such part"
             raise ValueError(
                 f"model {name!r}: {INDEX} names {value!r:.80} as its {part!r:.40}, expected {classes}: a class of "
-                "another "
-                "name could be the folder's own code; name a FLUX.1 model as diffusers saves it"
+                "another name could be the folder's own code; name a FLUX.1 model as diffusers saves it"
             )
 
 
@@ -160,9 +159,8 @@ def _require_part(part: Path, name: str) -> None:
         if scales:
             raise ValueError(
                 f"{where}/{path.name}: got scaled weights ({scales[0]!r:.80} ...), whose scales diffusers and "
-                "transformers "
-                "drop in a folder, expected weights without; name the scaled file itself as the model, or a folder "
-                "without"
+                "transformers drop in a folder, expected weights without; name the scaled file itself as the model, "
+                "or a folder without"
             )
 
 
@@ -179,8 +177,7 @@ def _require_shards(index: dict, where: str) -> None:
         if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
             raise ValueError(
                 f"{where}: got a part of the weights in {shard!r:.80}, expected a .safetensors file beside it; other "
-                "files "
-                "may be pickles, which can run code: fetch the model in safetensors"
+                "files may be pickles, which can run code: fetch the model in safetensors"
             )
 
 
@@ -198,8 +195,7 @@ def _names(path: Path) -> list[str]:
 def _names_code(where: str, key: str, value: object, wanted: str) -> ValueError:
     return ValueError(
         f"{where}: got {key} = {value!r:.80}, which can lead to code of others, expected {wanted}; take it out, or "
-        "name "
-        "another model"
+        "name another model"
     )
 
 

@@ -193,8 +193,7 @@ def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int
         if not subject[row].any() or max(last for _, last in offsets) < span[1]:
             raise ValueError(
                 f"prompt {text!r}: its subject {text[slice(*span)]!r}, characters {span}, is not whole within the "
-                "first "
-                f"{model.text_length} tokens; shorten the prompt or correct the span"
+                f"first {model.text_length} tokens; shorten the prompt or correct the span"
             )
     return token_kinds(used, subject)
 

@@ -39,14 +39,12 @@ def require_plausible(network: nn.Module, name: str) -> None:
         layer, gain = max(wild.items(), key=lambda each: each[1])
         raise ValueError(
             f"model {name!r}: got a gain of {gain:,.4g} in {layer} ({len(wild)} of {len(found)} linear layers out of "
-            "range), "
-            f"expected at most {LARGEST_GAIN:g}; {what}"
+            f"range), expected at most {LARGEST_GAIN:g}; {what}"
         )
     if found and median(found.values()) < SMALLEST_GAIN:
         raise ValueError(
             f"model {name!r}: got a gain of {median(found.values()):.2g} in the middle one of {len(found)} linear "
-            "layers, "
-            f"expected at least {SMALLEST_GAIN:.2g}; {what}"
+            f"layers, expected at least {SMALLEST_GAIN:.2g}; {what}"
         )
 
 

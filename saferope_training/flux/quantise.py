@@ -54,8 +54,7 @@ def _bitsandbytes(kind: str, device: str, dtype: torch.dtype) -> BitsAndBytesCon
     if device == "cpu":
         raise ValueError(
             f"quantisation {kind!r}: got device 'cpu', expected a GPU: diffusers loads bitsandbytes weights there "
-            "only; "
-            "name one with --device, or take torchao-int8"
+            "only; name one with --device, or take torchao-int8"
         )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

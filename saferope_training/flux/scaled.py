@@ -44,8 +44,7 @@ def require_fp8(weights: dict[str, Tensor], header: Mapping[str, str] | None, na
     if others:
         raise ValueError(
             f"model {name!r}: got weights in {', '.join(others[:3])!r:.120}, expected {' or '.join(_FP8)}: other "
-            "formats of "
-            f"ComfyUI are not read; {_NEWER}"
+            f"formats of ComfyUI are not read; {_NEWER}"
         )
 
 

@@ -50,7 +50,6 @@ def _require_words(model: Model, records: Sequence[PromptRecord]) -> None:
         shown = ", ".join(f"{word!r:.60}" for word in words[:_SHOWN]) + (", ..." if len(words) > _SHOWN else "")
         warnings.warn(
             f"prompts: the text encoder does not know {len(words)} of their words, and takes them all for the same "
-            "one: "
-            f"{shown}; the prompts say less to the model than to you",
+            f"one: {shown}; the prompts say less to the model than to you",
             stacklevel=3,
         )

@@ -50,8 +50,7 @@ class PromptRecord:
         if not (self.side == BENIGN and self.subject is None) and not self._spans_something():
             raise ValueError(
                 f"{self.side} prompt {self.text!r}: subject is {self.subject!r}, expected the (start, end) characters "
-                "of "
-                "the concept's word in the text"
+                "of the concept's word in the text"
             )
 
     def _spans_something(self) -> bool:

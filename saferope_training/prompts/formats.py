@@ -21,8 +21,7 @@ TEXT_NAMES = ("prompt", "text", "caption")
 IMAGE_NAME = "file_name"  # of a caption's picture, in such data sets and in COCO's files
 FORMATS = (
     ".txt (a prompt a line), .jsonl (ours, or a data set's with a prompt, text or caption), .csv (with such a column, "
-    "as "
-    "I2P has), .json (COCO captions)"
+    "as I2P has), .json (COCO captions)"
 )
 
 

@@ -48,8 +48,7 @@ def _marked(path: Path, entry: Entry, subjects: Sequence[str]) -> tuple[int, int
     if span is None:
         raise ValueError(
             f"{entry.where}: none of {', '.join(subjects)} stands in the prompt {entry.text!r}, expected one; add its "
-            "word to "
-            "--subjects, or take the prompt out"
+            "word to --subjects, or take the prompt out"
         )
     return span
 
@@ -67,7 +66,6 @@ def _inside(folder: Path, entry: Entry, image: str) -> Path:
     if not path.is_file():
         raise ValueError(
             f"{entry.where}: got no picture {image!r} in {folder}, expected it there; name its folder with --images, "
-            "or "
-            "take the caption out"
+            "or take the caption out"
         )
     return path
