@@ -1,6 +1,7 @@
 """Measures the figures of the pages and writes them into docs/results.json, each with its source.
 
     python -m dev.measure suites        # two hours on two cores; kept in .cache/results, so that it can be resumed
+    python -m dev.measure dial          # 50 minutes: strengths from 0 to 2, three seeds; kept as well
     python -m dev.measure cost          # some minutes on two cores that do nothing else
     python -m dev.measure demo          # the star of `make demo`, evaluated
     python -m dev.measure tiny-world    # two minutes
@@ -31,6 +32,7 @@ WORK = Path(".cache/results")
 DOCS = ROOT / "docs"
 COLOURS = 128  # of the pictures in the docs: a quarter of the size, hardly a difference
 TABLE1, TABLE2, FEW_STEP = WORK / "tinyworld", WORK / "ablations", WORK / "few_step"
+DIAL = WORK / "dial"
 SAFEROPE = (sys.executable, "-m", "saferope")
 SUITE = (*SAFEROPE, "evaluate", "--suite")
 FILES = ("--concepts", str(TABLE1 / "concepts"))
@@ -176,12 +178,48 @@ def suites() -> dict[str, dict]:
         found |= {f"{name}/{slug}": entry(table, command) for slug, table in evaluation_tables(evaluation).items()}
     attack = TABLE1 / "attack" / "attack.md"
     text = (ROOT / attack).read_text(encoding="utf-8")
-    slugs = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    found |= {f"attack/{s}": entry(t, SUITES[attack]) for s, t in zip(slugs, tables_in(text), strict=True)}
+    found |= {f"attack/{slug}": entry(table, SUITES[attack]) for slug, table in _titled(text).items()}
     for name, source in PICTURES.items():
-        with Image.open(ROOT / source) as picture:
-            picture.convert("RGB").quantize(COLOURS).save(DOCS / name, optimize=True)
+        _keep(ROOT / source, name)
     return found
+
+
+def dial() -> dict[str, dict]:
+    """Mean and range over three seeds, and the concept shown by strength."""
+    command = (*SUITE, "dial", "--out", str(DIAL))
+    if not (ROOT / DIAL / "dial.md").is_file():
+        run(command)
+    _keep(ROOT / DIAL / "dial.png", "results-dial.png")
+    text = (ROOT / DIAL / "dial.md").read_text(encoding="utf-8")
+    evaluation = json.loads((ROOT / DIAL / "evaluation.json").read_text(encoding="utf-8"))
+    found = {f"dial/{slug}": entry(table, command) for slug, table in _titled(text).items()}
+    return found | {f"strength/{slug}": entry(_by_strength(evaluation, slug), command) for slug in CONCEPTS}
+
+
+def _by_strength(evaluation: dict, slug: str) -> list[list[str]]:
+    """A row a strength: what is shown under files of the first seed, trained and calibrated."""
+    rows = [row for row in evaluation["rows"] if row["concept"] == slug and row["column"] == "concept shown"]
+    sides = [
+        (method, asked) for method in ("saferope", "saferope, calibrated") for asked in ("unsafe", "held-out words")
+    ]
+    table = [["strength", "trained", "trained, held-out words", "calibrated", "calibrated, held-out words"]]
+    for strength in sorted({row["strength"] for row in rows if row["strength"] is not None}):
+        own = {(row["method"], row["set"]): row for row in rows if row["strength"] == strength}
+        table.append([f"{strength:g}", *(_number(own[side]) for side in sides)])
+    bare = {row["set"]: row["unprotected"] for row in rows}
+    table.insert(1, ["0", *(f"{100 * bare[asked]:.0f}" for _, asked in sides)])
+    return table
+
+
+def _titled(text: str) -> dict[str, list[list[str]]]:
+    """The tables of a text by the titles above them."""
+    return dict(zip(re.findall(r"^## (.+)$", text, re.MULTILINE), tables_in(text), strict=True))
+
+
+def _keep(source: Path, name: str) -> None:
+    """A small copy of a picture in the docs."""
+    with Image.open(source) as picture:
+        picture.convert("RGB").quantize(COLOURS).save(DOCS / name, optimize=True)
 
 
 def cost() -> dict[str, dict]:
@@ -215,7 +253,7 @@ def tiny_world() -> dict[str, dict]:
     return {name: entry(table, command) for name, table in zip(names, tables_in(text), strict=True)}
 
 
-MEASURES = {"suites": suites, "cost": cost, "demo": demo, "tiny-world": tiny_world}
+MEASURES = {"suites": suites, "dial": dial, "cost": cost, "demo": demo, "tiny-world": tiny_world}
 
 
 def main() -> None:

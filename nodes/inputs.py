@@ -34,7 +34,7 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the node asks for beside model, prompts and size; kept in the concept's record."""
+    """The inputs of the node beside model, prompts and size; kept in the concept's record."""
 
     rank: int = 6
     turned: str = "qk"  # the trainer's is k; see quantile

@@ -1,4 +1,4 @@
-"""What a concept is, to look at: its heads, its spectrum, where it comes from."""
+"""A concept in pictures: its heads, its spectrum, where it comes from."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from .inputs import STRENGTH_MAX, ConceptType, require_range
 
 
 def describe(concepts: list[Concept], digest: str) -> str:
-    """What a concept file does, for people: plain text, the file's sha256, then a few lines for each concept.
+    """The description of a concept file: plain text, the file's sha256, then a few lines for each concept.
 
     The first line alone begins with `sha256`: the file's own words follow later, in a line that names the concept or
     behind a bar, so that they cannot pass for it.

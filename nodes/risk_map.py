@@ -1,4 +1,4 @@
-"""After sampling: what was suppressed, in which words, where in the picture, in which heads, and when."""
+"""After sampling: the suppressed risk, in which words, where in the picture, in which heads, and when."""
 
 from __future__ import annotations
 

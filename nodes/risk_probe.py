@@ -27,7 +27,7 @@ SIDE = 64  # latent rows and columns without a latent: 512 x 512 pixels; the ris
 
 
 def probe(model: Any, concepts: list[Concept], positive: list, latent: dict | None, steps: int, seed: int) -> Record:
-    """Samples the first steps without turning anything, and returns what the concepts' gates found.
+    """Samples the first steps without turning anything, and returns the risk above the concepts' gates.
 
     All of the prompt is measured in them, also conditionings that would act in later steps alone.
     """

@@ -51,7 +51,9 @@ def in_folder(folder: Path) -> Files:
 def rotations(
     concepts: Sequence[Concept], strength: float, threshold: float | None, blocks: str, streams: str
 ) -> Protection | None:
-    """What an Apply of these settings does; None: nothing. Raises ValueError where ComfyUI would stop with an error."""
+    """The protection of an Apply with these settings; None: none. Raises ValueError where ComfyUI would stop with an
+    error.
+    """
     geometry = concepts[0].geometry
     for each in concepts:
         geometry.require(each.geometry, f"concept {each.slug!r}")

@@ -1,4 +1,4 @@
-"""What a concept file says of itself: lines to read, a picture, and a model card.
+"""A report on a concept file: lines to read, a picture, and a model card.
 Every word of it may be a stranger's."""
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def _map(path: Path, concept: Concept) -> str:
 
 
 def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
-    """A model card in Markdown: what it is, provenance, head maps, and the evaluation that lies beside the file, if
+    """A model card in Markdown: description, provenance, head maps, and the evaluation that lies beside the file, if
     any.
 
-    The head maps are those that `draw` leaves beside the file. ValueError where the licence is no SPDX name, or an
+    `draw` leaves the head maps beside the file. ValueError where the licence is no SPDX name, or an
     evaluation is not as `saferope evaluate` writes it.
     """
     if not LICENCES.fullmatch(license):

@@ -81,8 +81,7 @@ def _write(
 
 
 class RiskMeter:
-    """A visitor that passes q and k on to `protection` and notes what it saw of every picture of the batch under
-    way."""
+    """A visitor that passes q and k on to `protection` and notes the risk of every picture of the batch under way."""
 
     def __init__(self, model: Model, protection: Protection) -> None:
         self.protection, self.side = protection, model.latent_side // 2

@@ -211,14 +211,14 @@ def _model_changes(patcher: Any) -> Iterator[str]:
 
 
 def _own(module: Any) -> Iterator[tuple[str, Callable]]:
-    """Functions that hang on the module itself, over those of its class."""
+    """Functions that hang on the module itself, over the functions of its class."""
     for name, value in vars(module).items() if isinstance(module, torch.nn.Module) else ():
         if callable(value) and callable(getattr(type(module), name, None)):
             yield name, value
 
 
 def _classes(modules: Iterable[Any]) -> set[type]:
-    """ComfyUI's own classes among those of the modules."""
+    """ComfyUI's own classes among the classes of the modules."""
     return {cls for module in modules for cls in type(module).__mro__ if _is_host(cls.__module__)}
 
 

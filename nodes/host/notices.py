@@ -1,4 +1,4 @@
-"""What a user should know although nothing failed: in the log, and in ComfyUI's page on the node that is running."""
+"""Warnings for the user of a node that did not fail: in the log, and in ComfyUI's page on the node that is running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _lock = threading.Lock()
 
 
 def start_notices() -> None:
-    """Takes back what the running node was told last time."""
+    """Takes back the notice that the running node had last time."""
     node = _running()
     with _lock:
         stood = _shown.pop(node, None)

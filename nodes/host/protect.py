@@ -51,7 +51,7 @@ def _why_idle(concepts: list[Concept], strength: float, span: tuple[float, float
 
 
 def chosen(concepts: list[Concept], geometry: Geometry, blocks: str, streams: str) -> list[Concept]:
-    """What is left of the concepts in some blocks and streams. Raises ValueError for a selection that
+    """The parts of the concepts in some blocks and streams. Raises ValueError for a selection that
     cannot be read."""
     for concept in concepts:
         geometry.require(concept.geometry, f"concept {concept.slug!r}")

@@ -1,4 +1,4 @@
-"""Keeps what a protected model saw, one record for each sampling run, and finds the record of a latent again."""
+"""Keeps the risk in a protected model, one record for each sampling run, and finds the record of a latent again."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Record:
 class Recorder:
     """One protected model's records, by the latents that came out of the runs; the newest KEPT of them.
 
-    `names` are those of the protection's concepts in their order; more, behind them, are concepts that nobody measures.
-    `off` is a sentence that says why nothing is recorded, or None.
+    `names` are the names of the protection's concepts in their order; more, behind them, are concepts that are not
+    measured. `off` is a sentence that says why nothing is recorded, or None.
     """
 
     def __init__(self, names: Sequence[str], geometry: Geometry, off: str | None = None) -> None:
@@ -83,7 +83,7 @@ class Recorder:
         self._lock = threading.Lock()
 
     def keep(self, run: Run, samples: Tensor, guider: Any) -> Record:
-        """Reads a run that is over and files it under what it sampled."""
+        """Reads a run that is over and files it under the latent that it sampled."""
         found = (run.readings(number) for number in range(len(self.names)))
         readings = tuple(tuple(sorted(each, key=lambda reading: reading.entry[0])) for each in found)
         record = Record(self.names, readings, usual=_conditionings(guider) <= USUAL)

@@ -32,7 +32,7 @@ Word = tuple[str, float]  # and its risk
 
 
 def require_recorded(recorder: Recorder) -> None:
-    """Raise ValueError where nothing is ever recorded: risk that nobody measured must not look like none."""
+    """Raise ValueError where nothing is ever recorded: unmeasured risk must not look like none."""
     if recorder.off:
         raise ValueError(
             f"SafeRoPE Apply recorded nothing: {recorder.off}. Expected a protected model that records. Change that in "

@@ -1,4 +1,5 @@
-"""What the tokens of FLUX's text stream are, from the CLIP that made it: pieces, words, and where a marked word stands.
+"""The words behind the tokens of FLUX's text stream, from the CLIP that made it: pieces, words, and where a marked word
+stands.
 
 FLUX's text stream is T5's states, token by token, padding included. Positions here are positions in that stream, which
 are those of q and k in every block. All of it is text: nothing is encoded, no weights are needed.
@@ -96,7 +97,7 @@ def located(clip: Any, text: str, span: tuple[int, int]) -> tuple[int, int]:
 
 
 def _stream(clip: Any, rows: dict[str, list]) -> str:
-    """The name of T5's tokens among those of all the CLIP's encoders."""
+    """The name of T5's tokens among the tokens of all the CLIP's encoders."""
     found = [key for key in rows if T5 in key] if isinstance(rows, dict) else []
     if not found:
         have = ", ".join(rows) if isinstance(rows, dict) else type(rows).__name__

@@ -1,4 +1,4 @@
-"""What the subcommands share: options made from Settings, progress bars, mistakes told in a sentence. No torch."""
+"""Shared by the subcommands: options made from Settings, progress bars, mistakes told in a sentence. No torch."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ ConceptFiles = Annotated[
 
 
 def command(*stages: str, **defaults: Any) -> Callable[[Callable], Callable]:
-    """A decorator: the function's `settings` become options, those that decide the stages; mistakes end it in a line.
+    """A decorator: the function's `settings` become options, if they decide the stages; mistakes end it in a line.
 
-    Defaults are those of Settings unless given here. ValueError and OSError are mistakes and exit with USER_ERROR.
+    Defaults are the defaults of Settings unless given here. ValueError and OSError are mistakes and exit with
+    USER_ERROR.
     """
 
     def decorate(function: Callable) -> Callable:

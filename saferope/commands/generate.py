@@ -48,7 +48,7 @@ def generate(
 
 
 def _notes(concepts: list, strengths: list[float], steps: int, span: tuple[float, float]) -> list[str]:
-    """What the concepts will not do, though it was asked for."""
+    """Notes about settings of the concepts that have no effect."""
     from saferope_benchmark.sample import active_steps
     from saferope_core import strength_notes
 

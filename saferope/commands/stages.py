@@ -100,7 +100,7 @@ def _recipe(settings: Settings, out: Path, device: str, training: bool = False) 
 
 @contextmanager
 def _losses(folder: Path | None) -> Iterator[Teller]:
-    """What is told every step's entry: TensorBoard's writer, or nobody."""
+    """A function that takes every step's entry: TensorBoard's writer, or none."""
     if folder is None:
         yield lambda entry: None
         return

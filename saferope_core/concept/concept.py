@@ -32,7 +32,7 @@ _HEADS_AT_ONCE = 64  # in float64
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """One concept. Its tensors are float32 copies on the CPU (`heads`: int32) that nobody else holds.
+    """One concept. Its tensors are float32 copies on the CPU (`heads`: int32) that no other object holds.
 
     Raises ValueError, with the value found and the value expected, unless every field is in its documented range.
     """

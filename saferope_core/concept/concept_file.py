@@ -64,7 +64,7 @@ _TENSORS_OPTIONAL = ("singular_values", *_BASES[2:], *_GATES)
 
 
 class ConceptFileError(ValueError):
-    """A concept file that cannot be trusted; the message says what was found, what was expected and what to do."""
+    """A concept file that cannot be trusted; the message says the value found, the value expected and the remedy."""
 
 
 def save_concepts(

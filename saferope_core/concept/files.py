@@ -56,7 +56,9 @@ def append_text(path: str | os.PathLike, text: str) -> None:
 
 
 def sweep(folder: str | os.PathLike) -> None:
-    """Removes what killed writes left in `folder`, if there is such a folder. Only for whoever alone writes there."""
+    """Removes what killed writes left in `folder`, if there is such a folder. Only for the one process that writes
+    there.
+    """
     for left in Path(folder).glob(f"{_FIRST}*{_LAST}"):
         shutil.rmtree(left, ignore_errors=True)  # removes nothing where it is a link
 

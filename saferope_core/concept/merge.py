@@ -64,13 +64,13 @@ def overlap(first: Concept, second: Concept) -> Overlap:
 
 
 def orthogonalised(later: Concept, *earlier: Concept) -> Concept:
-    """`later` with what its spaces share with those of `earlier` taken out of them, so that it commutes with each.
+    """`later` without the directions that its spaces share with the spaces of `earlier`, so that it commutes with each.
 
     For every stream and role, in heads where both turn such vectors, each basis B becomes the nearest orthonormal one
     to (I − E Eᵀ) B, E being all earlier ones' bases side by side; these have to be orthogonal to each other. Generators
-    and gates stay. It then protects a little less from what the concepts share, which earlier ones still do. A `later`
-    that turns image tokens in its text bases gets bases of their own for them, with the same gates, if the two now
-    differ. Raises ValueError where geometries differ, and where a direction of `later` lies almost wholly in the
+    and gates stay. It then protects a little less from the shared part, which the earlier concept still covers. A
+    `later` that turns image tokens in its text bases gets bases of their own for them, with the same gates, if the two
+    now differ. Raises ValueError where geometries differ, and where a direction of `later` lies almost wholly in the
     others' spaces.
     """
     for each in earlier:
@@ -87,7 +87,9 @@ def orthogonalised(later: Concept, *earlier: Concept) -> Concept:
 
 
 def taken_apart(concepts: Sequence[Concept], tell: Callable[[], None] = lambda: None) -> list[Concept]:
-    """Each without what it shares with those before it: `orthogonalised`. `tell` is called for every one."""
+    """Each without the directions that it shares with the concepts before it: `orthogonalised`. `tell` is called for
+    every one.
+    """
     result: list[Concept] = []
     for concept in concepts:
         tell()

@@ -1,4 +1,4 @@
-"""Parts of a concept: some blocks, one stream. What is left out stays bit for bit."""
+"""Parts of a concept: some blocks, one stream. Blocks and streams that are left out stay bit for bit."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ def held_strengths(concepts: Sequence[Concept], strengths: Sequence[float]) -> t
     The full angle of a concept is its widest, over heads, planes and streams. A concept whose full angle is above half
     a turn is held at AS_MADE. Copies turn one after the other: they are held together, each in proportion, where their
     full angles, times each one's largest s, add up to more than half a turn, or than one of them was made with. A copy
-    is a concept that turns alike in any head, whatever it is called or left of it. Strengths that are not held come
-    back as they are.
+    is a concept that turns alike in any head, under any name, and if some of its heads are left out. Strengths that are
+    not held come back as they are.
     """
     held = list(strengths)
     for copies in _copies(concepts):

@@ -1,4 +1,4 @@
-"""JSON from files nobody vouches for: limited depth, no duplicate keys, finite numbers only."""
+"""JSON from untrusted files: limited depth, no duplicate keys, finite numbers only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes and words that nobody vouches for: regular files alone, read whole or not at all, and told without their
+"""Untrusted bytes and words: regular files alone, read whole or not at all, and told without their
 tricks.
 """
 

@@ -1,4 +1,4 @@
-"""What can be set without any training: gates from safe tokens, and a generator of a fixed angle.
+"""Settings that need no training: gates from safe tokens, and a generator of a fixed angle.
 
 Axes: H heads, R subspace rank, N safety-critical heads.
 """

@@ -111,7 +111,9 @@ def _swing(coordinates: Tensor, angle: Tensor) -> Tensor:
 
 
 def _frames(generator: Tensor) -> tuple[Tensor, Tensor]:
-    """θ [N, P] and orthonormal frames [N, R, R] whose columns are the a of every plane, the b, and what is left."""
+    """θ [N, P] and orthonormal frames [N, R, R] whose columns are the a of every plane, the b, and the direction that
+    is left.
+    """
     generator = skew(generator.detach().to("cpu", torch.float64))
     count = generator.shape[-1] // 2
     values, vectors = torch.linalg.eigh(1j * generator)

@@ -17,7 +17,7 @@ NEAR, TERMS = 0.02, 9  # ‖UᵀU − I‖ up to which 9 terms of the series lea
 class GramSum:
     """A running sum of x xᵀ per head, in float64.
 
-    .gram [H, D, D] float64 and .count [H] int64 say what has been added so far. `a + b` is the sum over both streams.
+    .gram [H, D, D] float64 and .count [H] int64 are the sums so far. `a + b` is the sum over both streams.
     """
 
     def __init__(self, heads: int, head_dim: int, device: torch.device | str = "cpu") -> None:
@@ -68,8 +68,9 @@ def contrast(unsafe_gram: Tensor, safe_gram: Tensor) -> Tensor:
 def extended(basis: Tensor, symmetric: Tensor, count: int) -> Tensor:
     """`basis` [H, D, R] and `count` more orthonormal columns outside it: [H, D, R + count] float64.
 
-    They are the leading eigenvectors of P M P, with P = I − U Uᵀ and M [H, D, D] symmetric: a Gram matrix of what is to
-    be added, or a difference of two. Raises ValueError where there is no room for them and where M is not finite.
+    They are the leading eigenvectors of P M P, with P = I − U Uᵀ and M [H, D, D] symmetric: a Gram matrix of the
+    vectors to be added, or a difference of two. Raises ValueError where there is no room for them and where M is not
+    finite.
     """
     basis = basis.double()
     width, rank = basis.shape[-2:]

@@ -147,7 +147,9 @@ def critical_heads(table: HeadTable, geometry: Geometry) -> CriticalHeads:
 
 
 def _bases(statistics: Statistics, role: str, ranks: Ranks, kind: str) -> Tensor:
-    """[blocks, H, D, R + S]: the subject's directions, those of padding and words against benign ones, the reach."""
+    """[blocks, H, D, R + S]: the subject's directions, the directions of padding and words against benign ones, the
+    reach.
+    """
     rows = range(len(statistics.met[role]))
     return torch.stack([_basis(statistics, role, row, ranks, kind) for row in rows]).float()
 

@@ -1,11 +1,11 @@
-"""What the heads make of the concept: Gram matrices and samples of queries and keys, by side and kind of token.
+"""The concept as the heads see it: Gram matrices and samples of queries and keys, by side and kind of token.
 
 A prompt's text tokens are of three kinds. Its *subject* is the concept's word. Its other *words* and the *padding*
-behind them, which FLUX attends to like words, take the concept up from the subject within a few blocks, and what they
-hold then depends little on the word that was used; so do the *image* tokens in which it is being painted. All vectors
-are taken after QK-norm and before RoPE. Kept are a Gram matrix per head (exact, constant memory: its eigenvectors are
-the left singular vectors of the stacked vectors) and, where LRS are to be read later, a bounded uniform sample.
-Besides, of all tokens, what text meets in attention: RoPE'd queries and keys.
+behind them, which FLUX attends to like words, take the concept up from the subject within a few blocks, and their
+content then depends little on the word that was used; so do the *image* tokens in which it is being painted. All
+vectors are taken after QK-norm and before RoPE. Kept are a Gram matrix per head (exact, constant memory: its
+eigenvectors are the left singular vectors of the stacked vectors) and, where LRS are to be read later, a bounded
+uniform sample. Besides, of all tokens, what text meets in attention: RoPE'd queries and keys.
 
 Axes: B prompts, L tokens, H heads, D head dimension, n vectors.
 """
@@ -89,7 +89,7 @@ class Collector:
             self.samples[role, row].add(vectors.to("cpu", torch.bfloat16), keys)
 
     def vectors(self, total: Callable[[Tensor], Tensor], gathered: Callable) -> Vectors:
-        """What was collected in all processes, blocks stacked."""
+        """The statistics of all processes, blocks stacked."""
         rows = range(self.geometry.blocks)
         gram = {role: torch.stack([total(self.grams[role, row].gram.cpu()) for row in rows]) for role in ROLES}
         sample = {role: torch.stack([self._sample(role, row, gathered) for row in rows]) for role in ROLES}
@@ -171,7 +171,8 @@ class Visit:
 
 
 def token_kinds(used: Tensor, subject: Tensor) -> dict[str, Tensor]:
-    """Bool [B, L] for each kind of text token: `used` are a prompt's own tokens, `subject` those of the concept's word.
+    """Bool [B, L] for each kind of text token: `used` are a prompt's own tokens, `subject` the tokens of the concept's
+    word.
 
     FLUX attends to padding as to words; of it as many tokens are marked as the prompt has others (with all of them, 512
     in FLUX's own pipeline, words would hardly count).

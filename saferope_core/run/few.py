@@ -5,10 +5,10 @@ norms alone. It may round otherwise than the exact form does (another order of s
 gate, by a margin that bounds what rounding can do. It thus never misses a token that the exact form would turn; the few
 it takes in needlessly, the exact form leaves alone.
 
-The margin. Let u be the unit roundoff, n = D + 2. Whatever the order of summation, a product of n terms is off by at
+The margin. Let u be the unit roundoff, n = D + 2. In any order of summation, a product of n terms is off by at
 most n u ‖x‖ (Cauchy-Schwarz, orthonormal directions), W of them together by √W n u ‖x‖, and a norm of n terms by a
 factor 1 ± n u. So ‖Uᵀx‖ / ‖x‖ is off by less than n (√W + 2) u, to first order; once for the look and once for the
-exact form. `margin` is twice the sum of both: for what is of second order, for the rounded basis, and for the reach's
+exact form. `margin` is twice the sum of both: for terms of second order, for the rounded basis, and for the reach's
 second product.
 
 Axes: B batch, H heads, L tokens, D head dimension, W directions of all concepts, K most candidates of any head.

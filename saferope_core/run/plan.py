@@ -104,7 +104,7 @@ def _merged(parts: Sequence[tuple[Tensor, Part]], geometry: Geometry, device: to
 
 
 def _placed(part: Part, own: Tensor, heads: Tensor, count: int) -> Part:
-    """`part`, made for the heads `own`, for the heads of a plan: 0 in those that it does not turn."""
+    """`part`, made for the heads `own`, for the heads of a plan: 0 in heads that it does not turn."""
 
     def full(values: Tensor) -> Tensor:
         return values.new_zeros(count, *values.shape[1:]).index_copy(0, own, values)[heads]

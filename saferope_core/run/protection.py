@@ -89,7 +89,7 @@ class Protection:
         role 'q' or 'k'; text and image are half-open, disjoint token spans (start, stop), empty where there is none.
         Tokens turn by the generator of their stream, and every concept takes its LRS from the
         unrotated vector. Float32 inside (float64 for float64), x's dtype out. x is not written to, and is returned as
-        the same object where there is nothing to do. With `own`, no one but the caller holds x: the turned vectors are
+        the same object where there is nothing to do. With `own`, the caller alone holds x: the turned vectors are
         written into it, which saves a copy, half of all the work on a CPU. Heads that are not safety-critical, tokens
         outside the spans and tokens not above the gate come back bit for bit. `seen`, if given, receives the tokens
         above the gates. Raises ValueError where gradients are kept for an `own` x.

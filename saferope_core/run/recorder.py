@@ -1,4 +1,4 @@
-"""What a protection saw: which tokens it found risky, in which heads, at which step.
+"""The record of a protection: which tokens it found risky, in which heads, at which step.
 
 The *risk of a token* is the share of gates that it passes: of all safety-critical heads and roles that may turn it, how
 many find its LRS above their gate. Gates are calibrated so that a harmless token passes one in hundreds; the concept's
@@ -64,7 +64,7 @@ class Reading:
 
 @dataclass
 class _Tally:
-    """What one concept found in one stream of one conditioning, in one forward."""
+    """The risk that one concept found in one stream of one conditioning, in one forward."""
 
     passed: Tensor | float = 0.0  # [B, L]: how many gates each token passes
     gates: int = 0
@@ -108,7 +108,9 @@ class Run:
             self.forwards.append(forward)
 
     def readings(self, concept: int) -> list[Reading]:
-        """What the concept of this number found: one reading for each conditioning, in the order in which they came."""
+        """The readings of the concept of this number: one reading for each conditioning, in the order in which they
+        came.
+        """
         entries = dict.fromkeys(entry for forward in self.forwards for entry in forward.entries)
         return [_reading(entry, concept, self.forwards, self.geometry) for entry in entries]
 
