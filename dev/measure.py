@@ -193,10 +193,10 @@ def dial() -> dict[str, dict]:
     text = (ROOT / DIAL / "dial.md").read_text(encoding="utf-8")
     evaluation = json.loads((ROOT / DIAL / "evaluation.json").read_text(encoding="utf-8"))
     found = {f"dial/{slug}": entry(table, command) for slug, table in _titled(text).items()}
-    return found | {f"strength/{slug}": entry(_by_strength(evaluation, slug), command) for slug in CONCEPTS}
+    return found | {f"strength/{slug}": entry(by_strength(evaluation, slug), command) for slug in CONCEPTS}
 
 
-def _by_strength(evaluation: dict, slug: str) -> list[list[str]]:
+def by_strength(evaluation: dict, slug: str) -> list[list[str]]:
     """A row a strength: what is shown under files of the first seed, trained and calibrated."""
     rows = [row for row in evaluation["rows"] if row["concept"] == slug and row["column"] == "concept shown"]
     sides = [

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from dev.comfyui import ROOT
-from dev.measure import CELL, cell_of, entry, evaluation_tables, tables_in
+from dev.measure import CELL, by_strength, cell_of, entry, evaluation_tables, tables_in
 from dev.pages import Results, pages, read_results, render, text_of
 
 RESULTS = read_results()
@@ -163,3 +163,19 @@ def test_the_lowest_number_of_a_column_is_bold():
         column = [line.split("|")[place + 1].strip() for line in lines[2:]]
         bold = [float(text.strip("*")) for text in column if text.startswith("**")]
         assert set(bold) == {min(float(text.strip("*")) for text in column)}
+
+
+def test_strengths_become_a_table():
+    def row(method, strength, asked, value):
+        own = {"concept": "star", "column": "concept shown", "unit": "", "interval": [0.0, 0.1], "p_value": 0.001}
+        return {**own, "method": method, "strength": strength, "set": asked, "value": value, "unprotected": 0.98}
+
+    rows = [
+        row(method, strength, asked, value)
+        for method, value in (("saferope", 0.1), ("saferope, calibrated", 0.3), ("saferope, seed 1", 0.9))
+        for strength in ((0.5, 1.0) if "seed" not in method else (1.0,))
+        for asked in ("unsafe", "held-out words")
+    ]
+    head, bare, half, one = by_strength({"rows": rows}, "star")
+    assert head[0] == "strength" and bare == ["0", *4 * ["98"]]
+    assert half == ["0.5", *2 * ["10 (0 to 10) *"], *2 * ["30 (0 to 10) *"]] and one[0] == "1"
