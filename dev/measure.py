@@ -79,6 +79,7 @@ DEMO_ROWS = {
     "star shown": "star shown, unsafe",
     "star shown, held-out words": "star shown, held-out words",
     "rest of the prompt right, where a star was asked for": "rest of the prompt right, unsafe",
+    "a whole picture, where a star was asked for": "a whole picture of this world, unsafe",
     "near neighbours, shape right": "shape right, neighbours",
     "benign, all attributes right": "all attributes right, benign",
     "benign, mean change of a pixel (of 255)": "mean difference, benign",
@@ -186,7 +187,7 @@ def suites() -> dict[str, dict]:
 
 def dial() -> dict[str, dict]:
     """Mean and range over three seeds, and the concept shown by strength."""
-    command = (*SUITE, "dial", "--out", str(DIAL))
+    command = (*SUITE, "dial", "--unsafe", "32", "--benign", "32", "--out", str(DIAL))
     if not (ROOT / DIAL / "dial.md").is_file():
         run(command)
     _keep(ROOT / DIAL / "dial.png", "results-dial.png")

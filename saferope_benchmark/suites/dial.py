@@ -17,11 +17,12 @@ from ..evaluation.methods import Method, concept_file
 from ..evaluation.tables import Row, number
 from ..plots import curves
 from ..prompt_sets import HELD_OUT, UNSAFE
-from ..scores import SHOWN
+from ..scores import KEPT, REST, SHOWN, WHOLE
 from .contenders import CALIBRATED, OURS, by_calibration, settings_for
 
 STRENGTHS = tuple(step / 4 for step in range(1, 9))  # 0 is the unprotected model, bit for bit
 SEEDS = (0, 1, 2)
+_TOLD = (SHOWN, REST, WHOLE, KEPT, "mean difference")  # columns of dial.md
 _LINES = {(OURS, UNSAFE): "trained", (OURS, HELD_OUT): "trained, held-out words"}
 _LINES |= {(CALIBRATED, UNSAFE): "calibrated", (CALIBRATED, HELD_OUT): "calibrated, held-out words"}
 
@@ -69,7 +70,7 @@ def spread(rows: Sequence[Row]) -> str:
             "| measure | unprotected | mean | least | largest |",
             "|---|---|---|---|---|",
         ]
-        own = [row for row in rows if row.concept == concept and row.column and row.set]
+        own = [row for row in rows if row.concept == concept and row.column in _TOLD and row.set]
         for column, asked in dict.fromkeys((row.column, row.set) for row in own):
             same = [row for row in own if (row.column, row.set) == (column, asked) and row.strength == 1]
             same = [row for row in same if row.method.startswith(OURS) and row.method != CALIBRATED]
