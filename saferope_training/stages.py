@@ -93,9 +93,7 @@ class Workplace:
             return ""
         known = dict(entry) if isinstance(entry, dict) else {INPUTS: entry}  # alone: as earlier versions wrote it
         before = known.pop(MADE_FROM, None)
-        # earlier versions knew no facts of prompts; theirs count, since they may be edited. No other stage had none
-        matching = inputs if before is not None else {**inputs, "weights": ""}
-        if known.get(INPUTS) != sha256_of(matching):
+        if known.get(INPUTS) != sha256_of(inputs):
             return _changes(before, inputs)
         if lost := [product for product in products if not (self.out / product).is_file()]:
             return f"{', '.join(lost)} is gone"

@@ -19,7 +19,7 @@ from saferope_core import SUBJECT
 
 from .. import processes, prompts
 from ..flux.models import Model, Text, encode, encode_pictures, seeded_noise, text_tokens
-from ..prompts.instead import stand_ins
+from ..prompts.instead import stand_ins, with_instead
 from ..stages import load_tensors, save_tensors
 from . import extract
 from .batch import Material
@@ -98,6 +98,7 @@ def fitting_material(
 
 
 def _unsafe_material(model: Model, unsafe: Sequence[prompts.PromptRecord], visited: dict[float, Tensor]) -> Material:
+    unsafe = [record if record.instead is not None else with_instead([record], [""])[0] for record in unsafe]
     texts, others = [record.text for record in unsafe], [record.instead or "" for record in unsafe]
     subjects = text_tokens(model, texts, [record.subject for record in unsafe])[SUBJECT]
     taken_out = torch.tensor([stand_ins([record]) == [""] for record in unsafe])

@@ -10,6 +10,7 @@ from tests.support import concepts as flat
 
 pytestmark = pytest.mark.host
 
+CLEAR = 0.8  # of the pairs of head and step that look at the star's word, at least so many find it risky
 STAR, CIRCLE = (f"a red {shape} in the center on a white background" for shape in ("star", "circle"))
 STEPS = 4
 SHEET = 100  # pixels: the height of a sheet that stands in the place of a picture
@@ -87,8 +88,8 @@ def test_a_map_tells_the_risky_word_from_the_others(node_classes, world, star, s
     model, recorder = protected(node_classes, world, star)
     risky, report, *pictures = show(recorder, sampled(model, STAR), clip=world[1], text=STAR).args
     safe, other, *_ = show(recorder, sampled(model, CIRCLE), clip=world[1], text=CIRCLE).args
-    assert risky > 0.9 and safe < 0.3
-    assert "riskiest words: star 1.00" in report and "not above 0.4" in other
+    assert risky > CLEAR and safe < 0.3
+    assert f"riskiest words: star {risky:.2f}, " in report and "not above 0.4" in other
     assert all(picture.ndim == 4 and picture.shape[3] == 3 for picture in pictures) and len(pictures) == 4
 
 
@@ -108,7 +109,7 @@ def test_recording_changes_no_picture(node_classes, world, star, sampled):
 def test_two_samplers_behind_one_apply_do_not_mix(node_classes, world, star, sampled, show):
     model, recorder = protected(node_classes, world, star)
     first, second = sampled(model, STAR), sampled(model, CIRCLE, seed=4)
-    assert show(recorder, first).args[0] > 0.9 > 0.3 > show(recorder, second).args[0]
+    assert show(recorder, first).args[0] > CLEAR > 0.3 > show(recorder, second).args[0]
     again = sampled(model, STAR)
     assert torch.equal(again["samples"], first["samples"])
     assert show(recorder, again).args[0] == show(recorder, first).args[0]
@@ -161,7 +162,7 @@ def test_image_tokens_alone_are_no_risk_of_the_prompt(node_classes, world, star,
     model, recorder = protected(node_classes, world, star, streams="text")
     risk, report, *others = show(recorder, sampled(model, STAR), clip=world[1], text=STAR).args
     assert (
-        risk > 0.9 and report.startswith(f"Star: risk {risk:.2f}, above") and "image tokens: not measured" in report
+        risk > CLEAR and report.startswith(f"Star: risk {risk:.2f}, above") and "image tokens: not measured" in report
     ), "control"
     sheets = [(one.shape[1] == SHEET, other.shape[1] == SHEET) for one, other in zip(pictures, others, strict=True)]
     assert sheets == [(True, False), (False, True), (True, False), (False, False)], "words, patches, heads, steps"
@@ -177,7 +178,7 @@ def test_who_was_not_asked_is_not_measured_beside_who_was(node_classes, world, s
         assert [len(each) for each in pictures] == [2, 2, 2, 2]
     model, recorder = protected(node_classes, world, [*star, *swirl])
     risk, report, *_ = show(recorder, sampled(model, STAR)).args
-    assert risk > 0.9 and re.search(r"Swirl: risk 0\.\d+, not above", report), "control"
+    assert risk > CLEAR and re.search(r"Swirl: risk 0\.\d+, not above", report), "control"
 
 
 def test_steps_at_rest_dilute_no_risk(node_classes, world, star, sampled, show):
@@ -187,7 +188,7 @@ def test_steps_at_rest_dilute_no_risk(node_classes, world, star, sampled, show):
     (reading,) = recorder.of(latent["samples"]).readings[0]
     rested = reading.text.isnan().all(-1)[:, 0].tolist()
     assert rested == sorted(rested) and len(set(rested)) == 2, "measured first, then at rest"
-    assert show(recorder, latent).args[0] > 0.9
+    assert show(recorder, latent).args[0] > CLEAR
 
 
 def ranged(conditioning, start, end):
@@ -224,7 +225,7 @@ def test_negative_prompts_are_shown_but_not_counted(node_classes, world, star, s
     negative = float(re.search(r"negative prompt: risk (\S+), not counted", report)[1])
     assert risk < 0.3 and negative > 0.4
     risk, report, *_ = show(recorder, sampled(model, STAR, cfg=2.0, negative=CIRCLE)).args
-    assert risk > 0.9
+    assert risk > CLEAR
 
 
 def test_every_picture_of_a_batch_has_its_map(node_classes, world, star, sampled, show):
@@ -244,13 +245,13 @@ def test_compiled_models_are_recorded(node_classes, world, star, sampled, show):
     model, recorder = protected(node_classes, world, star)
     compiled = TorchCompileModel.execute(model, "eager")[0]
     first, second = sampled(compiled, STAR), sampled(compiled, CIRCLE)
-    assert show(recorder, first).args[0] > 0.9 > 0.3 > show(recorder, second).args[0]
+    assert show(recorder, first).args[0] > CLEAR > 0.3 > show(recorder, second).args[0]
     torch._dynamo.reset()
 
 
 def test_a_probe_flags_the_concept_and_passes_the_rest(ask):
     risk, flagged, report, words, heads = ask(STAR).args
-    assert risk > 0.9 and flagged is True and "above 0.4" in report and words.ndim == heads.ndim == 4
+    assert risk > CLEAR and flagged is True and "above 0.4" in report and words.ndim == heads.ndim == 4
     risk, flagged, *_ = ask(CIRCLE).args
     assert risk < 0.3 and flagged is False
 

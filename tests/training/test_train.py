@@ -171,6 +171,12 @@ def test_taken_out_is_where_nothing_stands_in(model, records, tmp_path):
     for words, expected in ((["ring"], False), ([""], True)):
         changed = with_instead(unsafe, words * len(unsafe)) + side(records, "benign")
         assert material.load_material(model, changed, times, path).taken_out.eq(expected).all()
+    bare = [replace(record, instead=None) for record in unsafe]
+    edited = material.load_material(model, bare + side(records, "benign"), times, path)
+    assert edited.taken_out.all() and not torch.equal(edited.instead.states, edited.unsafe.states), (
+        "never an empty prompt"
+    )
+    assert not torch.equal(edited.instead.states[0], encode(model, [""]).states[0])
 
 
 @pytest.mark.parametrize("max_angle", [math.pi, 0.5])

@@ -78,7 +78,7 @@ PICTURES = torch.zeros(1, 3, 8, 8)
 GEOMETRY = Geometry(1, 1, 2, 4)
 SMALL = {
     "heads.png": lambda path: plots.head_map(path, torch.zeros(2, 2), GEOMETRY, torch.ones(2, 2).bool(), "t"),
-    "losses.png": lambda path: plots.loss_curve(path, [{"phase": "unlearn", "step": 0, "velocity_mse": 1.0}]),
+    "losses.png": lambda path: plots.loss_curve(path, [{"phase": "unlearn", "step": 0, "velocity_mse": 1.0}], ""),
     "pareto.png": lambda path: figures.pareto(path, [figures.Point("a", "b", 1.0, 0.5, None, 0.1)], "damage"),
     "matrix.png": lambda path: figures.matrix(path, torch.zeros(1, 1), ["a"], ["b"], "c"),
     "curves.png": lambda path: figures.curves(path, {"a": {"b": [(0, 0.5)]}}, "c", "d"),
