@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -85,7 +87,7 @@ def places(pictures: Tensor) -> list[str]:
     return [list(PLACE_VALUES)[index] for index in nearest.tolist()]
 
 
-def features() -> tuple[str, object]:
+def features() -> tuple[str, Callable[[Tensor], Tensor]]:
     """A name, and the function from pictures to the detector's features [n, 128]."""
     from tinyworld import detector as world_detector
 
