@@ -1,7 +1,7 @@
 """Writes docs/nodes.md from docs/nodes.md.in: every node and input as a real ComfyUI offers them, and how sharp the
 probe is.
 
-python -m dev.nodes_page        # about two minutes on two cores
+    python -m dev.nodes_page        # about two minutes on two cores
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Draws the pictures by which ComfyUI's template browser shows the workflows of the embedded model: 512 pixels wide.
 
-python -m dev.thumbnails                       # about a minute on two CPU cores python -m dev.thumbnails "SafeRoPE risk
-map"   # this one alone
+python -m dev.thumbnails                       # about a minute on two CPU cores
+python -m dev.thumbnails "SafeRoPE risk map"   # this one alone
 """
 
 from __future__ import annotations

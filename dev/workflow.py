@@ -1,7 +1,7 @@
 """Workflows from the form in which ComfyUI's editor saves them to the form in which its HTTP API takes them.
 
-graph = api_prompt(json.loads(BUNDLED.read_text()), server.object_info()) server.run(fill(graph, text="a red star ...",
-seed=7, concept="star.safetensors", strength=1.0))
+graph = api_prompt(json.loads(BUNDLED.read_text()), server.object_info())
+server.run(fill(graph, text="a red star ...", seed=7, concept="star.safetensors", strength=1.0))
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The command `saferope`. Everything heavy is imported inside the commands, so that help comes at once.
 
-saferope train star --model tinyworld --out models/star saferope evaluate models/star/star.safetensors --model tinyworld
+saferope train star --model tinyworld --out models/star
+saferope evaluate models/star/star.safetensors --model tinyworld
 """
 
 from __future__ import annotations

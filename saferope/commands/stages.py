@@ -76,7 +76,7 @@ def train(
 @command(*BEFORE_HEADS, HEADS, CALIBRATE, acts_on="qk")
 def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
     """Make a concept file in a tenth of the time: extraction, a fixed turn, a short fit. From prompts, no pictures."""
-    with _recipe(settings, out, device, training=bool(settings.fit)) as recipe:
+    with _recipe(settings, out, device, training=settings.fit > 0 and settings.generator == "fixed") as recipe:
         path = recipe.calibrate()
     say(f"concept file: {path}")
 
