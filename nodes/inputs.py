@@ -40,7 +40,7 @@ class Choices:
     turned: str = "qk"  # the trainer's is k; see quantile
     turned_image: str = "qk"
     angle: float = 2.1
-    quantile: float = 0.99  # the trainer's is 0.998. Stars left of 24: 50 %, with 0.99 25 %, with qk too 12 %
+    quantile: float = 0.99  # the trainer's is 0.999. Stars left of 24: 50 %, with 0.99 25 %, with qk too 12 %
     cut: float = 0.5
     timesteps: tuple[float, ...] = (1.0, 0.8, 0.5)
     rounds: int = 1

@@ -24,7 +24,7 @@ from .maths.risk import (
     saturated,
 )
 from .maths.rotation import bounded, exact, fold, planes, rotate_by_generator, skew, turn, wide
-from .maths.subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, unsafe_basis
+from .maths.subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, relative_basis, unsafe_basis
 from .measure.before import require_known, require_vectors, unknown_parts, unknown_words
 from .measure.generators import fixed_generators, random_generators
 from .measure.heads import CriticalHeads, HeadTable, Ranks, critical_heads, histogram, read_heads
@@ -111,6 +111,7 @@ __all__ = [
     "planes",
     "random_generators",
     "read_heads",
+    "relative_basis",
     "require_known",
     "require_names",
     "require_vectors",

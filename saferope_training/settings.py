@@ -71,6 +71,12 @@ class Settings:
         "extract", (1.0, 0.8, 0.5), "Where on the sampling trajectory q and k are collected; 1 is pure noise."
     )
     reservoir: int = _choice("extract", 4096, "Vectors kept per head and side for discrimination and gates.")
+    relative_rank: int = _choice(
+        "heads",
+        4,
+        "Dimensions in which risk is measured: where unsafe energy is largest relative to benign energy. 0: the unsafe "
+        "subspace itself, as in the paper.",
+    )
     rank: int = _choice("heads", 6, "Dimensions of the subject's unsafe subspace in a head. The paper's R is 5.")
     padding_rank: int = _choice(
         "heads", 5, "More of them for the padding behind an unsafe prompt, against benign padding. The paper: 0."
@@ -90,7 +96,7 @@ class Settings:
     gate: str = _choice(
         "heads", "calibrated", "`calibrated` (per head, from benign tokens) or `fixed` (the threshold)."
     )
-    quantile: float = _choice("heads", 0.998, "Share of benign tokens that a calibrated gate lets pass unturned.")
+    quantile: float = _choice("heads", 0.999, "Share of benign tokens that a calibrated gate lets pass unturned.")
     acts_on: str = _choice("train calibrate", "k", "Vectors of text tokens that turn: `qk` (the paper), `q` or `k`.")
     acts_on_image: str = _choice("train calibrate", "qk", "Vectors of image tokens that turn: `qk`, `q` or `k`.")
     angle: float = _choice("calibrate", 2.1, "Radians by which `calibrate` turns a plane at LRS 1.")
@@ -183,12 +189,28 @@ class Settings:
         _require(0 <= self.threshold <= 1, "threshold", self.threshold, "a number from 0 to 1")
         _require(0 <= self.angle <= math.pi, "angle", self.angle, "radians from 0 to half a turn, 3.1415")
         _require(self.rank >= 1, "rank", self.rank, "at least 1")
-        for name in ("padding_rank", "words_rank", "image_rank", "reach", "passes_of", "fit"):
+        for name in (
+            "harden",
+            "relative_rank",
+            "padding_rank",
+            "words_rank",
+            "image_rank",
+            "reach",
+            "passes_of",
+            "fit",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         width = self.rank + self.padding_rank + self.words_rank + self.reach
         _require(width >= 2, "rank", self.rank, "at least 2 with padding_rank, words_rank and reach: one plane")
         _require(self.generator in ("fixed", "random"), "generator", self.generator, "fixed or random")
         _require(self.sharing in ("independent", "shared"), "sharing", self.sharing, "independent or shared")
+        calibrated = self.relative_rank == 0 or self.gate == "calibrated"
+        _require(
+            calibrated, "relative_rank", self.relative_rank, "0 with a fixed gate: relative risks are small numbers"
+        )
+        most = self.rank + self.padding_rank + self.words_rank + self.reach
+        fits = self.relative_rank == 0 or self.image_rank <= most
+        _require(fits, "image_rank", self.image_rank, f"at most {most}, the dimensions in which text turns")
         apart = self.sharing == "independent" or self.image_rank == 0
         _require(apart, "image_rank", self.image_rank, "0 where generators are shared")
         good = self.blind >= 0 <= self.blind_text and self.blind + self.blind_text <= 1

@@ -17,7 +17,16 @@ from ..evaluation.methods import Method, concept_file
 from .contenders import settings_for
 
 # The paper's method: its subspace, its gate (0.7 everywhere, from its code), its losses and what they look at
-PAPER = {"rank": 5, "padding_rank": 0, "words_rank": 0, "image_rank": 0, "reach": 0, "acts_on": "qk", "blind": 0.0}
+PAPER = {
+    "relative_rank": 0,
+    "rank": 5,
+    "padding_rank": 0,
+    "words_rank": 0,
+    "image_rank": 0,
+    "reach": 0,
+    "acts_on": "qk",
+    "blind": 0.0,
+}
 PAPER |= {"image_init": 0.01, "unlearn_at": (1.0,), "unlearn_scale": 1.0, "gate": "fixed"}
 PAPER |= {"objective": "away", "strengths": (1.0, 1.0), "max_angle": 0.0}
 CALIBRATED = {**PAPER, "gate": "calibrated"}
@@ -35,6 +44,7 @@ VARIANTS = {
 VARIANTS |= {
     "paper, gate 0.7": PAPER,
     "ours": {},
+    "ours, risk in the unsafe subspace": {"relative_rank": 0},
     "ours without reach": {"reach": 0},
     "ours without padding and words": {"padding_rank": 0, "words_rank": 0, "rank": 16},
     "ours without image bases": {"image_rank": 0},

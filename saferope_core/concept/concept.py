@@ -26,6 +26,7 @@ LONGEST_NAME = 200  # characters: fits a menu
 LONGEST_TEXT = 20_000  # characters of a description
 LARGEST_ANGLE = 100.0  # radians; beyond it float32 no longer resolves an angle to 1e-5
 LARGEST_STRENGTH = 100.0
+LEAST_FULL = 1e-4  # LRS, a tenth of the least gate that was calibrated; nearer 0, rounding decides who turns
 LOOSEST = 0.01  # ten times what rounding to float16 does to UᵀU at any rank; beyond 0.1 columns could be missing
 _HEADS_AT_ONCE = 64  # in float64
 
@@ -91,6 +92,11 @@ class Concept:
         """Gates [N] of the role "q" or "k" of a stream: the heads' own, else the concept's threshold."""
         own = self._owner(stream).gate[role]
         return torch.full((len(self.heads),), self.threshold) if own is None else own
+
+    def full(self, role: str, stream: str = "text") -> Tensor:
+        """The LRS [N] at which a vector of a stream turns by its full angle: the heads' own, else 1."""
+        own = self._owner(stream).full[role]
+        return torch.ones(len(self.heads)) if own is None else own
 
     def generator(self, stream: str) -> Tensor:
         """How a stream turns, [N, R + S, R + S]."""
@@ -165,6 +171,7 @@ def _layout(concept: Concept) -> Layout:
         names = NAMES[stream]
         layout |= {names.basis[role]: ((count, geometry.head_dim, width), -1.0, 1.0) for role in ROLES}
         layout |= {names.gate[role]: ((count,), 0.0, 1.0) for role in ROLES}
+        layout |= {names.full[role]: ((count,), LEAST_FULL, 1.0) for role in ROLES}
         layout[names.generator] = ((count, width, width), -LARGEST_ANGLE, LARGEST_ANGLE)
     return layout
 
@@ -185,7 +192,11 @@ def _image_width(concept: Concept, width: int) -> int:
 def _taken_stream(stream: Stream, names: Names, layout: Layout) -> Stream:
     """`stream` with copies of its tensors, all of them checked."""
     tensors = tensors_of(stream, names)
-    optional = {*vars(names.gate).values(), *(vars(names.basis).values() if stream.basis is None else ())}
+    optional = {
+        *vars(names.gate).values(),
+        *vars(names.full).values(),
+        *(vars(names.basis).values() if stream.basis is None else ()),
+    }
     for name, tensor in tensors.items():
         if tensor is not None or name not in optional:
             tensors[name] = _taken(name, tensor, *layout[name])

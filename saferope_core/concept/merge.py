@@ -82,7 +82,7 @@ def orthogonalised(later: Concept, *earlier: Concept) -> Concept:
     elif image is not None and not all(
         torch.equal(free["image"][role][turns], free["text"][role][turns]) for role in later.acts("image")
     ):
-        image = replace(image, basis=free["image"], gate=later.text.gate)
+        image = replace(image, basis=free["image"], gate=later.text.gate, full=later.text.full)
     return replace(later, text=text, image=image)
 
 

@@ -6,7 +6,7 @@ Axes: N safety-critical heads, D head dimension, R subspace rank, S reach.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -34,13 +34,15 @@ class Stream:
     """How the tokens of one stream turn in every safety-critical head.
 
     Image tokens may have bases of their own, of another width. Where `basis` is None they turn in the text stream's
-    bases and pass the text stream's gates, as in the paper. Where `acts_on` is None, the roles of the text stream turn.
+    bases, with the text stream's gates and full LRS, as in the paper. Where `acts_on` is None, the roles of the text
+    stream turn.
     """
 
     generator: Tensor  # [N, R + S, R + S], skew: the same for queries and keys; zero where a head does not turn
     basis: Roles[Tensor] | None = None  # [N, D, R + S], orthonormal columns: the unsafe subspace, then the reach
     gate: Roles[Tensor | None] = Roles(None, None)  # [N] in [0, 1]: the LRS above which a vector turns
     acts_on: str | None = None  # the roles that turn: "qk", "q" or "k"
+    full: Roles[Tensor | None] = Roles(None, None)  # [N] in (0, 1]: the LRS at which it turns by its full angle, else 1
 
     def at(self, heads: Tensor) -> Stream:
         """The stream in some of its heads, bool [N]."""
@@ -50,7 +52,7 @@ class Stream:
 
     def still(self) -> Stream:
         """The stream with generators of zero."""
-        return Stream(torch.zeros_like(self.generator), self.basis, self.gate, self.acts_on)
+        return replace(self, generator=torch.zeros_like(self.generator))
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,19 @@ class Names:
     generator: str
     basis: Roles[str]
     gate: Roles[str]
+    full: Roles[str]
     acts_on: str
 
 
 NAMES = {
-    "text": Names("generator_text", Roles("basis_q", "basis_k"), Roles("gate_q", "gate_k"), "acts_on"),
+    "text": Names(
+        "generator_text", Roles("basis_q", "basis_k"), Roles("gate_q", "gate_k"), Roles("full_q", "full_k"), "acts_on"
+    ),
     "image": Names(
         "generator_image",
         Roles("basis_image_q", "basis_image_k"),
         Roles("gate_image_q", "gate_image_k"),
+        Roles("full_image_q", "full_image_k"),
         "acts_on_image",
     ),
 }
@@ -79,12 +85,13 @@ def tensors_of(stream: Stream, names: Names) -> dict[str, Tensor | None]:
     basis: Roles[Tensor | None] = Roles(None, None) if stream.basis is None else Roles(stream.basis.q, stream.basis.k)
     found: dict[str, Tensor | None] = {names.generator: stream.generator}
     found |= {names.basis[role]: basis[role] for role in ROLES}
-    return found | {names.gate[role]: stream.gate[role] for role in ROLES}
+    found |= {names.gate[role]: stream.gate[role] for role in ROLES}
+    return found | {names.full[role]: stream.full[role] for role in ROLES}
 
 
 def stream_of(tensors: Mapping[str, Tensor | None], acts_on: str | None, names: Names) -> Stream:
     """The stream of these tensors; the reverse of `tensors_of`."""
     q, k = (tensors.get(names.basis[role]) for role in ROLES)
     basis = None if q is None and k is None else Roles(q, k)
-    gate = Roles(*(tensors.get(names.gate[role]) for role in ROLES))
-    return Stream(tensors[names.generator], basis, gate, acts_on)  # type: ignore[arg-type]  # a Concept refuses None
+    gate, full = (Roles(*(tensors.get(own[role]) for role in ROLES)) for own in (names.gate, names.full))
+    return Stream(tensors[names.generator], basis, gate, acts_on, full)  # type: ignore[arg-type]  # a Concept refuses None

@@ -58,6 +58,24 @@ def contrastive_basis(unsafe_gram: Tensor, safe_gram: Tensor, rank: int) -> Tens
     return _leading(contrast(unsafe_gram, safe_gram), rank)[1]
 
 
+def relative_basis(unsafe_gram: Tensor, safe_gram: Tensor, rank: int, count: Tensor) -> Tensor:
+    """Directions in which unsafe vectors have the most energy for the energy that safe ones have there.
+
+    Spans the leading `rank` generalised eigenvectors of G_unsafe v = λ (G_safe + μ I) v (Fukunaga and Koontz, 1970;
+    the common spatial patterns of EEG). Safe vectors hardly enter the span, so that a low LRS there tells already, also
+    of words that the unsafe vectors are not made from. μ = tr G_safe / n, for n = `count` [H] safe vectors: as if one
+    more of them had been seen in every direction, so that a direction that few happened to leave empty counts for
+    little. For few vectors this is `unsafe_basis`. Both [H, D, D] -> [H, D, R] float64, orthonormal columns. Raises
+    ValueError as `contrastive_basis`.
+    """
+    unsafe, safe = _share(unsafe_gram, "unsafe"), _share(safe_gram, "safe")
+    more = torch.eye(safe.shape[-1], dtype=safe.dtype, device=safe.device) / count.to(safe)[:, None, None]
+    values, vectors = torch.linalg.eigh(safe + more)
+    white = (vectors * values.rsqrt()[:, None]) @ vectors.mT
+    patterns = white @ _leading(white @ unsafe @ white, rank)[1]
+    return orthonormal(patterns / torch.linalg.vector_norm(patterns, dim=-2, keepdim=True))
+
+
 def contrast(unsafe_gram: Tensor, safe_gram: Tensor) -> Tensor:
     """G_unsafe / tr G_unsafe − G_safe / tr G_safe: where unsafe vectors have the larger share of their energy. [H, D,
     D].
@@ -78,8 +96,11 @@ def extended(basis: Tensor, symmetric: Tensor, count: int) -> Tensor:
         raise ValueError(f"{count} more columns beside {rank}, expected 0 to {width - rank} in {width} dimensions")
     if count == 0:
         return basis
-    outside = torch.eye(width, dtype=torch.float64, device=basis.device) - basis @ basis.mT
-    _, added = _leading(outside @ symmetric.double() @ outside, count)
+    inside, symmetric = basis @ basis.mT, symmetric.double()
+    outside = torch.eye(width, dtype=torch.float64, device=basis.device) - inside
+    # U itself has the eigenvalue 0, which may be among the largest of a difference: put it below all others
+    below = symmetric.abs().sum(-1).amax(-1)[..., None, None] * inside
+    _, added = _leading(outside @ symmetric @ outside - below, count)
     return torch.cat([basis, orthonormal(outside @ added)], dim=-1)
 
 

@@ -54,7 +54,7 @@ def require_vectors(counts: dict[tuple[str, str], int], looks: int, ranks: Ranks
     `counts`: the tokens of all prompts by side and kind, as `token_kinds` parts them. `looks`: how often each is looked
     at.
     """
-    for name, width in (("text", ranks.risk + ranks.reach), ("image", ranks.image + ranks.reach)):
+    for name, width in (("text", ranks.risk + ranks.outside), ("image", ranks.image_risk + ranks.outside)):
         if width > head_dim:
             raise ValueError(f"ranks: got {width} dimensions for {name} tokens, expected at most a head's {head_dim}")
     for kind, rank in ((PADDING, ranks.padding), (WORDS, ranks.words)):

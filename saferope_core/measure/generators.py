@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..concept.geometry import SINGLE
 from ..maths.calibration import fixed_generator
@@ -24,10 +25,14 @@ from .heads import CriticalHeads
 def fixed_generators(heads: CriticalHeads, angle: float) -> tuple[Tensor, Tensor]:
     """Skew generators (text, image) [N, R + S, R + S], image ones at rest in double blocks, as learned ones are.
 
-    They turn the leading planes of every head, columns (1, 2), (3, 4) and so on of its basis, by `angle` radians at LRS
-    1.
+    They turn the leading planes of every head, columns (1, 2), (3, 4) and so on of its basis, by `angle` radians at
+    full risk. Where risk is measured in relative dimensions, the planes begin behind these: little lies there to be
+    turned.
     """
-    text, image = (fixed_generator(width, angle, len(heads.heads)) for width in heads.widths)
+    first = heads.widths[0] - heads.reach if heads.full else 0
+    text, image = (
+        pad(fixed_generator(width - first, angle, len(heads.heads)), (first, 0, first, 0)) for width in heads.widths
+    )
     return text, image * _single(heads)
 
 

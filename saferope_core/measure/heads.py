@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..concept.concept import LEAST_FULL
 from ..concept.geometry import Geometry
 from ..concept.stream import ROLES, Roles, Stream
 from ..maths.calibration import calibrate_gate
 from ..maths.risk import discrimination, head_discrimination_score, latent_risk_score
-from ..maths.subspace import contrast, contrastive_basis, extended, unsafe_basis
-from .statistics import BENIGN, IMAGE, PADDING, SUBJECT, UNSAFE, WORDS, Statistics
+from ..maths.subspace import contrast, contrastive_basis, extended, relative_basis, unsafe_basis
+from .statistics import BENIGN, IMAGE, PADDING, SUBJECT, UNSAFE, WORDS, Statistics, Vectors
 
+FULL = 2.0  # times its gate: the LRS, in relative dimensions, at which an image token turns fully
 SIDES = {UNSAFE: ((UNSAFE, SUBJECT),), BENIGN: ((BENIGN, WORDS), (BENIGN, PADDING))}
 
 
@@ -28,6 +30,10 @@ class Ranks:
 
     The first three together are the unsafe subspace, R; the reach, S, is only turned in. Image tokens have a space of
     their own, of `image` + `reach` dimensions, or the text's if `image` is 0. The paper has 5, 0, 0, 0, 0.
+
+    Where `relative` is above 0, risk is measured in so many other dimensions: those in which the subject's vectors, or
+    image tokens under unsafe prompts, have the most energy relative to benign ones (`relative_basis`). They come first,
+    R = `relative`; all the others are only turned in. Image tokens have as many in all: what they are met by fills up.
     """
 
     subject: int
@@ -35,10 +41,29 @@ class Ranks:
     words: int = 0
     reach: int = 0
     image: int = 0
+    relative: int = 0
+
+    def __post_init__(self) -> None:
+        if self.relative and self.image > self.outside:
+            raise ValueError(f"image is {self.image}, expected at most {self.outside}, as text turns in, with relative")
 
     @property
     def risk(self) -> int:
         """R."""
+        return self.relative or self._unsafe
+
+    @property
+    def image_risk(self) -> int:
+        """R of image tokens' own space."""
+        return self.relative or self.image
+
+    @property
+    def outside(self) -> int:
+        """S, the dimensions that turn and do not count as risk."""
+        return self.reach + (self._unsafe if self.relative else 0)
+
+    @property
+    def _unsafe(self) -> int:
         return self.subject + self.padding + self.words
 
 
@@ -47,7 +72,8 @@ class HeadTable:
     """Every head's reading. All fp32. Per role: basis [blocks, H, D, R + S], gate [blocks, H], mean LRS by side
     [blocks, H].
 
-    `basis` and `gate` also have `image_q` and `image_k` where image tokens have bases of their own.
+    `basis` and `gate` also have `image_q` and `image_k` where image tokens have bases of their own. `full`, as `gate`,
+    is the LRS at which a vector turns by its full angle; empty where that is 1.
     """
 
     discrimination: Tensor
@@ -57,17 +83,19 @@ class HeadTable:
     risk: dict[str, dict[str, Tensor]]
     singular_values: Tensor
     reach: int
+    full: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class CriticalHeads:
-    """The safety-critical heads alone: heads int32 [N, 3] and, as in the table, basis [N, D, R + S] and gate [N]."""
+    """The safety-critical heads alone: heads int32 [N, 3] and, as in the table, basis [N, D, R + S], gate, full [N]."""
 
     heads: Tensor
     basis: dict[str, Tensor]
     gate: dict[str, Tensor]
     singular_values: Tensor
     reach: int = 0
+    full: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -78,14 +106,17 @@ class CriticalHeads:
         self, generators: tuple[Tensor, Tensor], acts_on: str, acts_on_image: str | None = None
     ) -> dict[str, Any]:
         """The fields of a Concept that turns these heads by generators (text, image) [N, R + S, R + S]."""
-        basis, gate = (
-            {stream: _roles(each, prefix) for stream, prefix in _PREFIX.items()} for each in (self.basis, self.gate)
+        basis, gate, full = (
+            {stream: _roles(each, prefix) for stream, prefix in _PREFIX.items()}
+            for each in (self.basis, self.gate, self.full)
         )
         own = basis["image"].q is not None
         return {
             "heads": self.heads,
-            "text": Stream(generators[0], basis["text"], gate["text"], acts_on),
-            "image": Stream(generators[1], basis["image"] if own else None, gate["image"], acts_on_image),
+            "text": Stream(generators[0], basis["text"], gate["text"], acts_on, full["text"]),
+            "image": Stream(
+                generators[1], basis["image"] if own else None, gate["image"], acts_on_image, full["image"]
+            ),
             "singular_values": self.singular_values,
             "reach": self.reach,
         }
@@ -103,7 +134,8 @@ def read_heads(
     `basis` is "svd" or "contrastive", for the subject; `gate` is "calibrated" to the quantile of LRS on benign tokens,
     or "fixed" at the threshold. Δ is the share of subject vectors above the head's gate less that of benign vectors.
     This is equation 4 with the gate in the place of its 0.7, and with a fixed gate of 0.7 its letter. With calibrated
-    gates the threshold decides nothing.
+    gates the threshold decides nothing. LRS in relative dimensions are small and differ by head: there text turns
+    fully at the mean LRS of the subject's vectors above the gate, and image tokens at FULL times their gate.
     """
     bases = {role: _bases(statistics, role, ranks, basis) for role in ROLES}
     risks = {
@@ -114,7 +146,7 @@ def read_heads(
     if ranks.image:
         for role in ROLES:
             own = bases[f"{IMAGE}_{role}"] = _image_bases(statistics, role, ranks)
-            safe = _lrs(statistics.vectors[BENIGN, IMAGE].sample[role], own[..., : ranks.image])
+            safe = _lrs(statistics.vectors[BENIGN, IMAGE].sample[role], own[..., : ranks.image_risk])
             gates[f"{IMAGE}_{role}"] = _gates(safe, threshold, gate, quantile)
     return HeadTable(
         delta,
@@ -123,7 +155,8 @@ def read_heads(
         gates,
         {role: {name: risk.mean(1) for name, risk in risks[role].items()} for role in ROLES},
         _energies(statistics, bases["k"][..., : ranks.risk]),
-        ranks.reach,
+        ranks.outside,
+        _full(risks, gates) if ranks.relative else {},
     )
 
 
@@ -143,12 +176,13 @@ def critical_heads(table: HeadTable, geometry: Geometry) -> CriticalHeads:
         {name: gate[row, head] for name, gate in table.gate.items()},
         table.singular_values[row, head],
         table.reach,
+        {name: full[row, head] for name, full in table.full.items()},
     )
 
 
 def _bases(statistics: Statistics, role: str, ranks: Ranks, kind: str) -> Tensor:
-    """[blocks, H, D, R + S]: the subject's directions, the directions of padding and words against benign ones, the
-    reach.
+    """[blocks, H, D, R + S]: relative directions if any, the subject's, the directions of padding and words against
+    benign ones, the reach.
     """
     rows = range(len(statistics.met[role]))
     return torch.stack([_basis(statistics, role, row, ranks, kind) for row in rows]).float()
@@ -159,7 +193,12 @@ def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str)
         return statistics.vectors[side, kind].gram[role][row]
 
     benign = gram(BENIGN, WORDS) + gram(BENIGN, PADDING)
-    if kind == "contrastive":
+    if ranks.relative:
+        counts = (_count(statistics.vectors[BENIGN, kind], role, row) for kind in (WORDS, PADDING))
+        first = relative_basis(gram(UNSAFE, SUBJECT), benign, ranks.relative, sum(counts, torch.zeros(1)))
+        own = gram(UNSAFE, SUBJECT) if kind == "svd" else contrast(gram(UNSAFE, SUBJECT), benign)
+        basis = extended(first, own, ranks.subject)
+    elif kind == "contrastive":
         basis = contrastive_basis(gram(UNSAFE, SUBJECT), benign, ranks.subject)
     else:
         basis = unsafe_basis(gram(UNSAFE, SUBJECT), ranks.subject)[0]
@@ -172,11 +211,23 @@ def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str)
 def _image_bases(statistics: Statistics, role: str, ranks: Ranks) -> Tensor:
     """[blocks, H, D, image + S]: what sets image tokens under unsafe prompts apart, and the reach."""
     unsafe, benign = (statistics.vectors[name, IMAGE].gram[role] for name in (UNSAFE, BENIGN))
-    bases = [
-        extended(contrastive_basis(unsafe[row], benign[row], ranks.image), met, ranks.reach)
-        for row, met in enumerate(statistics.met[role])
-    ]
+    bases = []
+    for row, met in enumerate(statistics.met[role]):
+        if ranks.relative:
+            count = _count(statistics.vectors[BENIGN, IMAGE], role, row)
+            first = relative_basis(unsafe[row], benign[row], ranks.relative, count)
+            own = extended(first, contrast(unsafe[row], benign[row]), ranks.image)
+        else:
+            own = contrastive_basis(unsafe[row], benign[row], ranks.image)
+        bases.append(extended(own, met, ranks.image_risk + ranks.outside - own.shape[-1]))
     return torch.stack(bases).float()
+
+
+def _count(vectors: Vectors, role: str, row: int) -> Tensor:
+    """[H]: of how many vectors a Gram matrix is the sum, from its trace and the sample's mean squared length."""
+    lengths = vectors.sample[role][row].double().square().sum(-1)  # [n, H]
+    trace = vectors.gram[role][row].diagonal(dim1=-2, dim2=-1).sum(-1)
+    return trace / lengths.mean(0) if len(lengths) else torch.zeros_like(trace)
 
 
 def _risks(statistics: Statistics, name: str, role: str, bases: Tensor) -> Tensor:
@@ -197,6 +248,16 @@ def _gates(risks: Tensor, threshold: float, kind: str, quantile: float) -> Tenso
     if kind == "fixed":
         return torch.full((risks.shape[0], risks.shape[2]), threshold)
     return torch.stack([calibrate_gate(block, quantile) for block in risks])
+
+
+def _full(risks: dict[str, dict[str, Tensor]], gates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """[blocks, H] of every role that has a gate; twice the gate too where no vector of the subject is above it."""
+    full = {name: FULL * gate for name, gate in gates.items()}
+    for role in ROLES:
+        above = risks[role][UNSAFE] > gates[role][:, None]
+        mean = (risks[role][UNSAFE] * above).sum(1) / above.sum(1)
+        full[role] = torch.where(above.any(1), mean, full[role])
+    return {name: each.clamp(LEAST_FULL, 1.0) for name, each in full.items()}
 
 
 def _discrimination(risks: dict[str, dict[str, Tensor]], gates: dict[str, Tensor]) -> Tensor:

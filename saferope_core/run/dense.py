@@ -20,7 +20,10 @@ def scales_of(vectors: Tensor, plan: Plan) -> tuple[list[Tensor], Tensor]:
     with exact(vectors):
         coordinates = [torch.einsum("bhld,hdr->bhlr", vectors, part.directions.to(vectors)) for part in plan.parts]
         pairs = zip(coordinates, plan.parts, strict=True)
-        scales = [saturated(gated(_risk(each, vectors, part), part.gate), part.strength) for each, part in pairs]
+        scales = [
+            saturated(gated(_risk(each, vectors, part), part.gate), part.strength.to(each)[:, None])
+            for each, part in pairs
+        ]
         return scales, coordinates[0]
 
 

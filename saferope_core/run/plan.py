@@ -23,7 +23,9 @@ class Part(NamedTuple):
 
     directions: Tensor  # [H, D, R + S], from `fold`
     theta: Tensor  # [H, P]
-    strength: float  # factor on the risk, see `saturated`
+    strength: (
+        Tensor  # [H], factor on the risk, see `saturated`: the concept's strength by the LRS at which it turns fully
+    )
     gate: Tensor  # [H]
     unsafe: Tensor | None  # [H, R + S, R], directionsᵀ U: the unsafe subspace seen from the directions; None if S = 0
     own: Tensor  # int64 [n]: the heads of the plan whose gates a token can pass
@@ -88,10 +90,10 @@ def _parts_of(active: Active, stream: str) -> Iterator[tuple[int, str, Tensor, P
     heads = concept.heads[moving, 2].long().split(counts)
     for role, basis, directions in zip(roles, bases, folded, strict=True):
         unsafe = (directions.mT.double() @ basis[..., : basis.shape[-1] - concept.reach].double()).float()
-        gate = concept.gate(role, stream)[moving]
-        fields = (directions, theta, gate if threshold is None else torch.full_like(gate, threshold), unsafe)
-        for row, own, d, t, g, u in zip(rows, heads, *(each.split(counts) for each in fields), strict=True):
-            yield row, role, own, Part(d, t, strength, g, u if concept.reach else None, _open(g), number)
+        gate, factor = concept.gate(role, stream)[moving], strength / concept.full(role, stream)[moving]
+        fields = (directions, theta, factor, gate if threshold is None else torch.full_like(gate, threshold), unsafe)
+        for row, own, d, t, f, g, u in zip(rows, heads, *(each.split(counts) for each in fields), strict=True):
+            yield row, role, own, Part(d, t, f, g, u if concept.reach else None, _open(g), number)
 
 
 def _merged(parts: Sequence[tuple[Tensor, Part]], geometry: Geometry, device: torch.device) -> Plan:
@@ -112,6 +114,7 @@ def _placed(part: Part, own: Tensor, heads: Tensor, count: int) -> Part:
     return part._replace(
         directions=full(part.directions),
         theta=full(part.theta),
+        strength=full(part.strength),
         gate=full(part.gate),
         unsafe=None if part.unsafe is None else full(part.unsafe),
         own=torch.isin(heads, own[part.own]).nonzero()[:, 0],

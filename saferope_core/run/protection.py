@@ -47,7 +47,8 @@ class Protection:
     product is a factor on the risk, s = min(1, strength * gated LRS) (see `saturated`). What turns is `effective`: the
     product, held where copies would turn further than half a turn (see `held_strengths`).
     thresholds: per concept one gate in [0, 1] for all its heads, or None for the concept's gates (default None each).
-    Raises ValueError where a concept was made for another geometry, and for lists or numbers that do not fit.
+    Raises ValueError where a concept was made for another geometry, for lists or numbers that do not fit, and for a
+    threshold at which a concept has long turned fully: there it would protect from nothing.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Protection:
         self.thresholds = _per_concept("thresholds", thresholds, None, self.concepts, _share, "0 to 1, or None")
         pairs = zip(self.concepts, self.strengths, strict=True)
         self.effective = held_strengths(self.concepts, [concept.strength * factor for concept, factor in pairs])
+        for each in self._active():
+            _require_reached(each)
         self._covered = set().union(*(moving_rows(each.concept) for each in self._active()))
         self._plans: dict[torch.device, Plans] = {}
         self._lock = threading.Lock()
@@ -126,6 +129,17 @@ class Protection:
                 if plans is None:
                     plans = self._plans[device] = plans_of(self._active(), self.geometry, device)
         return plans
+
+
+def _require_reached(active: Active) -> None:
+    concept, threshold = active.concept, active.threshold
+    roles = [(role, stream) for stream in STREAMS for role in concept.acts(stream)]
+    highest = max(concept.full(role, stream).max().item() for role, stream in roles)
+    if threshold is not None and highest <= threshold < 1:
+        raise ValueError(
+            f"thresholds: got {threshold:g} for concept {concept.slug!r}, expected less than {highest:.3g}: its heads "
+            "measure risk relative to harmless tokens, and turn fully from there on; take the concept's own gates"
+        )
 
 
 def _teller(seen: Seen, row: int, stream: str) -> Told:

@@ -19,7 +19,7 @@ from ..stages import load_tensors, save_tensors
 def ranks_of(settings: Settings) -> Ranks:
     """The dimensions of heads' spaces that the settings ask for."""
     s = settings
-    return Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
+    return Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank, s.relative_rank)
 
 
 def write_table(path: Path, table: HeadTable, geometry: Geometry) -> None:
@@ -43,7 +43,7 @@ def save_critical(path: Path, critical: CriticalHeads, discrimination: Tensor) -
     """Writes the safety-critical heads and Δ of all heads as safetensors."""
     tensors = {"heads": critical.heads, "discrimination": discrimination, "singular_values": critical.singular_values}
     tensors["reach"] = torch.tensor(critical.reach)
-    for kind, named in (("basis", critical.basis), ("gate", critical.gate)):
+    for kind, named in (("basis", critical.basis), ("gate", critical.gate), ("full", critical.full)):
         tensors |= {f"{kind}_{name}": tensor for name, tensor in named.items()}
     save_tensors(path, tensors)
 
@@ -52,12 +52,12 @@ def load_critical(path: Path, geometry: Geometry) -> tuple[CriticalHeads, Tensor
     """Reads what `save_critical` wrote. ValueError where it is not of a model of this geometry."""
     shapes = {f"basis_{role}": (None, geometry.head_dim, None) for role in ROLES} | {"heads": (None, 3), "reach": ()}
     tensors = load_tensors(path, shapes | {"discrimination": (geometry.blocks, geometry.heads)})
-    basis, gate = (
+    basis, gate, full = (
         {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-        for kind in ("basis_", "gate_")
+        for kind in ("basis_", "gate_", "full_")
     )
     reach = int(tensors["reach"])
-    critical = CriticalHeads(tensors["heads"], basis, gate, tensors["singular_values"], reach)
+    critical = CriticalHeads(tensors["heads"], basis, gate, tensors["singular_values"], reach, full)
     return critical, tensors["discrimination"]
 
 

@@ -107,14 +107,16 @@ def plan_for(settings: Settings, device: str, training: bool) -> Plan:
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     text, side, encoders, decoder = loading.outline(settings.model, settings.encoders, settings.resolution, config)
     shape = config, text, side * side, settings.passes_of or settings.batch, settings.checkpointing, dtype
-    width = settings.rank + settings.padding_rank + settings.words_rank + settings.reach
+    unsafe = settings.rank + settings.padding_rank + settings.words_rank
+    image = unsafe if settings.relative_rank else settings.image_rank
+    widths = tuple(settings.relative_rank + own + settings.reach for own in (unsafe, image))
     heads = config["num_attention_heads"] * (config["num_layers"] + config["num_single_layers"])
     return Plan(
         transformer_bytes(config, settings.quantise, dtype),
         encoders,
         decoder,
         activation_bytes(*shape) if training else 0,
-        generator_bytes(heads, (width, settings.image_rank + settings.reach)) if training else 0,
+        generator_bytes(heads, widths) if training else 0,
     )
 
 

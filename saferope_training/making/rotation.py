@@ -27,7 +27,7 @@ class TrainableRotation:
     has the signature that `attached` expects and agrees with `Protection.rotate` of the same tensors' concept.
 
     `acts_on` has the roles that turn, "qk", "q" or "k", for "text" and "image".
-    `strengths` [B], if set, are those of the prompts, 1 else: s = min(1, strength * gated LRS).
+    `strengths` [B], if set, are those of the prompts, 1 else: s = min(1, strength * gated LRS / full).
     `spared` [B, L] bool, if set, are text tokens that stay as they are whatever their risk.
     """
 
@@ -38,6 +38,7 @@ class TrainableRotation:
         device = text.device
         self.basis = {role: basis.to(device) for role, basis in heads.basis.items()}
         self.gate = {role: gate.to(device) for role, gate in heads.gate.items()}
+        self.full = {role: full.to(device) for role, full in heads.full.items()}
         self.single = (heads.heads[:, 0] == BLOCK_TYPES.index("single")).float()[:, None, None].to(device)
         self.text, self.image = text, image
         self.own = "image_" if "image_k" in heads.basis else ""
@@ -81,8 +82,11 @@ class TrainableRotation:
         name = self.own + role if stream == "image" else role
         basis = self.basis[name][index]
         risk = basis[..., : basis.shape[-1] - self.heads.reach]
-        strengths = 1.0 if self.strengths is None else self.strengths.to(x.device)[:, None, None]
-        scale = saturated(gated(latent_risk_score(x, risk), self.gate[name][index]), strengths)
+        strengths = torch.ones(1) if self.strengths is None else self.strengths
+        factor = strengths.to(x.device)[:, None, None]
+        if name in self.full:
+            factor = factor / self.full[name][index][:, None]
+        scale = saturated(gated(latent_risk_score(x, risk), self.gate[name][index]), factor)
         if stream == "text" and self.spared is not None:
             scale = scale.masked_fill(self.spared[:, None].to(scale.device), 0.0)
         return rotate_by_generator(x, basis, generator, scale)

@@ -118,6 +118,8 @@ def protect_in_loops(concepts, x, role, block, text, image, strengths=None, thre
                 gate = concept.threshold if own_gate is None else own_gate[n].item()
                 if thresholds and thresholds[number] is not None:
                     gate = thresholds[number]
+                own_full = flat.field(concept, f"full_{owner}{role}")
+                full = 1.0 if own_full is None else own_full[n].item()
                 u = flat.field(concept, f"basis_{owner}{role}").double()[n]
                 risky = u.shape[1] - concept.reach
                 generator = generators[n].double()
@@ -128,6 +130,6 @@ def protect_in_loops(concepts, x, role, block, text, image, strengths=None, thre
                         assert abs(risk - gate) > CLEAR, "choose other examples: here rounding decides who turns"
                         if risk > gate:
                             inside = u.T @ result[b, head, t]
-                            turned = torch.matrix_exp(strength * risk * generator) @ inside
+                            turned = torch.matrix_exp(min(1.0, strength * risk / full) * generator) @ inside
                             result[b, head, t] += u @ (turned - inside)
     return result

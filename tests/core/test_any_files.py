@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import saferope_core
 from dev.comfyui import ROOT
 from saferope_core import NAMES, STREAMS, Concept, Geometry, load_concepts, save_concepts, sha256, skew, tensors_of
+from saferope_core.concept.concept import LEAST_FULL
 from saferope_core.concept.concept_file import parse_concepts
 from tests.support import concepts as flat
 from tests.support.hostile import spoilt
@@ -58,8 +59,9 @@ def concepts(draw):
     fields = {f"basis_{role}": torch.linalg.qr(torch.randn(n, d, width)).Q for role in "qk"}
     if image:
         fields |= {f"basis_image_{role}": torch.linalg.qr(torch.randn(n, d, image)).Q for role in "qk"}
-    gates = ["gate_q", "gate_k", *(("gate_image_q", "gate_image_k") if image else ())]
-    fields |= {name: torch.rand(n) for name in draw(st.sets(st.sampled_from(gates)))}
+    owners = ("", "image_") if image else ("",)
+    risks = [f"{kind}_{owner}{role}" for kind in ("gate", "full") for owner in owners for role in "qk"]
+    fields |= {name: torch.rand(n).clamp(LEAST_FULL, 1) for name in draw(st.sets(st.sampled_from(risks)))}
     if draw(st.booleans()):
         fields["singular_values"] = torch.rand(n, width - reach) * 10.0 ** draw(st.integers(-42, 30))  # denormals too
     scale = draw(st.sampled_from([0.0, 1e-42, 1.0, 18.0]))

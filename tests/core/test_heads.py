@@ -8,6 +8,7 @@ import torch
 from saferope_core import (
     BENIGN,
     COLLECTED,
+    IMAGE,
     PADDING,
     SUBJECT,
     UNSAFE,
@@ -148,6 +149,44 @@ def test_reach_is_what_is_met_most_outside_the_subspace(statistics):
     without = read(statistics)
     for role in "qk":
         assert torch.equal(table.gate[role], without.gate[role]), "risk knows nothing of the reach"
+
+
+def test_relative_dimensions_tell_and_the_others_only_turn(statistics):
+    """Energy in dimension 14: little of it, but of the subject alone; the subject's most energy lies in 1 to 3."""
+    kinds, ranks = dict(statistics.vectors), Ranks(2, 1, 0, 3, 3, relative=1)
+    for side, kind in ((UNSAFE, SUBJECT), (UNSAFE, IMAGE)):
+        own = kinds[side, kind]
+        sample = {role: each.clone() for role, each in own.sample.items()}
+        grams = {role: gram.clone() for role, gram in own.gram.items()}
+        for role in "qk":
+            sample[role][0, :, 1, 14] = sample[role][0, :, 1].float().norm(dim=-1) * 0.4
+            grams[role][0, 1] = sample[role][0, :, 1].double().T @ sample[role][0, :, 1].double()
+        kinds[side, kind] = Vectors(grams, sample)
+    for name in (BENIGN, WORDS), (BENIGN, PADDING), (BENIGN, IMAGE), (UNSAFE, PADDING), (UNSAFE, WORDS):
+        own = kinds[name]
+        sample = {role: each.clone() for role, each in own.sample.items()}
+        grams = {role: gram.clone() for role, gram in own.gram.items()}
+        for role in "qk":
+            sample[role][0, :, 1, 14] *= 0.1
+            grams[role][0, 1, 14], grams[role][0, 1, :, 14] = 0, 0
+            grams[role][0, 1, 14, 14] = sample[role][0, :, 1, 14].double().square().sum()
+        kinds[name] = Vectors(grams, sample)
+    table = read(Statistics(kinds, statistics.met), ranks=ranks)
+    assert (ranks.risk, ranks.image_risk, ranks.outside) == (1, 1, 6) == (1, 1, table.reach)
+    for name in ("q", "k", "image_q", "image_k"):
+        basis = table.basis[name]
+        assert basis.shape[-1] == 7 and basis[0, 1, 14, 0].abs() > 0.9, name
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(7).expand(3, 2, 7, 7))
+    for name in ("image_q", "image_k"):
+        torch.testing.assert_close(table.full[name], (2 * table.gate[name]).clamp(1e-4, 1))
+    for role in "qk":  # 0.16 of 1.16 of the energy, in every vector of the subject
+        assert table.full[role][0, 1] == pytest.approx(0.16 / 1.16, rel=0.05) and table.gate[role][0, 1] < 0.05
+    assert table.critical[0, 1] and table.basis["k"][0, 1, :3, 1:3].norm() > 1, "the subject's own turn behind"
+    assert read(statistics, ranks=Ranks(3)).full == {}, "control"
+    narrow = read(Statistics(kinds, statistics.met), ranks=Ranks(2, 1, 0, 3, 1, relative=1))
+    assert narrow.basis["image_k"].shape[-1] == 7, "what image tokens are met by fills up"
+    with pytest.raises(ValueError, match="image is 7, expected at most 6"):
+        Ranks(2, 1, 0, 3, 7, relative=1)
 
 
 def test_fields_are_a_concepts(statistics):

@@ -61,6 +61,40 @@ def test_several_concepts_one_after_another(path, make_concept, geometry, naive_
     assert (gating_by_rotated - result).abs().max() > 1e-3  # control: two patches in a row are something else
 
 
+def test_vectors_turn_fully_at_their_heads_full_risk(path, make_concept, geometry, naive_protection):
+    """Beside a concept without, in heads that both and only one of them turn; some vectors turn fully, some do not."""
+    full = torch.linspace(0.1, 0.6, 6)
+    concept = make_concept(full_q=full, gate_q=torch.full((6,), 0.05))
+    other = make_concept("zappy", rank=4, heads=[(1, 1, 0), (1, 1, 1)])
+    x = vectors()
+    result = rotate(Protection([concept, other], geometry, strengths=[0.7, 1.0]), x)
+    expected = naive_protection([concept, other], x, "q", (1, 1), TEXT, IMAGE, strengths=[0.7, 1.0])
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
+    plain = rotate(Protection([flat.changed(concept, full_q=None), other], geometry, strengths=[0.7, 1.0]), x)
+    assert (plain - result).abs().max() > 1e-2, "control"
+    keys = [rotate(Protection([each], geometry), x, "k") for each in (concept, flat.changed(concept, full_q=None))]
+    assert torch.equal(*keys), "queries alone have a full risk of their own"
+
+
+def test_image_tokens_have_the_full_risk_of_their_bases_owner(path, make_concept, geometry, naive_protection):
+    x, own = vectors(), {f"basis_image_{role}": torch.linalg.qr(torch.randn(6, 32, 5)).Q for role in "qk"}
+    for more in ({}, own | {"full_image_q": torch.full((6,), 0.3)}, own):
+        concept = make_concept(full_q=torch.full((6,), 0.6), **more)
+        result = rotate(Protection([concept], geometry), x)
+        expected = naive_protection([concept], x, "q", (1, 1), TEXT, IMAGE)
+        torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_threshold_that_no_relative_risk_reaches_is_refused(make_concept, geometry):
+    concept = make_concept(acts_on="k", full_k=torch.full((6,), 0.02), full_q=torch.ones(6), reach=3)
+    message = r"thresholds: got 0.7 for concept 'star', expected less than 0.02: .* take the concept's own gates"
+    with pytest.raises(ValueError, match=message):
+        Protection([concept], geometry, thresholds=[0.7])
+    for strength, threshold in ((0.0, 0.7), (1.0, 0.01), (1.0, 1.0), (1.0, None)):
+        Protection([concept], geometry, strengths=[strength], thresholds=[threshold])  # off, in reach, never, its own
+    Protection([flat.changed(concept, full_k=None)], geometry, thresholds=[0.7])  # control
+
+
 def test_reach_turns_but_is_no_risk(path, make_concept, geometry, naive_protection):
     """Beside a concept of another width, in heads that both and only one of them turn."""
     concept = make_concept(rank=7, reach=3, threshold=0.1)

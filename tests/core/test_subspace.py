@@ -1,9 +1,10 @@
 """Subspaces from Gram matrices against the SVD of the vectors themselves."""
 
+import numpy as np
 import pytest
 import torch
 
-from saferope_core import GramSum, contrastive_basis, orthonormal, unsafe_basis
+from saferope_core import GramSum, contrastive_basis, extended, orthonormal, relative_basis, unsafe_basis
 
 HEADS, WIDTH, RANK = 2, 16, 5
 LAPACK = 30 * torch.finfo(torch.float64).eps  # n ‖A‖ times this is a residual that LAPACK's own tests take for right
@@ -80,6 +81,49 @@ def test_contrastive_basis_leaves_out_what_safe_vectors_share():
     torch.testing.assert_close(basis, expected)
     assert unsafe_basis(unsafe, 2)[0][:, 0].abs().max() > 0.999  # control: the plain basis takes e1
     torch.testing.assert_close(contrastive_basis(10 * unsafe, 0.1 * safe, 2), basis)  # counts of vectors do not matter
+
+
+def energy(basis, gram):
+    """tr(Uᵀ G U) / tr G: the mean LRS of the vectors behind a Gram matrix, where they are of one length."""
+    return torch.einsum("hdr,hde,her->h", basis, gram, basis) / gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def test_relative_basis_spans_the_generalised_eigenvectors():
+    """Against NumPy's solver for matrices that need not be symmetric."""
+    unsafe, safe = (streamed(spread_vectors(), 1).gram for _ in range(2))
+    basis = relative_basis(unsafe, safe, RANK, torch.tensor([20.0, 5.0]))
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(RANK, dtype=torch.float64).expand(HEADS, -1, -1))
+    for h in range(HEADS):
+        a, b = (gram[h].numpy() / gram[h].trace().item() for gram in (unsafe, safe))
+        values, vectors = np.linalg.eig(np.linalg.solve(b + np.eye(WIDTH) / (20, 5)[h], a))
+        leading = np.linalg.qr(vectors.real[:, values.real.argsort()[::-1][:RANK]])[0]
+        torch.testing.assert_close(projector(basis[h]), torch.from_numpy(leading @ leading.T), rtol=0, atol=1e-9)
+    few = relative_basis(unsafe, safe, RANK, torch.full((HEADS,), 1e-9))
+    torch.testing.assert_close(projector(few), projector(unsafe_basis(unsafe, RANK)[0]), rtol=0, atol=1e-6)
+    assert (projector(basis) - projector(few)).abs().max() > 0.01, "control: the count decides"
+    scaled = relative_basis(7 * unsafe, 0.1 * safe, RANK, torch.tensor([20.0, 5.0]))
+    torch.testing.assert_close(scaled, basis)  # how long vectors are does not matter
+
+
+def test_relative_basis_tells_by_energy_that_the_others_do_not_see():
+    """Dimension 1 has most of the energy of both sides, dimension 5 little of it, nearly all of the unsafe side."""
+    unsafe, safe = (torch.full((WIDTH,), each, dtype=torch.float64) for each in (1.0, 8.0))
+    unsafe[0], safe[0], unsafe[4], safe[4] = 1000, 900, 3, 0.01
+    grams = [torch.diag(each).expand(HEADS, -1, -1) for each in (unsafe, safe)]
+    basis = relative_basis(*grams, 1, torch.full((HEADS,), 1e4))
+    assert basis[:, 4].abs().min() > 0.99
+    assert (energy(basis, grams[0]) / energy(basis, grams[1])).min() > 100
+    assert contrastive_basis(*grams, 1)[:, 0].abs().min() > 0.99, "control: the difference of shares is largest in 1"
+    assert relative_basis(*grams, 1, torch.ones(HEADS))[:, 0].abs().min() > 0.99, "so for one vector"
+
+
+def test_more_columns_lie_outside_also_where_all_that_is_left_is_negative():
+    """A difference of Gram matrices that is positive in one dimension alone, and that one is taken already."""
+    basis = torch.eye(WIDTH, dtype=torch.float64)[:, :1].expand(HEADS, -1, -1)
+    difference = torch.diag(-torch.arange(WIDTH, dtype=torch.float64)).expand(HEADS, -1, -1)
+    wider = extended(basis, difference, 3)
+    torch.testing.assert_close(wider.mT @ wider, torch.eye(4, dtype=torch.float64).expand(HEADS, -1, -1))
+    assert wider[:, 1:4].norm(dim=(1, 2)).min() == pytest.approx(3**0.5), "the least negative of them: 1, 2 and 3"
 
 
 @pytest.mark.parametrize("rank", [0, -1, WIDTH + 1])

@@ -34,7 +34,7 @@ def field(concept: Any, name: str) -> Any:
 def _streams(core: Any, flat: dict, tensors: dict[str, dict], acts_on: dict[str, str | None]) -> dict:
     rest = dict(flat)
     for stream, names in core.NAMES.items():
-        own = {*vars(names.basis).values(), *vars(names.gate).values(), names.generator}
+        own = {names.generator}.union(*(vars(each).values() for each in (names.basis, names.gate, names.full)))
         new = tensors[stream] | {name: rest.pop(name) for name in own & rest.keys()}
         rest[stream] = core.stream_of(new, rest.pop(names.acts_on, acts_on[stream]), names)
     return rest

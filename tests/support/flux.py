@@ -103,4 +103,4 @@ def settings() -> Settings:
     few = dict(
         rank=3, padding_rank=1, words_rank=1, reach=2, image_rank=2, steps=4, phase=2, batch=4, learning_rate=0.05
     )
-    return Settings(**few, acts_on="qk", cut=-1.0, gate="fixed", threshold=0.05)
+    return Settings(**few, acts_on="qk", cut=-1.0, gate="fixed", threshold=0.05, relative_rank=0)

@@ -91,7 +91,15 @@ def _concept(slug: str, geometry: Geometry, width: int, reach: int = 0, image: i
 
     if image:
         more = {f"basis_image_{role}": basis(image) for role in "qk"} | {"gate_image_q": torch.rand(count)}
-    more |= {"gate_q": torch.rand(count), "singular_values": torch.rand(count, width - reach)} if reach else {}
+    more |= (
+        {
+            "gate_q": torch.rand(count),
+            "full_q": torch.rand(count).clamp(0.1, 1),
+            "singular_values": torch.rand(count, width - reach),
+        }
+        if reach
+        else {}
+    )
     generators = [skew(torch.randn(count, columns, columns)) for columns in (width, image or width)]
     delta = torch.rand(geometry.blocks, geometry.heads)
     heads = torch.tensor(rows, dtype=torch.int32)

@@ -20,8 +20,8 @@ from tests.support.concepts import field
 KINDS = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
 REQUIRED = {"heads", "basis_q", "basis_k", "generator_text", "generator_image", "discrimination"}
 IMAGE = {"basis_image_q", "basis_image_k"}
-IMAGE_GATES = {"gate_image_q", "gate_image_k"}
-OPTIONAL = {"gate_q", "gate_k", "singular_values"} | IMAGE | IMAGE_GATES
+IMAGE_GATES = {"gate_image_q", "gate_image_k", "full_image_q", "full_image_k"}
+OPTIONAL = {"gate_q", "gate_k", "full_q", "full_k", "singular_values"} | IMAGE | IMAGE_GATES
 FACTS = {"slug", "name", "rank", "threshold", "acts_on", "mode"}
 MORE_FACTS = {"description", "reach", "strength", "acts_on_image", "training"}
 METADATA = {"format", "format_version", "concepts", "geometry", "created", "saferope_version", "license"}
@@ -129,6 +129,8 @@ def _check_tensors(own: dict[str, np.ndarray], entry: dict, g: dict) -> None:
     _check_range("discrimination", own, (g["double_blocks"] + g["single_blocks"], g["heads"]), -1, 1)
     for name in ("gate_q", "gate_k", "gate_image_q", "gate_image_k"):
         _check_range(name, own, (count,), 0, 1)
+    for name in ("full_q", "full_k", "full_image_q", "full_image_k"):
+        _check_range(name, own, (count,), 1e-4, 1)
     _check_range("singular_values", own, (count, width - reach), 0, math.inf)
 
 

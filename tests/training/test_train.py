@@ -11,7 +11,6 @@ import torch
 
 from saferope_core import (
     Protection,
-    Ranks,
     critical_heads,
     fixed_generators,
     load_concepts,
@@ -22,7 +21,7 @@ from saferope_core import (
 from saferope_training.flux.attach import attached
 from saferope_training.flux.identity import fingerprint
 from saferope_training.flux.models import Text, encode, noise, velocity
-from saferope_training.making import batch, extract, material, recipe, train
+from saferope_training.making import batch, extract, heads, material, recipe, train
 from saferope_training.making.batch import PRESERVE, UNLEARN
 from saferope_training.making.rotation import TrainableRotation
 from saferope_training.making.state import Log, State
@@ -36,7 +35,7 @@ PHASES = (UNLEARN, PRESERVE)
 def critical(model, records, settings):
     statistics = extract.extract(model, records, (1.0, 0.5), capacity=500, seed=0)
     s = settings
-    ranks = Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank)
+    ranks = heads.ranks_of(s)
     table = read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
     return critical_heads(table, model.geometry), table.discrimination
 
