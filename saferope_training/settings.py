@@ -9,7 +9,7 @@ from typing import Any
 # The stages that a setting decides about. Changing it makes these again, and what follows from them. Settings of MODEL
 # do so through the model that they load: stages depend on digests of its parts and on its sizes, see making/recipe.py.
 MODEL, PROMPTS, EXTRACT, HEADS = "model", "prompts", "extract", "heads"
-LATENTS, TRAIN, CALIBRATE = "latents", "train", "calibrate"
+LATENTS, TRAIN, CALIBRATE, HARDEN = "latents", "train", "calibrate", "harden"
 # What `saferope evaluate --suite` compares; see saferope_benchmark.suites
 SUITES = ("tinyworld", "quick", "paper-flux", "ablations", "crossed", "positions", "rotations", "dial")
 
@@ -148,6 +148,12 @@ class Settings:
         "Image tokens turn by generators of their own (`independent`), or the text's.",
     )
     image_scale: float = _choice("train calibrate", 0.01, "Factor on the text's generators where they are `shared`.")
+    harden: int = _choice(
+        "harden",
+        0,
+        "Rounds of hardening after training: new words are found that bring the concept back, and learned too. A round "
+        "takes twice the time of training.",
+    )
     steps: int = _choice("train", 180, "Optimiser steps. The paper's code: up to 10,000 of one prompt.")
     phase: int = _choice(
         "train", 5, "Steps of unlearning, then as many of preserving, and so on. The paper's code: 10."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saferope_training.console import say
-from saferope_training.settings import CALIBRATE, EXTRACT, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
+from saferope_training.settings import CALIBRATE, EXTRACT, HARDEN, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
 
 from .common import Device, Out, command, load, progress_bars
 
@@ -53,23 +53,25 @@ def heads(settings: Settings, out: Out, device: Device = CPU) -> None:
     say(f"table: {out / TABLE}\nmap:   {out / MAP}")
 
 
-@command(*BEFORE_HEADS, HEADS, LATENTS, TRAIN)
+@command(*BEFORE_HEADS, HEADS, LATENTS, TRAIN, HARDEN)
 def train(
     settings: Settings,
     out: Out,
     device: Device = CPU,
     tensorboard: Annotated[bool, typer.Option(help="Write the losses for TensorBoard too.")] = False,
 ) -> None:
-    """Make a concept file: prompts -> extract -> heads -> train. Products that are there and fit are used again.
+    """Make a concept file: prompts -> extract -> heads -> train -> harden. Products that are there are used again.
 
     After a kill or an interruption the same command resumes at the last whole step. Several processes:
     `accelerate launch -m saferope train ...` shares every batch among them.
     """
+    from saferope_training.making.hardened import hardened
+
     with (
         _recipe(settings, out, device, training=True) as recipe,
         _losses(out / "tensorboard" if tensorboard else None) as tell,
     ):
-        path = recipe.train(tell)
+        path = hardened(recipe, tell) if settings.harden else recipe.train(tell)
     say(f"concept file: {path}")
 
 

@@ -143,11 +143,17 @@ def edited(model: Model, edit: Edit) -> Iterator[None]:
 @torch.no_grad()
 def embed(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """States and pooled vectors as the encoders give them now, on the CPU: no cache, no edit."""
+    states, pooled = embed_with_gradients(model, texts)
+    return states.cpu(), pooled.cpu()
+
+
+def embed_with_gradients(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The same on the model's device, with gradients for whatever in the encoders asks for them."""
     load_encoders(model)
     states, pooled, _ = model.pipe.encode_prompt(
         list(texts), None, device=model.device, max_sequence_length=model.text_length
     )
-    return states.cpu(), pooled.cpu()
+    return states, pooled
 
 
 def load_encoders(model: Model) -> tuple[nn.Module, nn.Module]:

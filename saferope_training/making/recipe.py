@@ -66,18 +66,24 @@ class Recipe:
 
     ValueError where another process, or another Recipe of this one, is at work in the folder.
 
-    `model` may be None for `prompts` alone. Beside the products lie `config.json`, the settings and versions of the
-    last command, and `stages.json`, all that each product was made from.
+    `model` may be None for `prompts` alone. `more` prompts follow those of the settings. Beside the products lie
+    `config.json`, the settings and versions of the last command, and `stages.json`, with all that each product was made
+    from.
     """
 
     def __init__(
-        self, model: Model | None, settings: Settings, out: Path, progress: Progress = lambda *_: None
+        self,
+        model: Model | None,
+        settings: Settings,
+        out: Path,
+        progress: Progress = lambda *_: None,
+        more: Sequence[PromptRecord] = (),
     ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if model is not None and model.source is not None:
             require_no_link(out, out / EMBEDDINGS)
             model = models.with_cache(model, out / EMBEDDINGS)
-        self._model, self.settings, self.out = model, settings, out
+        self._model, self.settings, self.out, self._more = model, settings, out, tuple(more)
         self.place = Workplace(out, settings, progress)
         self.known: dict[str, Any] = facts(model) if model is not None else {}
         weights = self.known.get("transformer", "")
@@ -98,13 +104,14 @@ class Recipe:
         """The prompts of both sides, in prompts.jsonl."""
 
         def make(report: Report) -> None:
-            records = prompts_for(self.settings)
+            records = [*prompts_for(self.settings), *self._more]
             if processes.is_main():
                 prompts.write_prompts(self.out / PROMPT_FILE, records)
 
         named = [Path(name) for name in (self.settings.unsafe, self.settings.benign) if name]
         sources = [str(path.absolute()) for path in named]
-        self.place.stage(PROMPTS, sources, (PROMPT_FILE,), make, origins(self.settings))
+        more = {"more": sha256_of([asdict(record) for record in self._more])} if self._more else {}
+        self.place.stage(PROMPTS, sources, (PROMPT_FILE,), make, {**origins(self.settings), **more})
         return prompts.read_prompts(self.out / PROMPT_FILE)
 
     @_alone
@@ -120,14 +127,14 @@ class Recipe:
             if processes.is_main():
                 extract.save_statistics(self.out / STATISTICS, statistics)
 
-        self.place.stage(EXTRACT, (PROMPT_FILE,), (STATISTICS,), make, self._facts(EXTRACT))
+        self.place.stage(EXTRACT, (PROMPT_FILE,), (STATISTICS,), make, self.facts(EXTRACT))
         return records
 
     @_alone
     def heads(self, training: bool = False) -> list[PromptRecord]:
         """The safety-critical heads, their bases and gates, as tensors, table and map; returns the prompts."""
         records = self.extract(training)
-        products, needs = (CRITICAL, TABLE, MAP), self._facts(HEADS)
+        products, needs = (CRITICAL, TABLE, MAP), self.facts(HEADS)
         self.place.stage(HEADS, (STATISTICS,), products, lambda report: self._read_heads(), needs)
         return records
 
@@ -152,7 +159,7 @@ class Recipe:
 
         self.place.stage(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), make_latents, self._latents_facts(records))
         path, sources = out / f"{s.concept}.safetensors", (PROMPT_FILE, CRITICAL, LATENTS)
-        needs = self._facts(TRAIN)
+        needs = self.facts(TRAIN)
         digest = sha256_of(self.place.inputs(TRAIN, sources, needs))
 
         def make(report: Report) -> None:
@@ -206,7 +213,7 @@ class Recipe:
             if processes.is_main():
                 save_concepts(path, [concept])
 
-        self.place.stage(CALIBRATE, (PROMPT_FILE, CRITICAL), (path.name,), make, self._facts(CALIBRATE))
+        self.place.stage(CALIBRATE, (PROMPT_FILE, CRITICAL), (path.name,), make, self.facts(CALIBRATE))
         return path
 
     def _fitted(
@@ -222,7 +229,7 @@ class Recipe:
             models.release_encoders(self.model)
         return train.fit(self.model, critical, seen, s, start, lambda entry: report(entry["step"] + 1, s.fit))
 
-    def _facts(self, stage: str) -> Facts:
+    def facts(self, stage: str) -> Facts:
         """The model's facts that decide a stage."""
         return {name: self.known[name] for name in FACTS[stage]}
 
@@ -230,7 +237,7 @@ class Recipe:
         """Those that decide the latents: the model's, and the bytes of the benign prompts' pictures."""
         pictures = [Path(record.image) for record in records if record.image is not None]
         digests = [sha256(path) if path.is_file() else "" for path in pictures]  # gone: told where it is read
-        return {**self._facts(LATENTS_STAGE), **({"pictures": sha256_of(digests)} if digests else {})}
+        return {**self.facts(LATENTS_STAGE), **({"pictures": sha256_of(digests)} if digests else {})}
 
     def _has_latents(self, records: Sequence[PromptRecord]) -> bool:
         """Whether the latents need not be made, so that no picture is read again."""
