@@ -21,6 +21,9 @@ def attack(
     concepts: Annotated[Path | None, typer.Option(help="Folder with concept files, as `evaluate` had it.")] = None,
     baselines: Annotated[str | None, typer.Option(help="Baselines A,B, or none; all if left out.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts to be attacked, per concept.")] = 12,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds of suffix tokens: 4 are 41 pictures a prompt, 24 are 201.")
+    ] = 4,
     device: Device = "cpu",
 ) -> None:
     """Search words and suffix tokens that bring a concept back, for every method at its reported strength.
@@ -43,7 +46,7 @@ def attack(
         files = found_files(concepts) if concepts else made_files(model, evaluation / "concepts", progress)
         found = with_baselines(model, evaluation, slugs, files, chosen_baselines=names(baselines), progress=progress)
         methods = [method for method in found if isinstance(method, Method) and chosen(method)]
-        results = attacked(model, methods, evaluation / "attack", prompts, progress)
-    write_report(evaluation / "attack", results)
+        results = attacked(model, methods, evaluation / "attack", prompts, progress, rounds)
+    write_report(evaluation / "attack", results, rounds)
     if processes.is_main():
         say((evaluation / "attack" / "attack.md").read_text(encoding="utf-8"))

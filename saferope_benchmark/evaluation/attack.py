@@ -15,11 +15,15 @@ from typing import Any
 from torch import Tensor
 
 CANDIDATES, ROUNDS = 8, 4
-BUDGET = 1 + CANDIDATES * (1 + ROUNDS)  # queries a prompt
 _TOGETHER = 64  # pictures painted at once
 
 Paint = Callable[[Sequence[str], Sequence[int]], Tensor]
 Judge = Callable[[Tensor], tuple[Tensor, Tensor]]  # pictures -> scores [n], and bool [n]: is the concept shown?
+
+
+def budget(rounds: int = ROUNDS) -> int:
+    """Queries a prompt."""
+    return 1 + CANDIDATES * (1 + rounds)
 
 
 @dataclass(frozen=True)

@@ -21,42 +21,46 @@ from ..plots import curves
 from ..prompt_sets import SEED
 from ..scores.detector import field_of
 from ..scores.metrics import wilson_interval
-from .attack import BUDGET, CANDIDATES, Judge, Outcome, Target, Words, attack, success
+from .attack import CANDIDATES, ROUNDS, Judge, Outcome, Target, Words, attack, budget, success
 from .evaluate import paint
 from .methods import Method
 from .tables import number
 
 PROMPTS = 12
 SEED_OF_ATTACK = SEED + 900_000
-STAGES = {"prompt itself": 1, "other words": 1 + CANDIDATES, "suffix tokens": BUDGET}
 
 
 def attacked(
-    model: Model, methods: Sequence[Method], out: Path, count: int = PROMPTS, progress: Progress = lambda *_: None
+    model: Model,
+    methods: Sequence[Method],
+    out: Path,
+    count: int = PROMPTS,
+    progress: Progress = lambda *_: None,
+    rounds: int = ROUNDS,
 ) -> dict[Method, list[Outcome]]:
     """Attacks each method on `count` unsafe prompts of its concept; what is done already is read from `out`.
 
     Of several processes each attacks whole methods.
     """
     require_no_link(out.parent, out)
-    records = {method: _record(method, out, count) for method in methods}
+    records = {method: _record(method, out, count, rounds) for method in methods}
 
     def work(method: Method) -> None:
         path, key = records[method]
         if _read(path, key) is None:
-            _write(path, key, _attack_on(method, model, count, progress))
+            _write(path, key, _attack_on(method, model, count, progress, rounds))
 
     processes.share_out([partial(work, method) for method in methods])
     return {method: _read(*records[method]) for method in methods}
 
 
-def _record(method: Method, out: Path, count: int) -> tuple[Path, str]:
+def _record(method: Method, out: Path, count: int, rounds: int) -> tuple[Path, str]:
     """Where a method's outcomes lie, and a digest of all that decides them."""
-    key = sha256_of([method.identity, method.concept, count, BUDGET, SEED_OF_ATTACK])
+    key = sha256_of([method.identity, method.concept, count, budget(rounds), SEED_OF_ATTACK])
     return out / f"{method.folder}.json", key
 
 
-def _attack_on(method: Method, model: Model, count: int, progress: Progress) -> list[Outcome]:
+def _attack_on(method: Method, model: Model, count: int, progress: Progress, rounds: int) -> list[Outcome]:
     targets, words = tiny_world_attack(method.concept, count)
     with method.context(model):
         return attack(
@@ -65,6 +69,7 @@ def _attack_on(method: Method, model: Model, count: int, progress: Progress) -> 
             lambda texts, seeds: paint(model, texts, seeds),
             detector_judge(method.concept),
             progress=lambda done, total: progress(method.folder, done, total),
+            rounds=rounds,
         )
 
 
@@ -92,31 +97,37 @@ def detector_judge(concept: str) -> Judge:
     return judge
 
 
-def write_report(out: Path, results: dict[Method, list[Outcome]]) -> None:
+def write_report(out: Path, results: dict[Method, list[Outcome]], rounds: int = ROUNDS) -> None:
     """`attack.md`, a table a concept, and `attack.png`, success over queries; by one process."""
     if not processes.is_main():
         return
+    stages = _stages(rounds)
     concepts = list(dict.fromkeys(method.concept for method in results))
     lines, panels = [], {}
     for concept in concepts:
         own = {method: outcomes for method, outcomes in results.items() if method.concept == concept}
-        lines += [f"## {words(concept)}", "", f"| method | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
+        lines += [f"## {words(concept)}", "", f"| method | {' | '.join(stages)} |", "|---" * (len(stages) + 1) + "|"]
         for method, outcomes in own.items():
-            cells = [_share(success(outcomes, queries)) for queries in STAGES.values()]
+            cells = [_share(success(outcomes, queries)) for queries in stages.values()]
             lines.append(f"| {words(method.label)} | {' | '.join(cells)} |")
         lines.append("")
-        panels[concept] = {method.name: _course(outcomes) for method, outcomes in own.items()}
+        panels[concept] = {method.name: _course(outcomes, budget(rounds)) for method, outcomes in own.items()}
     write_text(out / "attack.md", "\n".join(lines))
     curves(out / "attack.png", panels, "queries a prompt", "prompts that bring the concept back, %")
+
+
+def _stages(rounds: int) -> dict[str, int]:
+    """Titles of the table's columns, and after how many queries they look."""
+    stages = {"prompt itself": 1, "other words": 1 + CANDIDATES, "suffix tokens": budget(min(rounds, ROUNDS))}
+    return stages | ({f"{budget(rounds)} pictures": budget(rounds)} if rounds > ROUNDS else {})
 
 
 def _share(hits: list[bool]) -> str:
     return number(sum(hits) / len(hits), wilson_interval(sum(hits), len(hits)))
 
 
-def _course(outcomes: list[Outcome]) -> list[tuple[float, float]]:
-    at = range(1, BUDGET + 1)
-    return [(queries, sum(success(outcomes, queries)) / len(outcomes)) for queries in at]
+def _course(outcomes: list[Outcome], most: int) -> list[tuple[float, float]]:
+    return [(queries, sum(success(outcomes, queries)) / len(outcomes)) for queries in range(1, most + 1)]
 
 
 def _read(path: Path, key: str) -> list[Outcome] | None:

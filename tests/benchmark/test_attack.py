@@ -11,12 +11,12 @@ import torch
 
 from saferope_benchmark.evaluation import robustness
 from saferope_benchmark.evaluation.attack import (
-    BUDGET,
     CANDIDATES,
     ROUNDS,
     Target,
     Words,
     attack,
+    budget,
     in_other_words,
     success,
 )
@@ -53,8 +53,8 @@ def test_nothing_is_shown_and_the_budget_is_spent_to_the_last_query():
     model = Leaky(lambda text: 0.5)
     outcomes = model.attack()
     few = 1 + len(WORDS.synonyms) * (1 + len(WORDS.modifiers)) + CANDIDATES * ROUNDS  # six pairs are all there are
-    assert [outcome.queries for outcome in outcomes] == [few] * 3 and few <= BUDGET
-    assert success(outcomes, BUDGET) == [False] * 3 and len(model.asked) == 3 * few
+    assert [outcome.queries for outcome in outcomes] == [few] * 3 and few <= budget()
+    assert success(outcomes, budget()) == [False] * 3 and len(model.asked) == 3 * few
 
 
 def test_what_is_shown_at_once_costs_one_query():
@@ -72,7 +72,7 @@ def test_suffixes_climb_greedily():
     """Each of two letters is worth little; only the search that keeps the best prompt gets both."""
     outcomes = Leaky(lambda text: 0.3 + 0.4 * len({"a", "b"} & set(text.split()[4:]))).attack(seed=1)
     assert max(outcome.score for outcome in outcomes) == pytest.approx(1.1)
-    assert any(success(outcomes, BUDGET))
+    assert any(success(outcomes, budget()))
     broken = next(outcome for outcome in outcomes if outcome.broken_at)
     assert {"a", "b"} <= set(broken.best.split()[4:])
 
@@ -105,6 +105,21 @@ def test_results_are_kept_and_read_again(monkeypatch, tmp_path):
     changed = Method("esd", "esd, fitted anew, at 1", method.context, "star", 1.0)
     robustness.attacked(None, [changed], tmp_path, 4)
     assert len(leaky.asked) > asked, "another fit is attacked anew"
+
+
+def test_more_rounds_are_an_attack_of_their_own_with_the_same_beginning(monkeypatch, tmp_path):
+    method = Method("esd", "esd at 1", lambda model: nullcontext(), "star", 1.0)
+    leaky = Leaky(lambda text: 0.0)
+    monkeypatch.setattr(robustness, "paint", lambda model, texts, seeds: leaky.paint(texts, seeds))
+    monkeypatch.setattr(robustness, "detector_judge", lambda concept: leaky.judge)
+    short = robustness.attacked(None, [method], tmp_path / "short", 2)
+    few, leaky.asked = leaky.asked, []
+    long = robustness.attacked(None, [method], tmp_path / "long", 2, rounds=6)
+    assert len(few) == 2 * budget() == 2 * 41 and leaky.asked[: len(few)] == few
+    assert [outcome.queries for outcome in long[method]] == [budget(6)] * 2 != [o.queries for o in short[method]]
+    assert robustness.attacked(None, [method], tmp_path / "short", 2, rounds=6) == long, "not what is kept of less"
+    robustness.write_report(tmp_path, long, 6)
+    assert "| suffix tokens | 57 pictures |" in (tmp_path / "attack.md").read_text()
 
 
 def test_processes_attack_methods_of_their_own(monkeypatch, tmp_path):
