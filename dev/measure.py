@@ -2,6 +2,7 @@
 
     python -m dev.measure suites        # two hours on two cores; kept in .cache/results, so that it can be resumed
     python -m dev.measure dial          # 50 minutes: strengths from 0 to 2, three seeds; kept as well
+    python -m dev.measure now           # 20 minutes: the trained files of `dial` asked more, and attacked for long
     python -m dev.measure cost          # some minutes on two cores that do nothing else
     python -m dev.measure demo          # the star of `make demo`, evaluated
     python -m dev.measure tiny-world    # two minutes
@@ -32,7 +33,7 @@ WORK = Path(".cache/results")
 DOCS = ROOT / "docs"
 COLOURS = 128  # of the pictures in the docs: a quarter of the size, hardly a difference
 TABLE1, TABLE2, FEW_STEP = WORK / "tinyworld", WORK / "ablations", WORK / "few_step"
-DIAL = WORK / "dial"
+DIAL, NOW = WORK / "dial", WORK / "now"
 SAFEROPE = (sys.executable, "-m", "saferope")
 SUITE = (*SAFEROPE, "evaluate", "--suite")
 FILES = ("--concepts", str(TABLE1 / "concepts"))
@@ -197,6 +198,24 @@ def dial() -> dict[str, dict]:
     return found | {f"strength/{slug}": entry(by_strength(evaluation, slug), command) for slug in CONCEPTS}
 
 
+def now() -> dict[str, dict]:
+    """The first seed's trained files of `dial`: Table 1's questions, and the attack with five times its pictures."""
+    files = NOW / "concepts"
+    (ROOT / files).mkdir(parents=True, exist_ok=True)
+    for slug in CONCEPTS:
+        shutil.copyfile(ROOT / DIAL / "concepts" / slug / f"{slug}.safetensors", ROOT / files / f"{slug}.safetensors")
+    own = ("--concepts", str(files), "--baselines", "none")
+    asked = (*SUITE, "tinyworld", *COUNTS, *own, "--no-search", "--out", str(NOW))
+    attack = (*SAFEROPE, "attack", str(NOW), *own, "--rounds", "24")
+    run(asked)
+    run(attack)
+    _keep(ROOT / NOW / "attack" / "attack.png", "results-attack-now.png")
+    evaluation = json.loads((ROOT / NOW / "evaluation.json").read_text(encoding="utf-8"))
+    text = (ROOT / NOW / "attack" / "attack.md").read_text(encoding="utf-8")
+    found = {f"now/{slug}": entry(table, asked) for slug, table in evaluation_tables(evaluation).items()}
+    return found | {f"now-attack/{slug}": entry(table, attack) for slug, table in _titled(text).items()}
+
+
 def by_strength(evaluation: dict, slug: str) -> list[list[str]]:
     """A row a strength: what is shown under files of the first seed, trained and calibrated."""
     rows = [row for row in evaluation["rows"] if row["concept"] == slug and row["column"] == "concept shown"]
@@ -254,7 +273,7 @@ def tiny_world() -> dict[str, dict]:
     return {name: entry(table, command) for name, table in zip(names, tables_in(text), strict=True)}
 
 
-MEASURES = {"suites": suites, "dial": dial, "cost": cost, "demo": demo, "tiny-world": tiny_world}
+MEASURES = {"suites": suites, "dial": dial, "now": now, "cost": cost, "demo": demo, "tiny-world": tiny_world}
 
 
 def main() -> None:
