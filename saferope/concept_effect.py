@@ -76,9 +76,10 @@ def _moved(concept: Concept, chain: Sequence[Protection]) -> Tensor:
         for role in concept.acts(stream):
             probes = _probes(concept.basis(role, stream), concept.reach)
             for kind, index in concept.heads[:, :2].unique(dim=0).tolist():
-                here = (concept.heads[:, :2] == torch.tensor([kind, index])).all(1)
-                heads = concept.heads[here, 2].long()
-                x = torch.zeros(1, concept.geometry.heads, *probes.shape[1:])
+                here = (concept.heads[:, :2] == torch.tensor([kind, index])).all(1) & concept.owners(role)
+                count = concept.geometry.heads_of(role)
+                heads = concept.heads[here, 2].long() // (concept.geometry.heads // count)
+                x = torch.zeros(1, count, *probes.shape[1:])
                 x[0, heads] = probes[here]
                 spans = {"text": (0, 0), "image": (0, 0), stream: (0, x.shape[2])}
                 y = x

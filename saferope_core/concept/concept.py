@@ -77,6 +77,13 @@ class Concept:
         block_type, block, head = self.heads.long().unbind(1)
         return (block_type * self.geometry.double_blocks + block) * self.geometry.heads + head
 
+    def owners(self, role: str) -> Tensor:
+        """bool [N]: the heads whose basis, gate and generator turn a role. All turn queries; where keys are grouped, a
+        key head turns as the first of its query heads says that is a safety-critical one.
+        """
+        shared = self.places // (self.geometry.group if role == "k" else 1)
+        return torch.cat([torch.ones(1, dtype=torch.bool), shared.diff() != 0])
+
     def acts(self, stream: str) -> str:
         """The roles of a stream, "text" or "image", that turn."""
         own = self.image.acts_on if stream == "image" and self.image else None

@@ -88,7 +88,7 @@ def save_concepts(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "concepts": dumps([_facts(concept) for concept in concepts]),
-        "geometry": dumps(asdict(concepts[0].geometry)),
+        "geometry": dumps(_geometry_facts(concepts[0].geometry)),
         "created": created,
         "saferope_version": __version__,
         "license": license,
@@ -209,8 +209,15 @@ def _geometry(text: str) -> Geometry:
     values = loads("geometry", text)
     if not isinstance(values, dict):
         raise ValueError(f"geometry: got {type(values).__name__}, expected a JSON object")
-    _check_keys("geometry", values, {"family", "double_blocks", "single_blocks", "heads", "head_dim"}, set())
+    needed = {"family", "double_blocks", "single_blocks", "heads", "head_dim"}
+    _check_keys("geometry", values, needed, {"key_heads"})
     return Geometry(**values)
+
+
+def _geometry_facts(geometry: Geometry) -> dict[str, object]:
+    """A geometry's entry in the metadata. Key heads are told only where they differ: every reader knows the rest."""
+    facts = asdict(geometry)
+    return facts if geometry.group > 1 else {name: value for name, value in facts.items() if name != "key_heads"}
 
 
 def _entries(text: str) -> list[dict]:

@@ -19,26 +19,34 @@ MOST_BLOCKS, MOST_HEADS, LARGEST_HEAD_DIM = 128, 96, 512
 class Geometry:
     """Blocks and heads of a model whose attention vectors a concept was measured on.
 
-    Raises ValueError where a number is not an integer in its range or the family is not [a-z0-9-]+.
+    Where keys are grouped, `heads // key_heads` query heads share a key head: query head h meets key head
+    h // (heads // key_heads). Raises ValueError where a number is not an integer in its range, where key heads do not
+    divide the heads, or where the family is not [a-z0-9-]+.
     """
 
     double_blocks: int  # blocks with separate text and image streams
-    single_blocks: int  # blocks with one sequence, text first
-    heads: int
+    single_blocks: int  # blocks with one sequence of text and image tokens
+    heads: int  # of queries
     head_dim: int
-    family: str = "flux"
+    family: str = "flux"  # a row of FAMILIES, or of a later version's
+    key_heads: int | None = None  # as many as `heads` unless told
 
     def __post_init__(self) -> None:
+        if self.key_heads is None:
+            object.__setattr__(self, "key_heads", self.heads)
         ranges = {
             "double_blocks": (0, MOST_BLOCKS),
             "single_blocks": (0, MOST_BLOCKS),
             "heads": (1, MOST_HEADS),
             "head_dim": (2, LARGEST_HEAD_DIM),
+            "key_heads": (1, MOST_HEADS),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"geometry: {name} is {value!r:.80}, expected an integer from {low} to {high}")
+        if self.heads % self.heads_of("k"):
+            raise ValueError(f"geometry: {self.heads} heads share {self.key_heads} key heads, expected a divisor")
         if not 1 <= self.blocks <= MOST_BLOCKS:
             raise ValueError(
                 f"geometry: {self.double_blocks} double and {self.single_blocks} single blocks, expected 1 to "
@@ -49,6 +57,15 @@ class Geometry:
                 f"geometry: family is {self.family!r:.80}, expected letters, digits and hyphens, [a-z0-9-]+, at most "
                 f"{_LONGEST}"
             )
+
+    def heads_of(self, role: str) -> int:
+        """How many heads the queries ("q") or the keys ("k") of a block have."""
+        return self.key_heads if role == "k" and self.key_heads is not None else self.heads
+
+    @property
+    def group(self) -> int:
+        """How many query heads share a key head; 1 where every query head has its own."""
+        return self.heads // self.heads_of("k")
 
     @property
     def blocks(self) -> int:
@@ -71,7 +88,7 @@ class Geometry:
         """One line for messages: 'flux: 19 double + 38 single blocks x 24 heads x 128'."""
         return (
             f"{self.family}: {self.double_blocks} double + {self.single_blocks} single blocks"
-            f" x {self.heads} heads x {self.head_dim}"
+            f" x {self.heads} heads{'' if self.group == 1 else f' ({self.key_heads} of keys)'} x {self.head_dim}"
         )
 
     def require(self, other: Geometry, what: str) -> None:

@@ -141,12 +141,14 @@ def _mean_squared_cosine(a: Tensor, b: Tensor) -> Tensor:
 def _common(first: Concept, second: Concept, stream: str, role: str) -> tuple[Tensor, Tensor]:
     """Rows, in each concept, of the heads in which both turn the vectors of this stream and role."""
     here, there = _turned(first, stream, role), _turned(second, stream, role)
-    places, others = first.places[here], second.places[there]
+    group = first.geometry.group if role == "k" else 1
+    places, others = first.places[here] // group, second.places[there] // group
     both = torch.isin(places, others)
     return here[both], there[torch.searchsorted(others, places[both])]
 
 
 def _turned(concept: Concept, stream: str, role: str) -> Tensor:
     """Rows of the heads in which a concept turns the vectors of this stream and role."""
-    turns = concept.moving(stream) if concept.strength and role in concept.acts(stream) else torch.zeros(0)
-    return turns.nonzero()[:, 0]
+    if not concept.strength or role not in concept.acts(stream):
+        return torch.zeros(0, dtype=torch.long)
+    return (concept.moving(stream) & concept.owners(role)).nonzero()[:, 0]

@@ -69,8 +69,8 @@ class Ranks:
 
 @dataclass(frozen=True)
 class HeadTable:
-    """Every head's reading. All fp32. Per role: basis [blocks, H, D, R + S], gate [blocks, H], mean LRS by side
-    [blocks, H].
+    """Every query head's reading, that of its key head for keys. All fp32. Per role: basis [blocks, H, D, R + S], gate
+    [blocks, H], mean LRS by side [blocks, H].
 
     `basis` and `gate` also have `image_q` and `image_k` where image tokens have bases of their own. `full`, as `gate`,
     is the LRS at which a vector turns by its full angle; empty where that is 1.
@@ -126,6 +126,12 @@ def _roles(tensors: dict[str, Tensor], prefix: str) -> Roles[Any]:
     return Roles(*(tensors.get(f"{prefix}{role}") for role in ROLES))
 
 
+def _for_queries(values: Tensor, heads: int, axis: int) -> Tensor:
+    """Values of key heads, once for each query head that shares one; others as they are."""
+    group = heads // values.shape[axis]
+    return values if group == 1 else values.repeat_interleave(group, dim=axis)
+
+
 def read_heads(
     statistics: Statistics, ranks: Ranks, basis: str, threshold: float, cut: float, gate: str, quantile: float
 ) -> HeadTable:
@@ -137,24 +143,28 @@ def read_heads(
     gates the threshold decides nothing. LRS in relative dimensions are small and differ by head: there text turns
     fully at the mean LRS of the subject's vectors above the gate, and image tokens at FULL times their gate.
     """
+    heads = statistics.met["q"].shape[1]
     bases = {role: _bases(statistics, role, ranks, basis) for role in ROLES}
     risks = {
         role: {name: _risks(statistics, name, role, bases[role][..., : ranks.risk]) for name in SIDES} for role in ROLES
     }
     gates = {role: _gates(risks[role][BENIGN], threshold, gate, quantile) for role in ROLES}
-    delta = _discrimination(risks, gates)
+    energies = _energies(statistics, bases["k"][..., : ranks.risk])
     if ranks.image:
         for role in ROLES:
             own = bases[f"{IMAGE}_{role}"] = _image_bases(statistics, role, ranks)
             safe = _lrs(statistics.vectors[BENIGN, IMAGE].sample[role], own[..., : ranks.image_risk])
             gates[f"{IMAGE}_{role}"] = _gates(safe, threshold, gate, quantile)
+    risks = {role: {name: _for_queries(risk, heads, 2) for name, risk in risks[role].items()} for role in ROLES}
+    bases, gates = ({name: _for_queries(each, heads, 1) for name, each in some.items()} for some in (bases, gates))
+    delta = _discrimination(risks, gates)
     return HeadTable(
         delta,
         head_discrimination_score(delta, cut),
         bases,
         gates,
         {role: {name: risk.mean(1) for name, risk in risks[role].items()} for role in ROLES},
-        _energies(statistics, bases["k"][..., : ranks.risk]),
+        _for_queries(energies, heads, 1),
         ranks.outside,
         _full(risks, gates) if ranks.relative else {},
     )

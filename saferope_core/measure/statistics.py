@@ -38,7 +38,7 @@ Span = tuple[int, int]
 class Vectors:
     """One kind's vectors per role: Gram matrices [blocks, H, D, D] in float64 and a sample [blocks, n, H, D] in bf16.
 
-    The sample is empty (n = 0) for kinds that nothing is read from.
+    H is the role's own number of heads. The sample is empty (n = 0) for kinds that nothing is read from.
     """
 
     gram: dict[str, Tensor]
@@ -79,7 +79,7 @@ class Collector:
     def __init__(self, geometry: Geometry, capacity: int, device: torch.device | str = "cpu") -> None:
         self.geometry, self.capacity = geometry, capacity
         places = [(role, row) for role in ROLES for row in range(geometry.blocks)]
-        self.grams = {place: GramSum(geometry.heads, geometry.head_dim, device) for place in places}
+        self.grams = {place: GramSum(geometry.heads_of(place[0]), geometry.head_dim, device) for place in places}
         self.samples = {place: Reservoir(capacity) for place in places}
 
     def add(self, role: str, row: int, vectors: Tensor, keys: Tensor) -> None:
@@ -96,7 +96,7 @@ class Collector:
         return Vectors(gram, sample)
 
     def _sample(self, role: str, row: int, gathered: Callable) -> Tensor:
-        empty = torch.empty(0, self.geometry.heads, self.geometry.head_dim, dtype=torch.bfloat16)
+        empty = torch.empty(0, self.geometry.heads_of(role), self.geometry.head_dim, dtype=torch.bfloat16)
         own = self.samples[role, row]
         parts = gathered((own.items if own.items is not None else empty, own.keys))
         everything = Reservoir(self.capacity)
@@ -113,7 +113,7 @@ class Gathering:
         self.geometry = geometry
         self.collectors = {each: Collector(geometry, capacity if each in SAMPLED else 0, device) for each in COLLECTED}
         places = [(role, row) for role in ROLES for row in range(geometry.blocks)]
-        self.met = {place: GramSum(geometry.heads, geometry.head_dim, device) for place in places}
+        self.met = {place: GramSum(geometry.heads_of(place[0]), geometry.head_dim, device) for place in places}
 
     def visit(self, side: str, kinds: dict[str, Tensor], image_tokens: int, seeds: Sequence[int]) -> Visit:
         """Some prompts of a side, to be walked down: `kinds` from `token_kinds`, a seed for each prompt."""
@@ -153,7 +153,7 @@ class Visit:
         self, x: Tensor, turned: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span
     ) -> None:
         """Takes one role's vectors [B, H, L, D] of a block, before RoPE and (`turned`) after it, and the streams'
-        spans.
+        spans. What a key head meets are the queries of all heads that share it.
         """
         row, collectors = self.gathering.geometry.row(block_type, block_index), self.gathering.collectors
         if text[0] < text[1]:
@@ -167,7 +167,17 @@ class Visit:
             collectors[self.side, IMAGE].add(role, row, tokens, self.keys[:, : self.seen].flatten())
         other = ROLES[1 - ROLES.index(role)]
         for first, last, step in ((*text, 1), (*image, self.spread)):
-            self.gathering.met[other, row].add(turned[:, :, first:last:step].transpose(1, 2).flatten(0, 1))
+            vectors = turned[:, :, first:last:step].transpose(1, 2).flatten(0, 1)
+            self.gathering.met[other, row].add(_met_by(other, vectors, self.gathering.geometry.group))
+
+
+def _met_by(role: str, vectors: Tensor, group: int) -> Tensor:
+    """What each head of a role meets, [n', H of the role, D], of the other role's vectors [n, H, D]."""
+    if group == 1:
+        return vectors
+    if role == "q":
+        return vectors.repeat_interleave(group, dim=1)
+    return vectors.unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
 
 
 def token_kinds(used: Tensor, subject: Tensor) -> dict[str, Tensor]:

@@ -85,14 +85,16 @@ def _parts_of(active: Active, stream: str) -> Iterator[tuple[int, str, Tensor, P
     roles = concept.acts(stream)
     bases = [concept.basis(role, stream)[moving] for role in roles]
     theta, *folded = fold(concept.generator(stream)[moving], *bases)
-    # heads are sorted, so those of a block lie together
-    rows, counts = (each.tolist() for each in _rows(concept)[moving].unique_consecutive(return_counts=True))
-    heads = concept.heads[moving, 2].long().split(counts)
     for role, basis, directions in zip(roles, bases, folded, strict=True):
+        owners = concept.owners(role)[moving]
+        # heads are sorted, so those of a block lie together
+        rows, counts = (each.tolist() for each in _rows(concept)[moving][owners].unique_consecutive(return_counts=True))
+        heads = concept.heads[moving, 2].long() // (concept.geometry.group if role == "k" else 1)
         unsafe = (directions.mT.double() @ basis[..., : basis.shape[-1] - concept.reach].double()).float()
         gate, factor = concept.gate(role, stream)[moving], strength / concept.full(role, stream)[moving]
-        fields = (directions, theta, factor, gate if threshold is None else torch.full_like(gate, threshold), unsafe)
-        for row, own, d, t, f, g, u in zip(rows, heads, *(each.split(counts) for each in fields), strict=True):
+        gate = gate if threshold is None else torch.full_like(gate, threshold)
+        fields = (heads, directions, theta, factor, gate, unsafe)
+        for row, own, d, t, f, g, u in zip(rows, *(each[owners].split(counts) for each in fields), strict=True):
             yield row, role, own, Part(d, t, f, g, u if concept.reach else None, _open(g), number)
 
 

@@ -34,7 +34,9 @@ class Seen(Protocol):
     """Receives the tokens above the gates, for each concept with gates below 1 there. `recorder.Forward.saw` is one."""
 
     def __call__(self, concept: int, row: int, stream: str, heads: Tensor, passed: Tensor) -> None:
-        """The concept's number, the block's row, its heads [n], and the tokens above their gates, bool [B, n, L]."""
+        """The concept's number, the block's row, its heads [n], and the tokens above their gates, bool [B, n, L]. A key
+        head that query heads share is told as the first of them.
+        """
 
 
 Told = Callable[[int, Tensor, Tensor], None]  # concept, heads, passed, of one block and stream
@@ -89,7 +91,8 @@ class Protection:
     ) -> Tensor:
         """R(x) x for the queries or keys x [B, H, L, D] of one block, taken after QK-norm and before RoPE.
 
-        role 'q' or 'k'; text and image are half-open, disjoint token spans (start, stop), empty where there is none.
+        H is `geometry.heads_of(role)`, role 'q' or 'k'. text and image are half-open, disjoint token spans
+        (start, stop), empty where there is none.
         Tokens turn by the generator of their stream, and every concept takes its LRS from the
         unrotated vector. Float32 inside (float64 for float64), x's dtype out. x is not written to, and is returned as
         the same object where there is nothing to do. With `own`, the caller alone holds x: the turned vectors are
@@ -107,7 +110,7 @@ class Protection:
             plan = plans.get((row, role, stream))
             if plan is not None and span[0] < span[1]:
                 assert 0 <= span[0] and span[1] <= x.shape[2], f"{stream} span {span} in {x.shape[2]} tokens"
-                told = None if seen is None else _teller(seen, row, stream)
+                told = None if seen is None else _teller(seen, row, stream, self.geometry.heads // x.shape[1])
                 result = _rotate_span(x, result, plan, span, told, own)
         return result
 
@@ -142,8 +145,8 @@ def _require_reached(active: Active) -> None:
         )
 
 
-def _teller(seen: Seen, row: int, stream: str) -> Told:
-    return lambda concept, heads, passed: seen(concept, row, stream, heads, passed)
+def _teller(seen: Seen, row: int, stream: str, group: int) -> Told:
+    return lambda concept, heads, passed: seen(concept, row, stream, heads * group, passed)
 
 
 def _rotate_span(x: Tensor, result: Tensor, plan: Plan, span: Span, told: Told | None, own: bool) -> Tensor:

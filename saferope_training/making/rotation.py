@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saferope_core import (
     BLOCK_TYPES,
+    ROLES,
     CriticalHeads,
     Geometry,
     bounded,
@@ -42,7 +43,7 @@ class TrainableRotation:
         self.single = (heads.heads[:, 0] == BLOCK_TYPES.index("single")).float()[:, None, None].to(device)
         self.text, self.image = text, image
         self.own = "image_" if "image_k" in heads.basis else ""
-        self.members = _members(heads.heads, device)
+        self.members = {role: _members(heads.heads, geometry.group if role == "k" else 1, device) for role in ROLES}
         self.spared: Tensor | None = None
         self.strengths: Tensor | None = None
 
@@ -64,8 +65,8 @@ class TrainableRotation:
             weight += (bounded(generator, angle) - generator) / 2  # the symmetric part of W, which turns nothing, stays
 
     def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> Tensor:
-        """Turns x [B, H, L, D]; returns x itself where no critical head or no turning stream is."""
-        members = self.members.get((block_type, block_index))
+        """Turns x [B, H of the role, L, D]; returns x itself where no critical head or no turning stream is."""
+        members = self.members[role].get((block_type, block_index))
         if members is None or (block_type == "double" and text[0] == text[1]):
             return x
         index, head = members
@@ -92,10 +93,14 @@ class TrainableRotation:
         return rotate_by_generator(x, basis, generator, scale)
 
 
-def _members(heads: Tensor, device: torch.device) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-    """(block type, block index) -> (rows of `heads`, head indices) of its critical heads."""
+def _members(heads: Tensor, group: int, device: torch.device) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    """(block type, block index) -> (rows of `heads`, head indices) of its critical heads, of every `group` the first:
+    a key head that query heads share turns as `Concept.owners` says.
+    """
     members = {}
     for kind, block in {(int(kind), int(block)) for kind, block, _ in heads}:
         rows = ((heads[:, 0] == kind) & (heads[:, 1] == block)).nonzero()[:, 0]
-        members[BLOCK_TYPES[kind], block] = (rows.to(device), heads[rows, 2].long().to(device))
+        shared = heads[rows, 2].long() // group
+        first = torch.cat([torch.ones(1, dtype=torch.bool), shared.diff() != 0])
+        members[BLOCK_TYPES[kind], block] = (rows[first].to(device), shared[first].to(device))
     return members
