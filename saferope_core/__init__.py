@@ -7,6 +7,7 @@ Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 
 
 from .concept.concept import Concept, require_names
 from .concept.concept_file import MAX_CONCEPTS, ConceptFileError, load_concepts, save_concepts, sha256
+from .concept.families import FAMILIES, Family, supported
 from .concept.geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
 from .concept.merge import Overlap, orthogonalised, overlap, taken_apart
 from .concept.selection import STREAM_CHOICES, parse_blocks, restricted
@@ -55,6 +56,7 @@ __all__ = [
     "CRITICAL",
     "DOUBLE",
     "EULER_STEP",
+    "FAMILIES",
     "FLUX1",
     "IMAGE",
     "MAX_CONCEPTS",
@@ -71,6 +73,7 @@ __all__ = [
     "Concept",
     "ConceptFileError",
     "CriticalHeads",
+    "Family",
     "Forward",
     "Gathering",
     "Geometry",
@@ -125,6 +128,7 @@ __all__ = [
     "skew",
     "stream_of",
     "strength_notes",
+    "supported",
     "taken_apart",
     "tensors_of",
     "token_kinds",

@@ -24,7 +24,8 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import PatcherInjection
 
-from .network import WRAPPER_KEY, query_layer
+from .families import layout_of, parts, way
+from .network import WRAPPER_KEY
 
 HANDLES = (
     "saferope_handles"  # on a ModelPatcher: takes off its own hooks, at the latest when it is gone; a clone has none
@@ -83,15 +84,16 @@ def _take_off(handles: list) -> None:
 
 
 def _entrances(network: Any) -> list[torch.nn.Module]:
-    """The network, its last layer, its blocks and the layers that make their queries, as they are while loaded.
+    """The network, a layer that no forward gets around, its blocks and the layers that make their queries, as they are
+    while loaded.
 
     The layers catch who copies a block's forward, and the blocks and the network who calls what was compiled: hooks
     on a compiled module run outside of its graph, hooks inside of it do not.
     """
-    found = [network, getattr(network, "final_layer", None)]
-    for kind in ("double", "single"):
-        for block in getattr(network, f"{kind}_blocks", ()):
-            found += [block, query_layer(kind, block)]
+    layout = layout_of(network)
+    found = [network, way(network, layout.always) if layout else None]
+    for part in parts(network):
+        found += [part.block, part.queries]
     return [module for module in found if isinstance(module, torch.nn.Module)]
 
 

@@ -1,4 +1,4 @@
-"""What has to be true of ComfyUI's FLUX for a protection to hold, and whom to name where it is not.
+"""What has to be true of ComfyUI's networks for a protection to hold, and whom to name where it is not.
 
 Block: ("double" or "single", index), as in ComfyUI's extra_options.
 """
@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from comfy.ldm.flux.model import Flux
 from comfy.patcher_extension import WrappersMP
 
 from ...saferope_core import Geometry
+from .families import geometry_of, has_hook, parts, turns_by_position
 
 WRAPPER_KEY = "saferope"
 COMPILE_KEY = "torch.compile"  # comfy_api/torch_helpers/torch_compile.py: its APPLY_MODEL wrapper
@@ -29,31 +29,13 @@ FREE = (
 Block = tuple[str, int]
 
 
-def geometry_of(network: Any) -> Geometry:
-    """Blocks and heads of a diffusion_model that is a FLUX. Raises ValueError for every other architecture.
-
-    Other families call an attention patch of the same name with other vectors (Cosmos, Wan), so likeness will not do.
-    """
-    network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
-    if not isinstance(network, Flux):
-        raise ValueError(
-            f"SafeRoPE got a {_class(network)} model. Expected FLUX, as ComfyUI's own loaders load it "
-            "(safetensors or GGUF). Connect a FLUX model, and load it without Nunchaku."
-        )
-    params = network.params
-    family = "flux2" if params.global_modulation else "flux"
-    return Geometry(
-        params.depth, params.depth_single_blocks, params.num_heads, params.hidden_size // params.num_heads, family
-    )
-
-
 def flux_geometry(model: Any) -> Geometry:
-    """Blocks and heads of a ModelPatcher's FLUX. Raises ValueError for every other architecture."""
+    """Blocks and heads of a ModelPatcher's network. Raises ValueError for one of no known family."""
     return geometry_of(model.get_model_object("diffusion_model"))
 
 
-def require_network(base_model: Any, geometry: Geometry) -> None:
-    """Raise RuntimeError unless what is about to run is still the kind of FLUX that was protected.
+def require_network(base_model: Any, geometry: Geometry, options: dict) -> None:
+    """Raise RuntimeError unless what is about to run is still the kind of network that was protected.
 
     A node after SafeRoPE Apply can put another network in its place, or have it compiled in one piece.
     """
@@ -71,6 +53,11 @@ def require_network(base_model: Any, geometry: Geometry) -> None:
             "SafeRoPE: this model is compiled with fullgraph=True, which leaves no way to check that a compiled graph "
             "is protected. Switch fullgraph off in the node that compiles the model."
         )
+    if not has_hook(base_model.diffusion_model) and is_compiled(base_model.current_patcher, options):
+        raise RuntimeError(
+            f"SafeRoPE: this model is compiled, and a compiled {geometry.family} shows neither its queries nor its "
+            "keys. Remove the node that compiles it."
+        )
 
 
 def require_hook(geometry: Geometry, block: Block, q: Any, k: Any, pe: Any, options: dict, network: Any = None) -> None:
@@ -80,10 +67,10 @@ def require_hook(geometry: Geometry, block: Block, q: Any, k: Any, pe: Any, opti
     """
     wrong = _wrong_block(geometry, block) or _wrong_vectors(geometry, q, k, pe, options)
     if wrong:
-        advice = changes_in_place(network) or ["Remove the node that replaces FLUX's forward or its blocks."]
+        advice = changes_in_place(network) or ["Remove the node that replaces the model's forward or its blocks."]
         raise RuntimeError(
             f"SafeRoPE: block {block} was reached {wrong}. Expected q and k before RoPE and the span of the image "
-            f"tokens, as ComfyUI's own FLUX blocks give them. {' '.join(advice)}"
+            f"tokens, as ComfyUI's own blocks give them. {' '.join(advice)}"
         )
 
 
@@ -97,15 +84,8 @@ def watched_queries(network: Any, blocks: Iterable[Block], note: Callable[[Block
     layers = list(_layers(network, blocks))  # all or none: an error must leave no hook behind
     with ExitStack() as stack:
         for block, layer in layers:
-            stack.callback(layer.register_forward_pre_hook(_noting(note, block)).remove)
+            stack.callback(layer.register_forward_pre_hook(noting(note, block)).remove)
         yield
-
-
-def query_layer(kind: str, block: Any) -> torch.nn.Module | None:
-    """The linear layer that makes a block's queries; None where the block is not ComfyUI's."""
-    return (
-        getattr(getattr(block, "img_attn", None), "qkv", None) if kind == "double" else getattr(block, "linear1", None)
-    )
 
 
 def suspects(patcher: Any, options: dict) -> str:
@@ -117,13 +97,12 @@ def suspects(patcher: Any, options: dict) -> str:
     found += changes_in_place(getattr(getattr(patcher, "model", None), "diffusion_model", None))
     if is_compiled(patcher, options):
         found.append("The model is compiled: put SafeRoPE Apply before TorchCompileModel.")
-    return " ".join(found) or "Remove the node that replaces FLUX's blocks or its forward."
+    return " ".join(found) or "Remove the node that replaces the model's blocks or its forward."
 
 
 def changes_in_place(network: Any) -> list[str]:
     """Sentences that name who changed a function or a class of the loaded network itself, and what to do about it."""
-    network = getattr(network, "_orig_mod", network)
-    blocks = [*getattr(network, "double_blocks", ()), *getattr(network, "single_blocks", ())]
+    blocks = [part.block for part in parts(network)]
     modules = [getattr(module, "_orig_mod", module) for module in (network, *blocks)]
     own = [(f"{name} of {type(module).__name__}", _home(value)) for module in modules for name, value in _own(module)]
     own += [(f"The class {type(module).__name__}", type(module).__module__) for module in modules]
@@ -153,9 +132,9 @@ def _wrong_vectors(geometry: Geometry, q: Any, k: Any, pe: Any, options: dict) -
     if not (torch.is_tensor(q) and torch.is_tensor(k)):
         return f"with a {type(q).__name__} and a {type(k).__name__} for q and k"
     for name, x in (("q", q), ("k", k)):
-        if x.ndim != 4 or (x.shape[1], x.shape[3]) != (geometry.heads, geometry.head_dim):
-            return f"with {name} of shape {list(x.shape)}, not [B, {geometry.heads}, L, {geometry.head_dim}]"
-    if pe is None:
+        if x.ndim != 4 or (x.shape[1], x.shape[3]) != (geometry.heads_of(name), geometry.head_dim):
+            return f"with {name} of shape {list(x.shape)}, not [B, {geometry.heads_of(name)}, L, {geometry.head_dim}]"
+    if pe is None and turns_by_position(geometry):
         return "without rotary positions"
     if TEXT_END not in options:
         return f"without {TEXT_END}"
@@ -167,18 +146,21 @@ def _wrong_vectors(geometry: Geometry, q: Any, k: Any, pe: Any, options: dict) -
 
 def _layers(network: Any, blocks: Iterable[Block]) -> Iterator[tuple[Block, torch.nn.Module]]:
     """The linear layer that makes each block's queries."""
-    for kind, index in blocks:
-        block = (network.double_blocks if kind == "double" else network.single_blocks)[index]
-        layer = query_layer(kind, block)
+    wanted = frozenset(blocks)
+    for kind, index, block, layer in parts(network):
+        if (kind, index) not in wanted:
+            continue
         if layer is None:
             raise RuntimeError(
                 f"SafeRoPE: {kind} block {index} is a {_class(block)}, put there after SafeRoPE Apply. Expected "
-                f"ComfyUI's own FLUX block. Remove the node that replaces it. {FREE}"
+                f"ComfyUI's own block. Remove the node that replaces it. {FREE}"
             )
         yield (kind, index), layer
 
 
-def _noting(note: Callable[[Block], Any], block: Block) -> Callable:
+def noting(note: Callable[[Block], Any], block: Block) -> Callable:
+    """A forward pre-hook that calls `note(block)`, and leaves nothing in a compiled graph."""
+
     def hook(module: torch.nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling():
             note(block)

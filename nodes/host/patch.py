@@ -1,7 +1,8 @@
-"""FLUX's queries and keys on their way through a protection: the one file that knows ComfyUI's attention hook.
+"""Queries and keys on their way through a protection: the one file that knows ComfyUI's attention hook.
 
-ComfyUI calls every `attn1_patch` in every FLUX block with q and k [B, H, L, D] after QK-RMSNorm and before RoPE,
-text tokens first (comfy/ldm/flux/layers.py, since ComfyUI 0.17.0).
+ComfyUI calls every `attn1_patch` in every block of FLUX and its kind with q and k [B, H, L, D] after QK-norm and before
+RoPE, text tokens first (comfy/ldm/flux/layers.py, since ComfyUI 0.17.0). Of keys H is the number of key heads.
+`bridge.py` does so for networks that call none.
 
 Axis letters: B batch, H heads, L tokens, D head dimension.
 """
@@ -17,6 +18,8 @@ from comfy.ldm.flux.math import apply_rope
 from comfy.patcher_extension import WrappersMP
 
 from ...saferope_core import BLOCK_TYPES, ROLES, Forward, Geometry, Protection, Run
+from .bridge import bridged
+from .families import grid_of, turns_by_position
 from .forward import ForwardState
 from .guard import guard, protected_forward
 from .network import TEXT_END, WRAPPER_KEY, Block, is_compiled, require_hook, require_network, suspects, watched_queries
@@ -81,7 +84,7 @@ class AttentionPatch:
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """q, k, v [B, H, L, D] -> the entries to replace: {"q": .., "k": ..} or {}. Raises RuntimeError for a hook of
-        another kind than FLUX's: other blocks, shapes or spans, or vectors after RoPE."""
+        another kind: other blocks, shapes or spans, or vectors after RoPE."""
         options: dict = extra_options if isinstance(extra_options, dict) else {}
         block = _block_of(options)
         self._now.answer(block)
@@ -130,7 +133,7 @@ class AttentionPatch:
     def around_forward(self, executor: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """APPLY_MODEL wrapper: decides once per forward whether to act, then checks that the patch was called."""
         model, options = executor.class_obj, _transformer_options(args, kwargs)
-        require_network(model, self.protection.geometry)
+        require_network(model, self.protection.geometry, options)
         run = options.get(self._run_key) or _Run()
         run.forwards += 1
         run.compiled = run.compiled or is_compiled(model.current_patcher, options)
@@ -177,7 +180,11 @@ class AttentionPatch:
         now = self._now
         now.begin(acting, record, model.diffusion_model)
         try:
-            with protected_forward(model), watched_queries(now.network, self.protected, now.project):
+            with (
+                protected_forward(model),
+                watched_queries(now.network, self.protected, now.project),
+                bridged(now.network, self, args, kwargs) as (args, kwargs),
+            ):
                 return executor(*args, **kwargs)
         finally:
             now.end()
@@ -220,10 +227,8 @@ class _Run:
         """
         if self.record is None or len(x) != self.pictures * len(options["cond_or_uncond"]):
             return None
-        patch = model.diffusion_model.patch_size
-        rows, columns = ((side + patch // 2) // patch for side in x.shape[-2:])  # as ComfyUI's Flux counts them
         entries = zip(options["cond_or_uncond"], options["uuids"], strict=True)
-        return Forward(list(entries), sigma.max(), (rows, columns))
+        return Forward(list(entries), sigma.max(), grid_of(model.diffusion_model, x))
 
 
 class ListeningPatch:
@@ -236,7 +241,7 @@ class ListeningPatch:
     """
 
     def __init__(self, geometry: Geometry, at_sigma: Callable[[float], Callable | None]) -> None:
-        self.blocks, self.at_sigma = frozenset(_blocks(geometry)), at_sigma
+        self.blocks, self.at_sigma, self.rope = frozenset(_blocks(geometry)), at_sigma, turns_by_position(geometry)
         self._listen: Callable | None = None
         self._heard: set[Block] = set()
 
@@ -246,20 +251,20 @@ class ListeningPatch:
     ) -> dict[str, torch.Tensor]:
         """As AttentionPatch; always {}."""
         options = extra_options or {}
-        if self._listen is not None and pe is not None and TEXT_END in options:
+        if self._listen is not None and TEXT_END in options and (pe is not None or not self.rope):
             block, text = _block_of(options), options[TEXT_END][0]
-            for role, x, turned in zip(ROLES, (q, k), apply_rope(q, k, pe), strict=True):
+            placed = apply_rope(q, k, pe) if self.rope else (q, k)
+            for role, x, turned in zip(ROLES, (q, k), placed, strict=True):
                 self._listen(x, turned, role, *block, (0, text), (text, x.shape[2]))
             self._heard.add(block)
         return {}
 
-    def around_forward(
-        self, executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def around_forward(self, executor: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """APPLY_MODEL wrapper: decides once per forward whether to listen, then checks that every block was heard."""
         self._listen, self._heard = self.at_sigma(float(sigma.max())), set()
         try:
-            out = executor(x, sigma, *args, **kwargs)
+            with bridged(executor.class_obj.diffusion_model, self, (x, sigma, *args), kwargs) as (args, kwargs):
+                out = executor(*args, **kwargs)
             if self._listen is not None and self._heard != self.blocks:
                 raise RuntimeError(
                     f"SafeRoPE heard queries and keys, before RoPE, of {len(self._heard)} of the model's "

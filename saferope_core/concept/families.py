@@ -1,0 +1,50 @@
+"""The families of models that SafeRoPE knows. Facts alone: which class of a host is which family is the host's to say.
+
+In every family the blocks' attention takes queries and keys [B, H, L, D] that are normalised head by head, and text and
+image tokens of one picture attend to each other. Tokens stand in this order: text, the picture's, those of reference
+pictures, which count as image tokens; a host that has another order says so itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .geometry import FLUX1, Geometry
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is true of all models of a family, and its best known geometry.
+
+    double: blocks with separate text and image streams; single: blocks with one sequence; rope: positions turn queries
+    and keys after SafeRoPE.
+    """
+
+    title: str  # models by the names that people load them by
+    known: Geometry | None = None  # None: the weights tell
+    double: bool = True
+    single: bool = True
+    rope: bool = True
+
+
+# Numbers: ComfyUI 0.30.0, comfy/model_detection.py, and the defaults of diffusers 0.42.1's transformer classes.
+FAMILIES = {
+    "flux": Family("FLUX.1 dev, schnell, Krea, Kontext and Fill", FLUX1),
+    "flux2": Family("FLUX.2 dev and klein", Geometry(8, 48, 48, 128, "flux2")),
+    "chroma": Family("Chroma", Geometry(19, 38, 24, 128, "chroma")),
+    "chroma-radiance": Family("Chroma Radiance", Geometry(19, 38, 24, 128, "chroma-radiance")),
+    "longcat-image": Family("LongCat-Image"),
+    "ovis-image": Family("Ovis-Image", Geometry(6, 27, 24, 128, "ovis-image")),
+    "hunyuan-image": Family("HunyuanImage 2.1", Geometry(20, 40, 28, 128, "hunyuan-image")),
+    "qwen-image": Family("Qwen-Image, Edit and Layered", Geometry(60, 0, 24, 128, "qwen-image"), single=False),
+    "mage-flow": Family("Mage-Flow", Geometry(12, 0, 24, 128, "mage-flow"), single=False),
+    "krea2": Family("Krea 2", Geometry(0, 28, 48, 128, "krea2", key_heads=12), double=False),
+    "z-image": Family("Z-Image", Geometry(0, 30, 30, 128, "z-image"), double=False),
+    "lumina2": Family("Lumina 2", Geometry(0, 26, 24, 96, "lumina2", key_heads=8), double=False),
+    "sd3": Family("Stable Diffusion 3.5", Geometry(38, 0, 38, 64, "sd3"), single=False, rope=False),
+}
+
+
+def supported() -> str:
+    """The titles of all families, for a message."""
+    return "; ".join(family.title for family in FAMILIES.values())
