@@ -119,10 +119,10 @@ def geometry_of(network: Any) -> Geometry:
     layout = layout_of(network)
     family = layout.family(network) if layout else None
     if layout is None or family is None:
-        who = type(network).__module__.split(".")[0]
-        foreign = "" if who in ("comfy", "torch") else f" Load it without {who}."
+        home = type(network).__module__
+        whose = "" if home.split(".")[0] in ("comfy", "torch") else f" by {home}"
         raise ValueError(
-            f"SafeRoPE got a {type(network).__name__} model, whose attention it does not reach.{foreign} Expected, as "
+            f"SafeRoPE got a {type(network).__name__}{whose} model, whose attention it does not reach. Expected, as "
             f"ComfyUI's own loaders load them (safetensors or GGUF): {supported()}."
         )
     counts = {kind: len(getattr(network, blocks)) for kind, (blocks, _) in layout.blocks.items()}

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from tests.support.comfy_models import TEXT, TINY, make_model
-from tests.support.naive import NaivePatch
+from tests.support.naive import NaiveCount, NaivePatch
 
 pytestmark = pytest.mark.host
 
@@ -167,6 +167,29 @@ def test_another_span_would_show(apply, run, model, concept, reference, case):
     wrong = reference(NaivePatch(concept, {case.text + case.image: case.text - 1}), **how)
     protected, plain = run(apply(model, [concept], 1.0), **how), run(model, **how)
     assert (wrong - protected).norm() > CLOSE * (protected - plain).norm()
+
+
+def test_risk_is_the_share_of_gates_that_pass(node_classes, make_concept, geometry, reference, model, case):
+    """Risk Probe's one pass is at the highest sigma, as a sampling of one step is."""
+    concept = make_concept(geometry, threshold=5 / geometry.head_dim)  # random vectors have 4 / D on average
+    start = {"samples": torch.zeros_like(case.latent())}
+    probed = node_classes["SafeRoPE_RiskProbe"].execute(model, [concept], case.prompt(), 0.4, "report", latent=start)
+    count = NaiveCount(concept, {case.text + case.image: case.text})
+    reference(count, case.prompt(), noise=_noise(start["samples"]), steps=1)
+    assert 0 < count.risk < 1 and probed.args[0] == pytest.approx(count.risk, abs=1e-6)
+
+
+def _noise(start):
+    import comfy.sample
+
+    return comfy.sample.prepare_noise(start, 0)
+
+
+def test_risk_map_follows_the_picture(node_classes, apply, run, model, concept, case):
+    protected, recorder = node_classes["SafeRoPE_Apply"].execute(model, [concept], 1.0).args
+    samples = run(protected, case.prompt(), noise=case.latent())
+    report = node_classes["SafeRoPE_RiskMap"].execute(recorder, {"samples": samples}).args
+    assert any("risk 1.00" in str(each) for each in report), report
 
 
 def test_strength_zero_is_the_unprotected_model(apply, run, model, concept, case):

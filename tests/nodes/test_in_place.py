@@ -132,7 +132,7 @@ def test_a_network_of_another_kind_is_named(apply, make_flux, sample, concept):
     base.model.diffusion_model.__class__ = Foreign
     with pytest.raises(RuntimeError, match=rf"a Foreign by \S*test_in_place, .*{FREED}"):
         sample(model)
-    with pytest.raises(ValueError, match=r"a Foreign by \S*test_in_place model. Expected FLUX"):
+    with pytest.raises(ValueError, match=r"a Foreign by \S*test_in_place model, whose .* Expected, .*FLUX"):
         apply(base, [concept], 1.0)
 
 

@@ -34,8 +34,8 @@ _FLUX = {
 }
 _FLUX2 = {
     "image_model": "flux2",
-    "in_channels": 32,
-    "out_channels": 32,
+    "in_channels": 128,
+    "out_channels": 128,
     "axes_dim": [32] * 4,
     "global_modulation": True,
     "mlp_silu_act": True,
@@ -137,7 +137,7 @@ class Tiny:
 
 TINY = {
     "flux": Tiny("Flux", "Flux", _FLUX, (1, 2, 2, 128, 2), references=4),
-    "flux2": Tiny("Flux2", "Flux2", _FLUX | _FLUX2, (1, 2, 2, 128, 2), channels=32, side=4, text=512, references=4),
+    "flux2": Tiny("Flux2", "Flux2", _FLUX | _FLUX2, (1, 2, 2, 128, 2), channels=128, side=4, text=512, references=4),
     "chroma": Tiny("Chroma", "Chroma", _CHROMA, (19, 38, 2, 128, 2)),
     "chroma-radiance": Tiny(
         "ChromaRadiance",
