@@ -7,7 +7,7 @@ Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 
 
 from .concept.concept import Concept, require_names
 from .concept.concept_file import MAX_CONCEPTS, ConceptFileError, load_concepts, save_concepts, sha256
-from .concept.families import FAMILIES, Family, supported
+from .concept.families import FAMILIES, Family, titles
 from .concept.geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
 from .concept.merge import Overlap, orthogonalised, overlap, taken_apart
 from .concept.selection import STREAM_CHOICES, parse_blocks, restricted
@@ -128,9 +128,9 @@ __all__ = [
     "skew",
     "stream_of",
     "strength_notes",
-    "supported",
     "taken_apart",
     "tensors_of",
+    "titles",
     "token_kinds",
     "turn",
     "unknown_parts",

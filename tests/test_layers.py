@@ -213,7 +213,7 @@ def test_syntax_is_of_the_oldest_python(folder):
 
 @pytest.mark.parametrize(
     ("mark", "only"),
-    [("set_model_attn1_patch", "nodes/host/patch.py"), ("norm_added_", "saferope_training/flux/attach.py")],
+    [("set_model_attn1_patch", "nodes/host/patch.py"), ("norm_added", "saferope_training/flux/attach.py")],
 )
 def test_one_file_knows_each_hosts_attention(mark, only):
     files = [file for folder in RULES for file in sources(folder) if mark in file.read_text(encoding="utf-8")]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...saferope_core import FAMILIES, Geometry, supported
+from ...saferope_core import FAMILIES, Geometry, titles
 
 LONGCAT_TEXT = 3584  # comfy/model_detection.py tells LongCat-Image by the width of its text
 Z_IMAGE_TIME = 1000.0  # and gives Z-Image this time_scale, Lumina 2 one of 1
@@ -92,6 +92,7 @@ LAYOUTS = {
     ),
 }
 _HOME = "comfy.ldm."
+REACHED = tuple(name for name in FAMILIES if name != "flux3")  # whose ComfyUI class (0.41) could not be read yet
 
 
 class Part(NamedTuple):
@@ -123,7 +124,7 @@ def geometry_of(network: Any) -> Geometry:
         whose = "" if home.split(".")[0] in ("comfy", "torch") else f" by {home}"
         raise ValueError(
             f"SafeRoPE got a {type(network).__name__}{whose} model, whose attention it does not reach. Expected, as "
-            f"ComfyUI's own loaders load them (safetensors or GGUF): {supported()}."
+            f"ComfyUI's own loaders load them (safetensors or GGUF): {titles(REACHED)}."
         )
     counts = {kind: len(getattr(network, blocks)) for kind, (blocks, _) in layout.blocks.items()}
     heads, keys, head_dim = layout.heads(network)

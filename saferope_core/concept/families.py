@@ -7,6 +7,7 @@ pictures, which count as image tokens; a host that has another order says so its
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .geometry import FLUX1, Geometry
@@ -41,10 +42,11 @@ FAMILIES = {
     "krea2": Family("Krea 2", Geometry(0, 28, 48, 128, "krea2", key_heads=12), double=False),
     "z-image": Family("Z-Image", Geometry(0, 30, 30, 128, "z-image"), double=False),
     "lumina2": Family("Lumina 2", Geometry(0, 26, 24, 96, "lumina2", key_heads=8), double=False),
+    "flux3": Family("FLUX.3 Klein", Geometry(5, 28, 24, 128, "flux3")),
     "sd3": Family("Stable Diffusion 3.5", Geometry(38, 0, 38, 64, "sd3"), single=False, rope=False),
 }
 
 
-def supported() -> str:
-    """The titles of all families, for a message."""
-    return "; ".join(family.title for family in FAMILIES.values())
+def titles(families: Iterable[str]) -> str:
+    """What people call these families, for a message."""
+    return "; ".join(FAMILIES[name].title for name in families)

@@ -1,15 +1,14 @@
-"""Reaches the queries and keys inside a diffusers FLUX transformer; the only file that knows its attention.
+"""Reaches the queries and keys inside a diffusers transformer; the only file that knows its attention.
 
 The outputs of the QK-norms are exactly the vectors SafeRoPE speaks of: normalised, not yet turned by RoPE, `[B, L, H,
-D]`. Double blocks have a pair of norms for each stream (`norm_added_*` text, `norm_*` image); single blocks have one
-pair for the whole sequence, text first. Forward hooks on them need no copy of diffusers' attention processor, so any
-processor that calls the norms keeps working. Gradient checkpointing recomputes blocks in the backward pass: keep the
-context open until `backward()` has returned.
+D]`. Double blocks have a pair of norms for each stream; single blocks have one pair for the whole sequence. Forward
+hooks on them need no copy of diffusers' attention processor, so any processor that calls the norms keeps working.
+Gradient checkpointing recomputes blocks in the backward pass: keep the context open until `backward()` has returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ Visitor = Callable[[Tensor, str, str, int, Span, Span], "Tensor | None"]
 
 
 class Site(NamedTuple):
-    """One QK-norm and where it stands; `stream` is "text", "image" or "both" (text first)."""
+    """One QK-norm and where it stands; `stream` is "text", "image" or "both"."""
 
     module: nn.Module
     role: str
@@ -33,21 +32,82 @@ class Site(NamedTuple):
     stream: str
 
 
+class Layout(NamedTuple):
+    """How a class of diffusers' holds its blocks: names of their lists, and of a block's attention.
+
+    `text` tells the length of the text in a forward: a module by its way, and the place of an argument [B, L, ...];
+    `ends`: text stands behind the picture in single blocks; `heads_first`: norms give [B, H, L, D].
+    """
+
+    family: str
+    double: str = "transformer_blocks"
+    single: str = "single_transformer_blocks"
+    attention: str = "attn"
+    text: tuple[str, int] = ("", 1)  # the transformer itself; by keyword `encoder_hidden_states` too
+    ends: bool = False
+    heads_first: bool = False
+
+
+LAYOUTS = {
+    "FluxTransformer2DModel": Layout("flux"),
+    "Flux2Transformer2DModel": Layout("flux2"),
+    "Flux3Transformer2DModel": Layout("flux3", double="txt_mode_blocks"),
+    "ChromaTransformer2DModel": Layout("chroma"),
+    "LongCatImageTransformer2DModel": Layout("longcat-image"),
+    "OvisImageTransformer2DModel": Layout("ovis-image"),
+    "HunyuanImageTransformer2DModel": Layout("hunyuan-image", text=("single_transformer_blocks.0", 1), ends=True),
+    "QwenImageTransformer2DModel": Layout("qwen-image", single=""),
+    "Krea2Transformer2DModel": Layout("krea2", double="", single="transformer_blocks"),
+    "ZImageTransformer2DModel": Layout(
+        "z-image", double="", single="layers", attention="attention", text=("context_refiner.0", 0), ends=True
+    ),
+    "SD3Transformer2DModel": Layout("sd3", single="", heads_first=True),
+}
+
+
+def layout_of(transformer: Any) -> Layout:
+    """The layout of a transformer's class, or of the one that it is derived from. ValueError for every other."""
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in LAYOUTS:
+            return LAYOUTS[cls.__name__]
+    raise ValueError(f"got a {type(transformer).__name__}, expected one of {', '.join(LAYOUTS)}")
+
+
 def sites(transformer: Any) -> Iterator[Site]:
-    """Every QK-norm of a FluxTransformer2DModel, in the order of the blocks."""
-    for index, block in enumerate(transformer.transformer_blocks):
+    """Every QK-norm of a transformer of a known class, in the order of the blocks."""
+    layout = layout_of(transformer)
+    for index, norms in enumerate(_doubles(transformer, layout)):
         for role in ROLES:
-            yield Site(getattr(block.attn, f"norm_added_{role}"), role, "double", index, "text")
-            yield Site(getattr(block.attn, f"norm_{role}"), role, "double", index, "image")
-    for index, block in enumerate(transformer.single_transformer_blocks):
+            for attention, norm, stream in norms:
+                yield Site(getattr(attention, f"{norm}_{role}"), role, "double", index, stream)
+    for index, block in enumerate(_blocks(transformer, layout.single)):
         for role in ROLES:
-            yield Site(getattr(block.attn, f"norm_{role}"), role, "single", index, "both")
+            yield Site(getattr(getattr(block, layout.attention), f"norm_{role}"), role, "single", index, "both")
 
 
 def geometry_of(transformer: Any) -> Geometry:
-    """The geometry a concept must have to fit this FluxTransformer2DModel."""
-    config = transformer.config
-    return Geometry(config.num_layers, config.num_single_layers, config.num_attention_heads, config.attention_head_dim)
+    """The geometry a concept must have to fit this transformer."""
+    layout, config = layout_of(transformer), transformer.config
+    double, single = len(_doubles(transformer, layout)), len(_blocks(transformer, layout.single))
+    heads = config.get("num_attention_heads") or config["n_heads"]  # Z-Image's name for it
+    keys = config.get("num_key_value_heads") or config.get("n_kv_heads")
+    head_dim = config.get("attention_head_dim") or config["dim"] // heads
+    return Geometry(double, single, heads, head_dim, layout.family, keys)
+
+
+def _blocks(transformer: Any, name: str) -> Sequence[Any]:
+    return getattr(transformer, name) if name else ()
+
+
+def _doubles(transformer: Any, layout: Layout) -> list[list[tuple[Any, str, str]]]:
+    """Of every double block: (attention, name of its norms, stream). FLUX.3 has a block for each stream there."""
+    if layout.family == "flux3":
+        own = [(transformer.txt_mode_blocks, "text"), *((each, "image") for each in transformer.mode_blocks.values())]
+        return [[(blocks[i].attn, "norm", stream) for blocks, stream in own] for i in range(len(own[0][0]))]
+    return [
+        [(getattr(block, layout.attention), "norm_added", "text"), (getattr(block, layout.attention), "norm", "image")]
+        for block in _blocks(transformer, layout.double)
+    ]
 
 
 def positioned(transformer: Any, image_ids: Tensor) -> Callable[[Tensor, Span, Span], Tensor]:
@@ -78,9 +138,10 @@ def attached(transformer: Any, rotate: Visitor) -> Iterator[None]:
     hooks come off however the context is left.
     """
     with ExitStack() as hooks:
-        text_length = _TextLength()
-        handle = transformer.register_forward_pre_hook(text_length.read, with_kwargs=True)
-        hooks.callback(handle.remove)
+        layout = layout_of(transformer)
+        text_length = _TextLength(layout)
+        teller = transformer.get_submodule(layout.text[0])
+        hooks.callback(teller.register_forward_pre_hook(text_length.read, with_kwargs=True).remove)
         for site in sites(transformer):
             hooks.callback(site.module.register_forward_hook(_hook(site, rotate, text_length)).remove)
         yield
@@ -100,29 +161,40 @@ def listening(transformer: Any, listen: Callable[[Tensor, str, str, int, Span, S
 class _TextLength:
     """How many text tokens the forward pass under way has; the single blocks' norms cannot tell."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.value: int | None = None
 
     def read(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[self.layout.text[1]]
+        # Z-Image's second argument marks the tokens of prompts that are not all of one length
+        if self.layout.family == "z-image" and args[1] is not None and not args[1].all():
+            raise RuntimeError(
+                "prompts of several lengths in one batch of Z-Image; give it those of one length together"
+            )
         self.value = text.shape[1]
 
 
 def _hook(site: Site, visit: Visitor, text_length: _TextLength) -> Callable:
     def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
-        text, image = _spans(site.stream, output.shape[1], text_length.value)
-        x = rearrange(output, "b l h d -> b h l d")
+        x = output if text_length.layout.heads_first else rearrange(output, "b l h d -> b h l d")
+        text, image = _spans(site.stream, x.shape[2], text_length)
         turned = visit(x, site.role, site.block_type, site.block_index, text, image)
+        if turned is None or turned is x:
+            return None
         # contiguous: attention kernels may pick another summation order for another memory layout
-        return None if turned is None or turned is x else rearrange(turned, "b h l d -> b l h d").contiguous()
+        return turned if text_length.layout.heads_first else rearrange(turned, "b h l d -> b l h d").contiguous()
 
     return hook
 
 
-def _spans(stream: str, length: int, text_length: int | None) -> tuple[Span, Span]:
+def _spans(stream: str, length: int, text_length: _TextLength) -> tuple[Span, Span]:
     if stream == "text":
         return (0, length), (0, 0)
     if stream == "image":
         return (0, 0), (0, length)
-    assert text_length is not None, "a single block ran outside its transformer's forward pass"
-    return (0, text_length), (text_length, length)
+    text = text_length.value
+    assert text is not None, "a single block ran outside its transformer's forward pass"
+    if text_length.layout.ends:
+        return (length - text, length), (0, length - text)
+    return (0, text), (text, length)

@@ -70,11 +70,11 @@ class TrainableRotation:
         if members is None or (block_type == "double" and text[0] == text[1]):
             return x
         index, head = members
-        parts, chosen = [], x[:, head]
+        parts, chosen = {}, x[:, head]
         for stream, (first, last), generator in zip(("text", "image"), (text, image), self.generators(), strict=True):
-            part = chosen[:, :, first:last]
-            parts.append(self._turn(part, role, stream, index, generator[index]) if last > first else part)
-        return x.index_copy(1, head, torch.cat(parts, dim=2))
+            if last > first:
+                parts[first] = self._turn(chosen[:, :, first:last], role, stream, index, generator[index])
+        return x.index_copy(1, head, torch.cat([parts[first] for first in sorted(parts)], dim=2))
 
     def _turn(self, x: Tensor, role: str, stream: str, index: Tensor, generator: Tensor) -> Tensor:
         """One stream's tokens of the block's critical heads, x [B, h, L, D]."""
