@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from saferope_core import Concept, Protection, load_concepts
-from saferope_training.flux.attach import Span, attached, geometry_of, sites
+from saferope_training.flux.attach import Span, attached, geometry_of, layout_of, sites
 
 File = str | os.PathLike
 Concepts = File | Concept | Sequence[File | Concept]
@@ -19,16 +19,17 @@ _MARK = "_saferope_protected"  # attribute of a transformer inside of a `protect
 
 @contextmanager
 def protect(pipe: Any, concepts: Concepts, strength: float = 1.0, threshold: float | None = None) -> Iterator[None]:
-    """Turns the queries and keys of a FluxPipeline, or of its transformer, while the block is open.
+    """Turns the queries and keys of a diffusers pipeline, or of its transformer, while the block is open.
 
     concepts: concept files, Concepts, or a list of both. strength: factor on the risk, see `Protection`; 0, and an
     empty list, change nothing, bit for bit. threshold: one gate in [0, 1] for all heads, None for the gates of the
     concepts. The whole batch is protected, negative prompts of true CFG as well. After the block the pipeline is as it
     was before, bit for bit, also after an exception.
 
-    Raises ValueError where `pipe` is no FLUX pipeline, is compiled, is inside of another `protect`, or where a concept
-    was made for another geometry. Raises RuntimeError where a forward pass left out a protected query or key, as a
-    replaced attention does, and at the end of a block in which the transformer never ran.
+    Raises ValueError where `pipe` is of no family that SafeRoPE reaches (docs/models.md), is compiled, is inside of
+    another `protect`, or where a concept was made for another geometry. Raises RuntimeError where a forward pass left
+    out a protected query or key, as a replaced attention does, and at the end of a block in which the transformer never
+    ran.
     """
     transformer = _transformer_of(pipe)
     loaded = _loaded(concepts)
@@ -53,8 +54,10 @@ def protect(pipe: Any, concepts: Concepts, strength: float = 1.0, threshold: flo
 
 def _transformer_of(pipe: Any) -> nn.Module:
     transformer = getattr(pipe, "transformer", pipe)
-    if not hasattr(transformer, "single_transformer_blocks") or not hasattr(transformer, "transformer_blocks"):
-        raise ValueError(f"protect: got {type(pipe).__name__}, expected a FluxPipeline or its FluxTransformer2DModel")
+    try:
+        layout_of(getattr(transformer, "_orig_mod", transformer))
+    except ValueError as error:
+        raise ValueError(f"protect: {error}, or a pipeline with one") from None
     if hasattr(transformer, "_orig_mod") or any(each._compiled_call_impl for each in transformer.modules()):
         raise ValueError(
             "protect: got a compiled transformer, which may skip the protection, expected one as it was loaded"

@@ -16,6 +16,7 @@ from dev.comfyui import ROOT
 from saferope import load_concepts, protect
 from saferope_core import Geometry
 from tests.support import concepts as flat
+from tests.support.diffusers_models import TINY
 from tinyworld.model import TEXT_LENGTH, WEIGHTS, load_pipeline
 
 STAR = WEIGHTS.parent / "concepts" / "star.safetensors"
@@ -92,7 +93,8 @@ def test_a_second_protect_inside_of_the_first_is_refused(pipe):
 
 
 def test_another_pipeline_is_refused():
-    with pytest.raises(ValueError, match="got object, expected a FluxPipeline"), protect(object(), STAR):
+    named = r"got a object, expected one of FluxTransformer2DModel, .*, or a pipeline with one"
+    with pytest.raises(ValueError, match=named), protect(object(), STAR):
         pass
 
 
@@ -121,6 +123,19 @@ def test_an_attention_that_calls_no_norm_is_an_error(flux, inputs, concept_for, 
         block.attn.processor = lambda attn, x, text=None, *_, **__: x if text is None else (x, text)
         with pytest.raises(RuntimeError, match=f"left out . of .* of {kind} block 0, expected all of them"):
             flux(**inputs)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_is_protected(family, concept_for):
+    tiny = TINY[family]
+    model, inputs = tiny.make(), tiny.inputs()
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        with protect(model, concept_for(model)):
+            protected = model(**inputs)[0]
+        after = model(**inputs)[0]
+    for here, there, then in zip(plain, protected, after, strict=True):
+        assert not torch.equal(here, there) and torch.equal(here, then)
 
 
 @pytest.fixture
