@@ -7,10 +7,12 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from ...saferope_core import FAMILIES, Geometry, titles
 
 LONGCAT_TEXT = 3584  # comfy/model_detection.py tells LongCat-Image by the width of its text
+FLUX2_TEXT = 512  # comfy/model_base.py, Flux2: shorter texts get zeros in front
 Z_IMAGE_TIME = 1000.0  # and gives Z-Image this time_scale, Lumina 2 one of 1
 
 
@@ -154,6 +156,14 @@ def has_hook(network: Any) -> bool:
 def turns_by_position(geometry: Geometry) -> bool:
     """Whether RoPE follows in a model of this geometry."""
     return FAMILIES[geometry.family].rope
+
+
+def masks_in_network(family: str, masks: torch.Tensor, network: Any) -> torch.Tensor:
+    """Masks of text tokens bool [B, L] as the network has them, which may pad the text that it gets."""
+    if family == "flux2":
+        return pad(masks, (max(0, FLUX2_TEXT - masks.shape[1]), 0))
+    multiple = getattr(network, "pad_tokens_multiple", None) or 1  # Z-Image's
+    return pad(masks, (0, -masks.shape[1] % multiple))
 
 
 def grid_of(network: Any, latent: torch.Tensor) -> tuple[int, int]:

@@ -6,6 +6,7 @@ times.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,25 +19,28 @@ import torch
 from torch import Tensor
 
 from ...saferope_core import BENIGN, UNSAFE, Gathering, Geometry, Statistics, schedule, seeded_noise, token_kinds
+from .families import grid_of, masks_in_network
 from .patch import ListeningPatch, patched
-from .prompts import Prompt, masks_of
+from .prompts import Prompt, masks_in
 
 SAME_TIME = 1e-3  # sigmas closer than this are one: they come back in the sampler's precision
 GRAMS = 16  # Gram matrices of every head: seven kinds of tokens and what they meet, of queries and of keys
 SAMPLE_BYTES = 3 << 30  # of memory for vectors that are kept whole
 SAMPLED_SETS = 8  # four kinds of tokens, of queries and of keys
+GIVEN = ("pooled_output", "attention_mask")  # what encoders give beside the states that networks of known families take
+GUIDED = ("flux", "flux2")  # families that FluxGuidance is for; Chroma's own guidance is 0
 RESERVOIR = 4096  # vectors kept of each kind; the trainer's
 
 
 @dataclass(frozen=True)
 class Look:
-    """A prompt as the model gets it, with the noise's seed: T5's states [1, L, C], the pooled vector, masks of tokens
-    [1, L].
+    """A prompt as the model gets it, with the noise's seed: the text's states [1, L, C], what else the encoder gives,
+    such as the pooled vector and an attention mask, [1, ...] each, and masks of its tokens [1, L].
     """
 
     side: str
     states: Tensor
-    pooled: Tensor
+    more: dict[str, Tensor]
     used: Tensor
     subject: Tensor
     seed: int
@@ -95,20 +99,20 @@ def capacity(geometry: Geometry) -> int:
     return min(RESERVOIR, SAMPLE_BYTES // each)
 
 
-def _encoded(clip: Any, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """States, pooled vector, and which tokens are the prompt's own and the concept's word's."""
-    used, subject = masks_of(clip, prompt)
+def _encoded(clip: Any, prompt: Prompt) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """States, what else the encoder gives, and which tokens are the prompt's own and the concept's word's."""
     states, extra = clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text))[0]
+    used, subject = masks_in(clip, prompt, states.shape[1])
     if states.shape[1] != used.shape[1]:
         raise ValueError(
-            f"The CLIP gives {states.shape[1]} vectors for {used.shape[1]} tokens of T5. Expected FLUX's text "
-            "encoders, whose text stream is T5's alone."
+            f"The CLIP gives {states.shape[1]} vectors for {used.shape[1]} tokens of T5. Expected text encoders whose "
+            "text stream is T5's alone, such as FLUX's, or a language model's."
         )
-    return states, extra["pooled_output"], used, subject
+    return states, {name: extra[name] for name in GIVEN if torch.is_tensor(extra.get(name))}, used, subject
 
 
-def _kind(look: Look) -> tuple[bool, int]:
-    return look.side == BENIGN, look.states.shape[1]
+def _kind(look: Look) -> tuple:
+    return look.side == BENIGN, look.states.shape[1], sorted(look.more)
 
 
 def _sample(
@@ -123,10 +127,13 @@ def _sample(
 ) -> None:
     """Walks some looks of one side down their trajectories."""
     network, device = model.get_model_object("diffusion_model"), _device(model)
-    tokens = [-(-side // network.patch_size) for side in size]
+    family, seeds = gathering.geometry.family, [look.seed for look in looks]
+    form = model.get_model_object("latent_format")
+    frames = [1] if form.latent_dimensions == 3 else []  # a picture is a film of one
+    noise = seeded_noise(seeds, (form.latent_channels, *frames, *size))
     masks = (torch.cat([getattr(look, name) for look in looks]) for name in ("used", "subject"))
-    seeds = [look.seed for look in looks]
-    visit = gathering.visit(looks[0].side, token_kinds(*masks), tokens[0] * tokens[1], seeds)
+    kinds = token_kinds(*(masks_in_network(family, each, network) for each in masks))
+    visit = gathering.visit(looks[0].side, kinds, math.prod(grid_of(network, noise)), seeds)
     heard: list[float] = []
 
     def at_sigma(sigma: float) -> Callable | None:
@@ -141,8 +148,8 @@ def _sample(
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     listened = patched(model, ListeningPatch(gathering.geometry, at_sigma))
-    noise = seeded_noise(seeds, (model.get_model_object("latent_format").latent_channels, *size))
-    extra = {"pooled_output": torch.cat([look.pooled for look in looks]), "guidance": guidance}
+    extra: dict[str, Any] = {name: torch.cat([look.more[name] for look in looks]) for name in looks[0].more}
+    extra |= {"guidance": guidance} if family in GUIDED else {}
     prompts = [[torch.cat([look.states for look in looks]), extra]]
     euler = comfy.samplers.sampler_object("euler")
     comfy.sample.sample_custom(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...saferope_core import UNSAFE, Ranks, require_known, require_vectors, token_kinds, unknown_words
-from .words import END, PADDING, located, pieces, unknown
+from .chat import Chat
+from .words import END, PADDING, chat_of, located, pieces, unknown
 
 EXAMPLE = "such as `a red [star] on the beach`"
 
@@ -72,12 +73,20 @@ def _without_brackets(line: str) -> tuple[str, list[tuple[int, int]]]:
     return plain, words
 
 
+def masks_in(clip: Any, prompt: Prompt, length: int) -> tuple[Tensor, Tensor]:
+    """`masks_of`, bool [1, length], in a stream of so many tokens, of which an encoder may have cut some off."""
+    chat = chat_of(clip, prompt.text)
+    return masks_of(clip, prompt) if chat is None else _chat_masks(chat.placed(length), prompt)
+
+
 def masks_of(clip: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
     """Which tokens of the text stream are the prompt's own, and which are the concept's word's: bool [1, L]. Nothing is
     encoded.
 
     Raises ValueError where the concept's word is not to be found in the stream, or the prompt longer than it.
     """
+    if (chat := chat_of(clip, prompt.text)) is not None:
+        return _chat_masks(chat, prompt)
     stream = pieces(clip, prompt.text)
     used = torch.tensor([[piece != PADDING for piece in stream]])
     subject = torch.zeros_like(used)
@@ -87,6 +96,14 @@ def masks_of(clip: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"Prompt {prompt.text!r:.200} is longer than the {len(stream)} tokens that the CLIP takes."
             )
+    return used, subject
+
+
+def _chat_masks(chat: Chat, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    used, subject = torch.zeros(2, 1, chat.length, dtype=torch.bool)
+    used[0, [token for token, *_ in chat.own]] = True
+    if prompt.word:
+        subject[0, slice(*chat.subject(prompt.text, prompt.word))] = True
     return used, subject
 
 

@@ -7,9 +7,11 @@ Axes: B pictures, L tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
@@ -17,14 +19,15 @@ from ...saferope_core import Geometry, Reading
 from ..draw.charts import batched, heat_map
 from ..draw.concept_pictures import block_names
 from ..draw.risk_pictures import blank, course, patch_map, word_bars
+from .chat import Chat
 from .recorder import POSITIVE, Record, Recorder
-from .words import END, PADDING, pieces, words
+from .words import END, PADDING, chat_of, pieces, words
 
 # Risk above which a prompt is called risky. Tiny world, one forward pass, 96 benign prompts each: see docs/nodes.md.
 FLAG_ABOVE = 0.4
 NAMED = 5  # words in a report, concepts in a sentence
 REST = "(other tokens)"  # behind the prompt's own: Redux, concatenated conditionings
-PAD, STOP = "(padding)", "(end)"
+PAD, STOP, TEMPLATE = "(padding)", "(end)", "(template and padding)"
 WHY = "its strength is 0, its gates are 1, or it turns no {} tokens in these streams, blocks and steps"  # text or image
 NO_TEXT, NO_IMAGE = (WHY.format(stream) for stream in ("text", "image"))
 
@@ -73,6 +76,8 @@ def named_words(risks: Tensor, clip: Any | None, text: str) -> list[Word]:
     """
     if clip is None or not text:
         return [(str(number + 1), risk) for number, risk in enumerate(risks.tolist())]
+    if (chat := chat_of(clip, text)) is not None:
+        return _named_in_chat(risks, chat.placed(len(risks)), text)
     found = pieces(clip, text)
     if len(found) > len(risks):
         raise ValueError(
@@ -84,6 +89,17 @@ def named_words(risks: Tensor, clip: Any | None, text: str) -> list[Word]:
         places = [place for place, piece in enumerate(found) if piece == kind]
         named += [(label, risks[places].max().item())] if places else []
     return named + ([(REST, risks[len(found) :].max().item())] if len(found) < len(risks) else [])
+
+
+def _named_in_chat(risks: Tensor, chat: Chat, text: str) -> list[Word]:
+    """The prompt's words, from space to space, and all of the template as one."""
+    named = []
+    for found in re.finditer(r"\S+", text):
+        first, last = chat.subject(text, found.span())
+        named.append((found[0].strip(".,;:!?\"'()") or found[0], risks[first:last].max().item()))
+    own = torch.zeros(len(risks), dtype=torch.bool)
+    own[[token for token, *_ in chat.own]] = True
+    return named + ([] if own.all() else [(TEMPLATE, risks[~own].max().item())])
 
 
 def riskiest(record: Record, concept: int) -> tuple[Reading, int] | None:

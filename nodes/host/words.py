@@ -12,12 +12,25 @@ import unicodedata
 from typing import Any
 
 from ...saferope_core import unknown_parts
+from .chat import Chat, read_chat
 
 SPACE = "\u2581"  # SentencePiece's mark of a word's beginning
 END, PADDING = "</s>", ""
 IDENTIFIER = "embedding:"  # before an embedding's name in a prompt; ComfyUI's SDTokenizer
 EMBEDDING = "<embedding>"  # a textual inversion's vector, which is no token
-T5 = "t5"  # in the names of T5's token streams: t5xxl, t5base, pile_t5xl, umt5xxl
+T5, BYT5 = "t5", "byt5"  # in the names of T5's token streams: t5xxl, t5base, pile_t5xl, umt5xxl; not ByT5's
+
+
+def chat_of(clip: Any, text: str) -> Chat | None:
+    """Where the prompt stands in the stream of a language model; None for a CLIP with T5, whose stream is all prompt.
+
+    Raises ValueError where it is not to be found.
+    """
+    rows = clip.tokenize(text)
+    if _t5(rows) or not rows:
+        return None
+    key = next(iter(rows))
+    return read_chat(clip.tokenizer, _tokenizer(clip, key), [token for row in rows[key] for token, *_ in row], text)
 
 
 def pieces(clip: Any, text: str) -> list[str]:
@@ -54,7 +67,9 @@ def unknown(clip: Any, text: str) -> list[tuple[int, int]]:
 
     None of a tokenizer that does not tell tokens' places: `located` refuses it.
     """
-    key = _stream(clip, rows := clip.tokenize(text))
+    if not _t5(rows := clip.tokenize(text)):
+        return []  # language models spell every text out in bytes
+    key = _stream(clip, rows)
     inner = _tokenizer(clip, key).tokenizer
     strange = getattr(inner, "unk_token_id", None)
     stream = [token for row in rows[key] for token, *_ in row]
@@ -98,7 +113,7 @@ def located(clip: Any, text: str, span: tuple[int, int]) -> tuple[int, int]:
 
 def _stream(clip: Any, rows: dict[str, list]) -> str:
     """The name of T5's tokens among the tokens of all the CLIP's encoders."""
-    found = [key for key in rows if T5 in key] if isinstance(rows, dict) else []
+    found = _t5(rows)
     if not found:
         have = ", ".join(rows) if isinstance(rows, dict) else type(rows).__name__
         raise ValueError(
@@ -106,6 +121,10 @@ def _stream(clip: Any, rows: dict[str, list]) -> str:
             "DualCLIPLoader (clip_l and t5xxl, type flux), or connect SafeRoPE Tiny World."
         )
     return found[0]
+
+
+def _t5(rows: Any) -> list[str]:
+    return [key for key in rows if T5 in key and BYT5 not in key] if isinstance(rows, dict) else []
 
 
 def _tokenizer(clip: Any, key: str) -> Any:

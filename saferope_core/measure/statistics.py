@@ -185,9 +185,11 @@ def token_kinds(used: Tensor, subject: Tensor) -> dict[str, Tensor]:
     word.
 
     FLUX attends to padding as to words; of it as many tokens are marked as the prompt has others (with all of them, 512
-    in FLUX's own pipeline, words would hardly count).
+    in FLUX's own pipeline, words would hardly count). So does the end of a chat template, which stands there.
     """
-    near = torch.arange(used.shape[1])[None] < 2 * used.sum(1, keepdim=True)
+    places, count = torch.arange(used.shape[1])[None], used.sum(1, keepdim=True)
+    first = used.int().argmax(1, keepdim=True)  # a template may come before
+    near = (places >= first) & (places < first + 2 * count)
     return {SUBJECT: subject, WORDS: used & ~subject, PADDING: near & ~used}
 
 
