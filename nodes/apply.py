@@ -23,12 +23,14 @@ class Apply(io.ComfyNode):
             node_id="SafeRoPE_Apply",
             display_name="SafeRoPE Apply",
             category="SafeRoPE",
-            description="Suppresses a concept in a FLUX model. Turns risky queries and keys inside safety-critical "
+            description="Suppresses a concept in a model. Turns risky queries and keys inside safety-critical "
             "attention heads. Prompts without the concept keep their pictures. Chain several nodes for "
             "several files.",
             search_aliases=["safety", "unlearn concept", "erase concept", "safe generation", "nsfw", "saferope"],
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX model of the concept's geometry."),
+                io.Model.Input(
+                    "model", tooltip="A model of the concept's family and geometry: FLUX, Qwen-Image, Z-Image and more."
+                ),
                 ConceptType.Input("concept", tooltip="From SafeRoPE Load Concept."),
                 io.Float.Input(
                     "strength",

@@ -62,8 +62,8 @@ class CalibrateConcept(io.ComfyNode):
             "and no pictures. Save the concept with SafeRoPE Save Concept, use it with SafeRoPE Apply.",
             search_aliases=["make concept", "training free", "unlearn concept", "new concept", "saferope"],
             inputs=[
-                io.Model.Input("model", tooltip="The FLUX model to protect, without SafeRoPE Apply."),
-                io.Clip.Input("clip", tooltip="Its text encoders, T5 among them."),
+                io.Model.Input("model", tooltip="The model to protect, without SafeRoPE Apply."),
+                io.Clip.Input("clip", tooltip="Its own text encoders."),
                 io.String.Input("name", default="My concept", tooltip="The name of the concept, in one line."),
                 io.String.Input(
                     "unsafe",

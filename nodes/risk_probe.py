@@ -79,7 +79,7 @@ class RiskProbe(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A FLUX model, best before SafeRoPE Apply. Behind Apply the remaining risk is measured.",
+                    tooltip="A model, best before SafeRoPE Apply. Behind Apply the remaining risk is measured.",
                 ),
                 ConceptType.Input("concept", tooltip="The concepts to look for, from SafeRoPE Load Concept."),
                 io.Conditioning.Input("positive", tooltip="The encoded prompt."),

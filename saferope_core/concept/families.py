@@ -17,8 +17,8 @@ from .geometry import FLUX1, Geometry
 class Family:
     """What is true of all models of a family, and its best known geometry.
 
-    double: blocks with separate text and image streams; single: blocks with one sequence; rope: positions turn queries
-    and keys after SafeRoPE.
+    double: it has blocks with separate text and image streams; single: blocks with one sequence; rope: positions turn
+    queries and keys after SafeRoPE.
     """
 
     title: str  # models by the names that people load them by
@@ -32,6 +32,7 @@ class Family:
 FAMILIES = {
     "flux": Family("FLUX.1 dev, schnell, Krea, Kontext and Fill", FLUX1),
     "flux2": Family("FLUX.2 dev and klein", Geometry(8, 48, 48, 128, "flux2")),
+    "flux3": Family("FLUX.3 Klein", Geometry(5, 28, 24, 128, "flux3")),
     "chroma": Family("Chroma", Geometry(19, 38, 24, 128, "chroma")),
     "chroma-radiance": Family("Chroma Radiance", Geometry(19, 38, 24, 128, "chroma-radiance")),
     "longcat-image": Family("LongCat-Image"),
@@ -42,7 +43,6 @@ FAMILIES = {
     "krea2": Family("Krea 2", Geometry(0, 28, 48, 128, "krea2", key_heads=12), double=False),
     "z-image": Family("Z-Image", Geometry(0, 30, 30, 128, "z-image"), double=False),
     "lumina2": Family("Lumina 2", Geometry(0, 26, 24, 96, "lumina2", key_heads=8), double=False),
-    "flux3": Family("FLUX.3 Klein", Geometry(5, 28, 24, 128, "flux3")),
     "sd3": Family("Stable Diffusion 3.5", Geometry(38, 0, 38, 64, "sd3"), single=False, rope=False),
 }
 
