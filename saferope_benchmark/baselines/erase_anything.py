@@ -152,7 +152,7 @@ def _with_maps(model: Model, asked: tuple[Tensor, Tensor, Text], marked: Tensor)
     with attached(model.transformer, note):
         velocity = live_velocity(model, *asked, GUIDANCE)
     length = marked.shape[1]
-    turn = positioned(model.transformer, model.image_ids)
+    turn = positioned(None, model.transformer.pos_embed(model.image_ids))
     query, key = (torch.cat([met[role, "text"], met[role, "image"]], 2).float() for role in "qk")
     query, key = (turn(x, (0, length), (length, x.shape[2])) for x in (query, key))
     scores = query[:, :, length:] @ key.mT / query.shape[-1] ** 0.5

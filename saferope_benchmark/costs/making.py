@@ -81,7 +81,7 @@ def _extraction_rows(flux: Flux, size: Size, repeats: int) -> Iterator[Row]:
     used = torch.arange(size.text).expand(size.batch, -1) < 4 * WORD  # a prompt of some words, its subject first
     kinds = token_kinds(used, torch.arange(size.text).expand(size.batch, -1) < WORD)
     visit = gathering.visit("unsafe", kinds, size.image, range(size.batch))
-    rope, heard = positioned(flux.transformer, flux.image_ids), []
+    rope, heard = positioned(None, flux.transformer.pos_embed(flux.image_ids)), []
     with torch.no_grad(), listening(flux.transformer, lambda *given: heard.append(given)):
         flux.velocity()
 

@@ -180,17 +180,18 @@ def _met_by(role: str, vectors: Tensor, group: int) -> Tensor:
     return vectors.unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
 
 
-def token_kinds(used: Tensor, subject: Tensor) -> dict[str, Tensor]:
+def token_kinds(used: Tensor, subject: Tensor, attended: Tensor | None = None) -> dict[str, Tensor]:
     """Bool [B, L] for each kind of text token: `used` are a prompt's own tokens, `subject` the tokens of the concept's
     word.
 
     FLUX attends to padding as to words; of it as many tokens are marked as the prompt has others (with all of them, 512
     in FLUX's own pipeline, words would hardly count). So does the end of a chat template, which stands there.
+    `attended`, where not all tokens are attended to: others are of no kind.
     """
-    places, count = torch.arange(used.shape[1])[None], used.sum(1, keepdim=True)
-    first = used.int().argmax(1, keepdim=True)  # a template may come before
-    near = (places >= first) & (places < first + 2 * count)
-    return {SUBJECT: subject, WORDS: used & ~subject, PADDING: near & ~used}
+    places, first = torch.arange(used.shape[1])[None], used.int().argmax(1, keepdim=True)  # a template may come before
+    behind = (places > first) & ~used & (True if attended is None else attended)
+    near = behind & (behind.cumsum(1) <= used.sum(1, keepdim=True))
+    return {SUBJECT: subject, WORDS: used & ~subject, PADDING: near}
 
 
 def schedule(timesteps: Sequence[float]) -> list[float]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from saferope_core import ROLES, Geometry
 
 Span = tuple[int, int]  # first token and the one after the last, on the L axis of the tensor handed over
+Turns = tuple[Tensor, Tensor]  # cosines and sines of RoPE [L, D], each pair's twice
 Visitor = Callable[[Tensor, str, str, int, Span, Span], "Tensor | None"]
 
 
@@ -110,20 +111,20 @@ def _doubles(transformer: Any, layout: Layout) -> list[list[tuple[Any, str, str]
     ]
 
 
-def positioned(transformer: Any, image_ids: Tensor) -> Callable[[Tensor, Span, Span], Tensor]:
+def positioned(text_turns: Turns | None, image_turns: Turns) -> Callable[[Tensor, Span, Span], Tensor]:
     """A function that applies RoPE to x [B, H, L, D] with the spans of a visitor, as this attention does.
 
-    Text tokens stand at position 0 (FLUX.1), where RoPE turns nothing; image tokens stand at `image_ids` [L, 3].
+    Turns are cosines and sines [L, D] of a stream's tokens. None: they stand at position 0, where RoPE turns nothing,
+    as FLUX.1's text does.
     """
     from diffusers.models.embeddings import apply_rotary_emb
 
-    frequencies = transformer.pos_embed(image_ids)
-
     def apply(x: Tensor, text: Span, image: Span) -> Tensor:
-        if image[0] == image[1]:
-            return x
-        turned = apply_rotary_emb(x[:, :, image[0] : image[1]], frequencies, sequence_dim=2)
-        return torch.cat([x[:, :, : image[0]], turned, x[:, :, image[1] :]], dim=2)
+        for (first, last), turns in ((text, text_turns), (image, image_turns)):
+            if first < last and turns is not None:
+                turned = apply_rotary_emb(x[:, :, first:last], turns, sequence_dim=2)
+                x = torch.cat([x[:, :, :first], turned, x[:, :, last:]], dim=2)
+        return x
 
     return apply
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..stages import sha256_of
+from .pipelines import asked
 
 if TYPE_CHECKING:
     from .models import Model
@@ -21,9 +22,9 @@ def encoders_fingerprint(model: Model) -> str:
         return model.cache.fingerprint
     if model.source is not None:
         return model.source.fingerprint()
-    pipe = model.pipe
-    parts = [fingerprint(part) for part in (pipe.text_encoder, pipe.text_encoder_2)]
-    words = [_words(tokenizer) for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
+    names = asked(model).encoders
+    parts = [fingerprint(getattr(model.pipe, name)) for name in names]
+    words = [_words(getattr(model.pipe, name.replace("text_encoder", "tokenizer"))) for name in names]
     return hashlib.sha256("".join(parts + words).encode()).hexdigest()
 
 
@@ -46,7 +47,7 @@ def facts(model: Model) -> dict[str, object]:
         "text_length": model.text_length,
         "latent_side": model.latent_side,
         "guidance": model.guidance,
-        "vae": [fingerprint(vae), vae.config.scaling_factor, vae.config.shift_factor],
+        "vae": [fingerprint(vae), vae.config.get("scaling_factor"), vae.config.get("shift_factor")],
     }
 
 

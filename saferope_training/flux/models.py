@@ -22,6 +22,7 @@ from saferope_core import seeded_noise as core_noise
 from .attach import geometry_of
 from .encoders import EmbeddingCache, EncoderSource
 from .identity import encoders_fingerprint
+from .pipelines import asked, asked_of, grid, tokens_of
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -69,14 +70,13 @@ class Model:
 
     @property
     def image_ids(self) -> Tensor:
-        """RoPE positions [L, 3] of the image tokens."""
-        side = self.latent_side // 2
-        return self.pipe._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
+        """RoPE positions [L, 3] of the image tokens: 0, row, column."""
+        return grid(self, 3)
 
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts: T5's states [B, L, C] and the pooled CLIP vectors [B, C']."""
+    """Encoded prompts: states [B, L, C], and `pooled`, FLUX.1's pooled CLIP vectors [B, C'] (others: see pipelines)."""
 
     states: Tensor
     pooled: Tensor
@@ -99,10 +99,11 @@ def from_pipeline(
     source: EncoderSource | None = None,
 ) -> Model:
     """Freezes the pipeline and wraps it. Encoders that it lacks are loaded from `source` when needed."""
-    for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
+    geometry = geometry_of(pipe.transformer)
+    for part in (pipe.transformer, *(getattr(pipe, name) for name in asked_of(geometry.family).encoders)):
         if part is not None:
             part.requires_grad_(False).eval()
-    return Model(name, pipe, geometry_of(pipe.transformer), text_length, latent_side, guidance, steps, source)
+    return Model(name, pipe, geometry, text_length, latent_side, guidance, steps, source)
 
 
 @torch.no_grad()
@@ -150,29 +151,26 @@ def embed(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 def embed_with_gradients(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """The same on the model's device, with gradients for whatever in the encoders asks for them."""
     load_encoders(model)
-    states, pooled, _ = model.pipe.encode_prompt(
-        list(texts), None, device=model.device, max_sequence_length=model.text_length
-    )
-    return states, pooled
+    return asked(model).encode(model.pipe, list(texts), model.text_length, model.device)
 
 
-def load_encoders(model: Model) -> tuple[nn.Module, nn.Module]:
-    """CLIP and T5 on the model's device, loaded where they are missing."""
-    pipe = model.pipe
-    if pipe.text_encoder is None or pipe.text_encoder_2 is None:
+def load_encoders(model: Model) -> tuple[nn.Module, ...]:
+    """The text encoders, FLUX.1's CLIP and T5, on the model's device, loaded where they are missing."""
+    pipe, names = model.pipe, asked(model).encoders
+    if any(getattr(pipe, name) is None for name in names):
         assert model.source is not None, "a pipeline without text encoders has a source of them"
-        pipe.text_encoder, pipe.text_encoder_2 = model.source.load()
-    return pipe.text_encoder.to(model.device), pipe.text_encoder_2.to(model.device)
+        for name, encoder in zip(names, model.source.load(), strict=True):
+            setattr(pipe, name, encoder)
+    return tuple(getattr(pipe, name).to(model.device) for name in names)
 
 
 def release_encoders(model: Model) -> None:
     """Takes the text encoders off the device: dropped where they can be loaded again, else moved to the CPU."""
-    pipe = model.pipe
-    if model.source is not None:
-        pipe.text_encoder = pipe.text_encoder_2 = None
-    else:
-        for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-            encoder.to("cpu")
+    for name in asked(model).encoders:
+        if model.source is not None:
+            setattr(model.pipe, name, None)
+        else:
+            getattr(model.pipe, name).to("cpu")
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -183,16 +181,18 @@ def with_cache(model: Model, folder: Path) -> Model:
 
 
 def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int, int] | None]) -> dict[str, Tensor]:
-    """Bool [B, L] over T5's tokens for each kind: SUBJECT (touching the characters of the span), other WORDS, PADDING.
+    """Bool [B, L] over the text's tokens for each kind: SUBJECT (touching the characters of the span), other WORDS,
+    PADDING, which is the end of a chat template too.
 
     ValueError where a subject has no token: cut off, or empty.
     """
-    batch = model.pipe.tokenizer_2(
-        list(texts), padding="max_length", max_length=model.text_length, truncation=True, return_offsets_mapping=True
-    )
-    used = torch.tensor(batch["attention_mask"], dtype=torch.bool)
+    row_of = asked(model)
+    attended, places = tokens_of(model.pipe, row_of, texts, model.text_length)
+    # without a template all tokens but padding are the prompt's, the end's too
+    plain = row_of.written(model.pipe, "a")[0] == "a"
+    used = attended if plain else torch.tensor([[first < last for first, last in row] for row in places])
     subject = torch.zeros_like(used)
-    for row, (text, span, offsets) in enumerate(zip(texts, subjects, batch["offset_mapping"], strict=True)):
+    for row, (text, span, offsets) in enumerate(zip(texts, subjects, places, strict=True)):
         if span is None:
             continue
         subject[row] = used[row] & torch.tensor([first < span[1] and span[0] < last for first, last in offsets])
@@ -201,7 +201,7 @@ def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int
                 f"prompt {text!r}: its subject {text[slice(*span)]!r}, characters {span}, is not whole within the "
                 f"first {model.text_length} tokens; shorten the prompt or correct the span"
             )
-    return token_kinds(used, subject)
+    return token_kinds(used, subject, attended if row_of.masked and not plain else None)
 
 
 def noise(model: Model, count: int, generator: torch.Generator) -> Tensor:
@@ -224,20 +224,15 @@ def velocity(model: Model, latents: Tensor, t: Tensor, text: Text, autocast: boo
 
     A CPU without bf16 instructions takes fp32 weights as they are: there autocast costs eight times the time.
     """
-    device, guidance = model.device, None
-    if model.transformer.config.guidance_embeds:
-        guidance = torch.full((len(latents),), model.guidance, device=device)
+    device = model.device
     with torch.autocast(
         device.type, torch.bfloat16, enabled=autocast and not _faster_in_fp32(model.transformer, device)
     ):
         (result,) = model.transformer(
             hidden_states=latents,
             timestep=t.to(device),
-            guidance=guidance,
             encoder_hidden_states=text.states.to(device),
-            pooled_projections=text.pooled.to(device),
-            txt_ids=torch.zeros(text.states.shape[1], 3, device=device),
-            img_ids=model.image_ids,
+            **asked(model).inputs(model, text),
             return_dict=False,
         )
     return result.float()

@@ -9,6 +9,7 @@ from saferope_core import BENIGN, UNSAFE, require_known, require_names, require_
 
 from .. import processes
 from ..flux.models import Model, text_tokens
+from ..flux.pipelines import asked
 from ..prompts import PromptRecord, side
 from ..settings import Settings
 from .heads import ranks_of
@@ -35,7 +36,7 @@ def require(model: Model, records: Sequence[PromptRecord], settings: Settings) -
 
 def _require_words(model: Model, records: Sequence[PromptRecord]) -> None:
     """That the text encoder knows the concept's words; others are told."""
-    tokenizer = model.pipe.tokenizer_2
+    tokenizer = getattr(model.pipe, asked(model).tokenizer)
     batch = tokenizer(
         [record.text for record in records], max_length=model.text_length, truncation=True, return_offsets_mapping=True
     )

@@ -17,6 +17,7 @@ from saferope_core import BENIGN, COLLECTED, ROLES, UNSAFE, Gathering, Geometry,
 from .. import processes
 from ..flux.attach import listening, positioned
 from ..flux.models import Model, Text, encode, seeded_noise, text_tokens, velocity
+from ..flux.pipelines import asked
 from ..prompts import PromptRecord, side
 from ..stages import load_tensors, save_tensors
 
@@ -62,7 +63,7 @@ def _visit(
     texts, seeds = [record.text for record in records], [seed + place for place in places]
     kinds = text_tokens(model, texts, [record.subject for record in records])
     visit = gathering.visit(name, kinds, len(model.image_ids), seeds)
-    rope = positioned(model.transformer, model.image_ids)
+    rope = positioned(*asked(model).turns(model))
 
     def at_time() -> Callable:
         visit.at_time()
@@ -106,12 +107,13 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 
 def load_statistics(path: Path, geometry: Geometry) -> Statistics:
     """Reads what `save_statistics` wrote. ValueError where it is not of a model of this geometry."""
-    blocks, heads, width = geometry.blocks, geometry.heads, geometry.head_dim
+    blocks, width = geometry.blocks, geometry.head_dim
+    heads = {role: geometry.heads_of(role) for role in ROLES}
     names = [f"{name}.{kind}" for name, kind in COLLECTED]
     shapes: dict[str, tuple[int | None, ...]] = {
-        f"{name}.gram_{role}": (blocks, heads, width, width) for name in (MET, *names) for role in ROLES
+        f"{name}.gram_{role}": (blocks, heads[role], width, width) for name in (MET, *names) for role in ROLES
     }
-    shapes |= {f"{name}.sample_{role}": (blocks, None, heads, width) for name in names for role in ROLES}
+    shapes |= {f"{name}.sample_{role}": (blocks, None, heads[role], width) for name in names for role in ROLES}
     tensors = load_tensors(path, shapes)
     vectors = {
         (name, kind): Vectors(

@@ -1,0 +1,209 @@
+"""How the pipeline of each family is asked: its text, written down and encoded, and what its transformer takes beside
+latents and a time. One row a family; FLUX.1's is the first.
+
+Of text there are states [B, L, ...] and one tensor more, `pooled`: FLUX.1's pooled vectors, or which tokens the
+transformer attends to, [B, L], where its pipeline masks text. L is always the model's `text_length`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .attach import Turns
+
+if TYPE_CHECKING:
+    from .models import Model, Text
+
+Written = tuple[str, int]  # a text in its template, and the place of its first character there
+
+
+class Asked(NamedTuple):
+    """One family's pipeline. `cut` tokens of the template's beginning are dropped; `tokenizer` and `encoders` are its
+    attributes' names; `suffix` is what stands behind the padding.
+    """
+
+    encode: Callable[[Any, list[str], int, torch.device], tuple[Tensor, Tensor]]
+    inputs: Callable[[Model, Text], dict[str, Any]]
+    turns: Callable[[Model], tuple[Turns | None, Turns]]  # of text and image tokens; None: text is not turned
+    written: Callable[[Any, str], Written] = lambda pipe, text: (text, 0)
+    cut: Callable[[Any], int] = lambda pipe: 0
+    suffix: Callable[[Any], str] = lambda pipe: ""
+    masked: bool = False  # `pooled` tells which tokens are attended to
+    tokenizer: str = "tokenizer"
+    encoders: tuple[str, ...] = ("text_encoder",)
+
+
+def asked(model: Model) -> Asked:
+    """The row of a model's family. ValueError where its pipeline is not known."""
+    return asked_of(model.geometry.family)
+
+
+def asked_of(family: str) -> Asked:
+    """The row of a family. ValueError where there is none."""
+    if family not in PIPELINES:
+        raise ValueError(f"family {family!r}: its pipeline is not known, expected one of {', '.join(PIPELINES)}")
+    return PIPELINES[family]
+
+
+def grid(model: Model, axes: int) -> Tensor:
+    """Positions [L, axes] of image tokens: row and column on the second and third axis."""
+    side = model.latent_side // 2
+    ids = torch.zeros(side, side, axes, device=model.device)
+    ids[..., 1] += torch.arange(side, device=model.device)[:, None]
+    ids[..., 2] += torch.arange(side, device=model.device)[None]
+    return ids.flatten(0, 1)
+
+
+def _flux(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    states, pooled, _ = pipe.encode_prompt(texts, None, device=device, max_sequence_length=length)
+    return states, pooled
+
+
+def _flux_inputs(model: Model, text: Text) -> dict[str, Any]:
+    guidance = None
+    if model.transformer.config.guidance_embeds:
+        guidance = torch.full((len(text.states),), model.guidance, device=model.device)
+    return {
+        "guidance": guidance,
+        "pooled_projections": text.pooled.to(model.device),
+        "txt_ids": torch.zeros(text.states.shape[1], 3, device=model.device),
+        "img_ids": model.image_ids,
+    }
+
+
+def _chroma(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    states, mask = pipe._get_t5_prompt_embeds(texts, max_sequence_length=length, device=device)
+    return states, mask
+
+
+def _chroma_inputs(model: Model, text: Text) -> dict[str, Any]:
+    attended = pad(text.pooled.to(model.device), (0, len(model.image_ids)), value=1.0)  # pictures are attended to
+    ids = torch.zeros(text.states.shape[1], 3, device=model.device)
+    return {"attention_mask": attended, "txt_ids": ids, "img_ids": model.image_ids}
+
+
+def _flux2(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    states, _ = pipe.encode_prompt(texts, device=device, max_sequence_length=length)
+    return states, torch.ones(states.shape[:2])
+
+
+def _flux2_text(model: Model) -> Tensor:
+    ids = torch.zeros(model.text_length, 4, device=model.device)
+    ids[:, 3] = torch.arange(model.text_length, device=model.device)
+    return ids
+
+
+def _flux2_inputs(model: Model, text: Text) -> dict[str, Any]:
+    guidance = None
+    if model.transformer.config.guidance_embeds:
+        guidance = torch.full((len(text.states),), model.guidance, device=model.device)
+    return {"guidance": guidance, "txt_ids": _flux2_text(model), "img_ids": grid(model, 4)}
+
+
+def _flux2_written(pipe: Any, text: str) -> Written:
+    whole = pipe.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return whole, whole.index(text)
+
+
+def _qwen(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    states, mask = pipe._get_qwen_prompt_embeds(texts, device)
+    missing = length - states.shape[1]  # negative where a prompt is longer
+    return pad(states, (0, 0, 0, missing)), pad(mask, (0, missing)).float()
+
+
+def _qwen_shapes(model: Model) -> list[tuple[int, int, int]]:
+    return [(1, model.latent_side // 2, model.latent_side // 2)]
+
+
+def _qwen_inputs(model: Model, text: Text) -> dict[str, Any]:
+    mask = text.pooled.to(model.device).bool()
+    return {"encoder_hidden_states_mask": mask, "img_shapes": [_qwen_shapes(model)] * len(mask)}
+
+
+def _qwen_turns(model: Model) -> tuple[Turns, Turns]:
+    image, text = model.transformer.pos_embed(
+        _qwen_shapes(model), max_txt_seq_len=model.text_length, device=model.device
+    )
+    return _real(text), _real(image)
+
+
+def _real(turns: Tensor) -> Turns:
+    """Cosines and sines of complex numbers [L, D / 2]."""
+    return turns.real.repeat_interleave(2, 1), turns.imag.repeat_interleave(2, 1)
+
+
+def _krea(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    states, mask = pipe.get_text_hidden_states(texts, length, device)
+    return states, mask.float()
+
+
+def _krea_inputs(model: Model, text: Text) -> dict[str, Any]:
+    ids = torch.cat([torch.zeros(text.states.shape[1], 3, device=model.device), grid(model, 3)])
+    return {"position_ids": ids, "encoder_attention_mask": text.pooled.to(model.device).bool()}
+
+
+PIPELINES = {
+    "flux": Asked(
+        _flux,
+        _flux_inputs,
+        lambda model: (None, model.transformer.pos_embed(model.image_ids)),
+        tokenizer="tokenizer_2",
+        encoders=("text_encoder", "text_encoder_2"),
+    ),
+    "chroma": Asked(
+        _chroma, _chroma_inputs, lambda model: (None, model.transformer.pos_embed(model.image_ids)), masked=True
+    ),
+    "flux2": Asked(
+        _flux2,
+        _flux2_inputs,
+        lambda model: (model.transformer.pos_embed(_flux2_text(model)), model.transformer.pos_embed(grid(model, 4))),
+        written=_flux2_written,
+    ),
+    "qwen-image": Asked(
+        _qwen,
+        _qwen_inputs,
+        _qwen_turns,
+        written=lambda pipe, text: (pipe.prompt_template_encode.format(text), pipe.prompt_template_encode.index("{}")),
+        cut=lambda pipe: pipe.prompt_template_encode_start_idx,
+        masked=True,
+    ),
+    "krea2": Asked(
+        _krea,
+        _krea_inputs,
+        lambda model: (None, model.transformer.rotary_emb(grid(model, 3))),
+        written=lambda pipe, text: (pipe.prompt_template_encode_prefix + text, len(pipe.prompt_template_encode_prefix)),
+        cut=lambda pipe: pipe.prompt_template_encode_start_idx,
+        suffix=lambda pipe: pipe.prompt_template_encode_suffix,
+        masked=True,
+    ),
+}
+
+
+def tokens_of(pipe: Any, row: Asked, texts: Sequence[str], length: int) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+    """Which of a text's tokens are attended to, bool [B, length], and their characters in the text as it was given.
+
+    Tokens of the template and padding lie outside of the text, at (0, 0).
+    """
+    tokenizer, cut = getattr(pipe, row.tokenizer), row.cut(pipe)
+    behind = tokenizer(row.suffix(pipe))["input_ids"] if row.suffix(pipe) else []
+    written = [row.written(pipe, text) for text in texts]
+    batch = tokenizer(
+        [whole for whole, _ in written],
+        padding="max_length",
+        max_length=length + cut - len(behind),
+        truncation=True,
+        return_offsets_mapping=True,
+    )
+    used = [mask[cut:] + [1] * len(behind) for mask in batch["attention_mask"]]
+    places = []
+    for (_, start), text, offsets in zip(written, texts, batch["offset_mapping"], strict=True):
+        own = [(max(0, a - start), min(len(text), b - start)) for a, b in offsets[cut:]]
+        places.append([each if each[0] < each[1] else (0, 0) for each in own] + [(0, 0)] * len(behind))
+    return torch.tensor(used, dtype=torch.bool), places

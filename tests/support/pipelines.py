@@ -1,0 +1,85 @@
+"""Tiny random pipelines of other families than FLUX.1, with real classes of tokenizers and text encoders."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import diffusers
+import torch
+import transformers
+
+from dev.comfyui import find_comfyui
+from saferope_training.flux.models import Model, from_pipeline
+from tests.support.diffusers_models import TINY
+from tinyworld import model as tiny
+
+LENGTH, SIDE = 24, 4  # tokens of text; rows and columns of the latent: 2 x 2 image tokens
+TEMPLATE = (  # Qwen3's, less what one prompt does not need
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+_TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+_TEXT |= {"max_position_embeddings": 256}
+_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+
+
+def _words():
+    """Qwen's tokenizer with its whole vocabulary, which ComfyUI has."""
+    folder = find_comfyui() / "comfy" / "text_encoders" / "qwen25_tokenizer"
+    tokenizer = transformers.Qwen2Tokenizer.from_pretrained(folder)
+    tokenizer.chat_template, tokenizer.padding_side = TEMPLATE, "right"
+    return tokenizer
+
+
+def _chroma(transformer):
+    t5 = transformers.T5EncoderModel(tiny.make_text_encoders()[1].config)
+    return diffusers.ChromaPipeline(tiny.make_scheduler(), None, t5, tiny.make_tokenizer(clip=False), transformer)
+
+
+def _flux2(transformer):
+    words = _words()
+    config = transformers.Qwen3Config(**_TEXT, vocab_size=len(words), num_hidden_layers=28, head_dim=8)
+    text = transformers.Qwen3ForCausalLM(config)
+    return diffusers.Flux2KleinPipeline(tiny.make_scheduler(), None, text, words, transformer)
+
+
+def _qwen(transformer):
+    words = _words()
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=_TEXT | {"vocab_size": len(words), "num_hidden_layers": 2}, vision_config=_VISION
+    )
+    config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    return diffusers.QwenImagePipeline(tiny.make_scheduler(), None, text, words, transformer)
+
+
+def _krea(transformer):
+    words = _words()
+    config = transformers.Qwen3VLConfig(
+        text_config=_TEXT | {"vocab_size": len(words), "num_hidden_layers": 2, "head_dim": 8},
+        vision_config=_VISION | {"deepstack_visual_indexes": [0]},
+    )
+    config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = transformers.Qwen3VLModel(config)
+    return diffusers.Krea2Pipeline(
+        tiny.make_scheduler(), None, text, words, transformer, text_encoder_select_layers=(1, 2)
+    )
+
+
+_MAKERS = {
+    "chroma": (_chroma, {"joint_attention_dim": tiny.TEXT_WIDTH}),
+    "flux2": (_flux2, {"joint_attention_dim": 48}),  # three layers of 16
+    "qwen-image": (_qwen, {"joint_attention_dim": 16}),
+    "krea2": (_krea, {"text_hidden_dim": 16}),
+}
+FAMILIES = list(_MAKERS)
+
+
+def make_model(family: str) -> Model:
+    """The pipeline as training sees it. Its codec is the tiny world's, which only tells that it is random."""
+    make, sizes = _MAKERS[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = make(TINY[family].make(**sizes))
+    pipe.vae = SimpleNamespace(config={})
+    return from_pipeline("random", pipe, LENGTH, SIDE)
