@@ -120,17 +120,20 @@ def geometry_of(network: Any) -> Geometry:
     """
     network = getattr(network, "_orig_mod", network)
     layout = layout_of(network)
-    family = layout.family(network) if layout else None
-    if layout is None or family is None:
-        home = type(network).__module__
-        whose = "" if home.split(".")[0] in ("comfy", "torch") else f" by {home}"
-        raise ValueError(
-            f"SafeRoPE got a {type(network).__name__}{whose} model, whose attention it does not reach. Expected, as "
-            f"ComfyUI's own loaders load them (safetensors or GGUF): {titles(REACHED)}."
-        )
-    counts = {kind: len(getattr(network, blocks)) for kind, (blocks, _) in layout.blocks.items()}
-    heads, keys, head_dim = layout.heads(network)
-    return Geometry(counts.get("double", 0), counts.get("single", 0), heads, head_dim, family, keys)
+    try:
+        family = layout.family(network) if layout else None
+        if layout is not None and family is not None:
+            counts = {kind: len(getattr(network, blocks)) for kind, (blocks, _) in layout.blocks.items()}
+            heads, keys, head_dim = layout.heads(network)
+            return Geometry(counts.get("double", 0), counts.get("single", 0), heads, head_dim, family, keys)
+    except (AttributeError, IndexError):  # another node's block in the place of ComfyUI's
+        pass
+    home = type(network).__module__
+    whose = "" if home.split(".")[0] in ("comfy", "torch") else f" by {home}"
+    raise ValueError(
+        f"SafeRoPE got a {type(network).__name__}{whose} model, whose attention it does not reach. Expected, as "
+        f"ComfyUI's own loaders load them (safetensors or GGUF): {titles(REACHED)}."
+    )
 
 
 def parts(network: Any) -> Iterator[Part]:

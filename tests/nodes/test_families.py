@@ -136,6 +136,18 @@ def test_a_network_is_known_by_its_class_and_sizes(pack, model, geometry):
     assert found == geometry
 
 
+def test_a_network_that_is_not_whole_is_refused(pack, comfy, family):
+    """As it is where another node has put a block of its own in the place of the first."""
+    families = importlib.import_module(f"{pack.__name__}.nodes.host.families")
+    network = make_model(family).model.diffusion_model
+    blocks = next(iter(families.layout_of(network).blocks.values()))[0]
+    getattr(network, blocks)[0] = torch.nn.Identity()
+    if families.layout_of(network).heads is not families._as_flux:  # which the network itself tells
+        with pytest.raises(ValueError, match="whose attention it does not reach"):
+            families.geometry_of(network)
+    assert next(iter(families.parts(network))).queries is None
+
+
 def test_pictures_of_a_prompt(same, case):
     same({case.text + case.image: case.text}, case.prompt(), noise=case.latent())
 
