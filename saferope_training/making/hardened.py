@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from saferope_core import load_concepts
+from saferope_core import FLUX1, load_concepts
 
 from .. import processes, prompts
 from ..flux.new_words import NewWords, load_words, save_words, spoken
@@ -20,7 +20,13 @@ def hardened(recipe: Recipe, tell: Teller = lambda entry: None) -> Path:
     """The concept file after `settings.harden` rounds, `<out>/<concept>.hardened.safetensors`, beside the trained one.
 
     Each round trains in a folder of its own, `harden-<number>`, and resumes there. `tell` gets each step's entry.
+    ValueError for another family than FLUX.1, whose two text encoders read the words.
     """
+    if recipe.model.geometry.family != FLUX1.family:
+        raise ValueError(
+            f"harden: got a model of the family {recipe.model.geometry.family!r}, expected FLUX.1, whose two text "
+            "encoders read new words; train without --harden"
+        )
     with alone(recipe.out, within=True):
         s, last, path = recipe.settings, recipe, recipe.train(tell)
         unsafe = prompts.side(recipe.prompts(), prompts.UNSAFE)

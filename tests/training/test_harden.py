@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -88,6 +90,13 @@ def test_rounds_find_words_learn_them_and_resume(model, tmp_path, monkeypatch):
     before = path.read_bytes()
     monkeypatch.setattr(harden, "found_words", lambda *_: pytest.fail("words are searched for again"))
     assert hardened(Recipe(model, Settings(**FEW, harden=2), tmp_path)).read_bytes() == before
+
+
+def test_families_without_flux_1_s_two_encoders_are_refused(model, tmp_path):
+    recipe = Recipe(model, Settings(**FEW, harden=1), tmp_path)
+    recipe._model = replace(model, geometry=replace(model.geometry, family="chroma"))
+    with pytest.raises(ValueError, match="harden: got a model of the family 'chroma', expected FLUX.1"):
+        hardened(recipe)
 
 
 def test_found_words_bring_the_concept_back(model, tmp_path, monkeypatch):
