@@ -95,7 +95,7 @@ def test_rounds_find_words_learn_them_and_resume(model, tmp_path, monkeypatch):
 def test_families_without_flux_1_s_two_encoders_are_refused(model, tmp_path):
     recipe = Recipe(model, Settings(**FEW, harden=1), tmp_path)
     recipe._model = replace(model, geometry=replace(model.geometry, family="chroma"))
-    with pytest.raises(ValueError, match="harden: got a model of the family 'chroma', expected FLUX.1"):
+    with pytest.raises(ValueError, match=r"harden: got a model of the family 'chroma', expected FLUX.1"):
         hardened(recipe)
 
 
