@@ -141,6 +141,5 @@ class Apply(io.ComfyNode):
         span, positive_only = (start_percent, end_percent), conditionings == POSITIVE
         require_room(model, parts, strength, span)
         warn(concept, parts, strength, fixed, span)
-        left = {part.slug for part in parts}
-        left_out = [each.name for each in concept if each.slug not in left]
-        return io.NodeOutput(*protect(model, parts, strength, fixed, span, positive_only, record, left_out))
+        more = (concept, blocks, streams)
+        return io.NodeOutput(*protect(model, parts, strength, fixed, span, positive_only, record, *more))

@@ -45,7 +45,9 @@ from .measure.statistics import (
     schedule,
     token_kinds,
 )
+from .run.effect import Effect, effect_of, moved, undone
 from .run.protection import Protection
+from .run.receipt import Asked, AskedConcept, Receipt, Seen, failures, omissions, receipt_from
 from .run.recorder import Forward, Reading, Run
 from .version import __version__
 
@@ -70,9 +72,12 @@ __all__ = [
     "THRESHOLD",
     "UNSAFE",
     "WORDS",
+    "Asked",
+    "AskedConcept",
     "Concept",
     "ConceptFileError",
     "CriticalHeads",
+    "Effect",
     "Family",
     "Forward",
     "Gathering",
@@ -83,9 +88,11 @@ __all__ = [
     "Protection",
     "Ranks",
     "Reading",
+    "Receipt",
     "Reservoir",
     "Roles",
     "Run",
+    "Seen",
     "Statistics",
     "Stream",
     "Vectors",
@@ -96,8 +103,10 @@ __all__ = [
     "contrastive_basis",
     "critical_heads",
     "discrimination",
+    "effect_of",
     "exact",
     "extended",
+    "failures",
     "fixed_generator",
     "fixed_generators",
     "fold",
@@ -107,6 +116,8 @@ __all__ = [
     "histogram",
     "latent_risk_score",
     "load_concepts",
+    "moved",
+    "omissions",
     "orthogonalised",
     "orthonormal",
     "overlap",
@@ -114,6 +125,7 @@ __all__ = [
     "planes",
     "random_generators",
     "read_heads",
+    "receipt_from",
     "relative_basis",
     "require_known",
     "require_names",
@@ -133,6 +145,7 @@ __all__ = [
     "titles",
     "token_kinds",
     "turn",
+    "undone",
     "unknown_parts",
     "unknown_words",
     "unsafe_basis",

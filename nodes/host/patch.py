@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from comfy.ldm.flux.math import apply_rope
 from comfy.patcher_extension import WrappersMP
 
-from ...saferope_core import BLOCK_TYPES, ROLES, Forward, Geometry, Protection, Run
+from ...saferope_core import BLOCK_TYPES, ROLES, Asked, Forward, Geometry, Protection, Receipt, Run
 from .bridge import bridged
 from .families import grid_of, turns_by_position
 from .forward import ForwardState
 from .guard import guard, protected_forward
 from .network import TEXT_END, WRAPPER_KEY, Block, is_compiled, require_hook, require_network, suspects, watched_queries
 from .notices import notice, rested, start_notices
-from .recorder import Recorder, require_usual
+from .receipts import Pass, receipt_of
+from .recorder import Recorder, digest_of, require_usual
+from .strangers import hooked, strangers
 
 POSITIVE = 0  # in extra_options["cond_or_uncond"], one entry for each chunk of the batch; 1 is negative
 
@@ -54,7 +57,8 @@ class AttentionPatch:
     has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes; the protection keeps one copy per
     device instead.
 
-    What it sees goes to `recorder`, run by run. A patch that is only `watching` turns nothing.
+    What it sees goes to `recorder`, run by run: the risk, unless that is off, and a receipt if it knows what
+    was `asked` of it. A patch that is only `watching` turns nothing.
     """
 
     def __init__(
@@ -65,8 +69,9 @@ class AttentionPatch:
         positive_only: bool = False,
         recorder: Recorder | None = None,
         watching: bool = False,
+        asked: Asked | None = None,
     ) -> None:
-        self.protection, self.recorder, self.watching = protection, recorder, watching
+        self.protection, self.recorder, self.watching, self.asked = protection, recorder, watching, asked
         self.protected = frozenset(block for block in _blocks(protection.geometry) if protection.covers(*block))
         self.start, self.end, self.positive_only = start, end, positive_only
         self._now = ForwardState()
@@ -112,30 +117,44 @@ class AttentionPatch:
         record.
         """
         guider = executor.class_obj
-        run = _Run(Run(self.protection.geometry) if self.recorder else None, pictures=len(noise))
+        records = self.recorder is not None and not self.recorder.off
+        run = _Run(Run(self.protection.geometry) if records else None, pictures=len(noise))
+        start = digest_of(latent) if torch.is_tensor(latent) and bool(latent.any()) else ""
         start_notices()
         if self.positive_only:
             require_usual(guider)
         guider.model_options.setdefault("transformer_options", {})[self._run_key] = run
         out = executor(noise, latent, sampler, sigmas, *args, **kwargs)
-        if not run.forwards and len(sigmas) > 1:
+        if not run.passes and len(sigmas) > 1:
             options = guider.model_options.get("transformer_options", {})
             raise RuntimeError(
                 "SafeRoPE saw no forward of the model in this sampling run, so the picture is not protected. Expected: "
                 f"every forward goes through apply_model. {suspects(guider.model_patcher, options)}"
             )
-        if run.forwards and not run.acted:
+        if run.passes and not run.acted:
             notice(rested(self.protection.concepts, self.start, self.end))
-        if self.recorder is not None and run.record is not None:
-            self.recorder.keep(run.record, out, guider)
+        if self.recorder is not None:
+            others = [sampler, (*args, *kwargs.values())]
+            self.recorder.keep(run.record, out, guider, self._receipt(run, guider, start, out, sigmas, others))
         return out
+
+    def _receipt(self, run: _Run, guider: Any, start: str, out: Any, sigmas: Any, others: list) -> Receipt | None:
+        """What the run was asked and seen to do; None for a patch that only watches, and a run without a step."""
+        if self.asked is None or not run.passes:
+            return None
+        sampler, arguments = others
+        undone = [patch.asked.undone for patch in run.chain if patch.asked]
+        asked = replace(self.asked, undone=tuple(dict.fromkeys(sentence for each in undone for sentence in each)))
+        found = strangers(guider, sampler, arguments, run.options)
+        latents, patcher = (digest_of(out), start), guider.model_patcher
+        return receipt_of(asked, latents, run.passes, sigmas, len(self.protected), run.record, found, patcher)
 
     def around_forward(self, executor: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """APPLY_MODEL wrapper: decides once per forward whether to act, then checks that the patch was called."""
         model, options = executor.class_obj, _transformer_options(args, kwargs)
         require_network(model, self.protection.geometry, options)
         run = options.get(self._run_key) or _Run()
-        run.forwards += 1
+        run.meet(options)
         run.compiled = run.compiled or is_compiled(model.current_patcher, options)
         acting = self._in_range(model.model_sampling, sigma)
         run.acted = run.acted or acting
@@ -153,7 +172,9 @@ class AttentionPatch:
                 raise RuntimeError(self._complaint(model, options))
             if self._now.projected:
                 torch._dynamo.reset()  # the graph was traced without the patch
-        run.whole = run.whole or self.protected <= self._now.called
+        whole = self.protected <= self._now.called
+        run.passes.append(Pass(sigma.max(), acting, whole, len(options.get("cond_or_uncond", ()))))
+        run.whole = run.whole or whole
         run.compiled = run.compiled or bool(self.protected & self._now.called - self._now.projected)
         if run.record is not None and record is not None:
             run.record.add(record)
@@ -216,19 +237,31 @@ class _Run:
     """What one sampling run has shown of the model it samples."""
 
     def __init__(self, record: Run | None = None, pictures: int = 0) -> None:
-        self.forwards, self.record, self.pictures = 0, record, pictures
+        self.record, self.pictures = record, pictures
+        self.passes: list[Pass] = []
+        self.options: list[dict] = []  # what may change a forward, each once
+        self.chain: list[AttentionPatch] = []  # those of SafeRoPE, in the last forward
         self.acted = False  # a forward lay in the range of steps
         self.whole = False  # a forward has gone through every protected block
         self.compiled = False  # the patch may be, or was, called in blocks whose queries nobody saw being made
 
     def blank(self, model: Any, x: torch.Tensor, sigma: torch.Tensor, options: dict) -> Forward | None:
-        """An empty record for a forward of this run; None where nobody keeps one, or rows are not told apart by
-        prompts.
+        """An empty record for a forward of this run, without entries where rows are not told apart by prompts; None
+        where nobody keeps one.
         """
-        if self.record is None or len(x) != self.pictures * len(options["cond_or_uncond"]):
+        if self.record is None:
             return None
-        entries = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+        known = len(x) == self.pictures * len(options["cond_or_uncond"])
+        entries = zip(options["cond_or_uncond"], options["uuids"], strict=True) if known else ()
         return Forward(list(entries), sigma.max(), grid_of(model.diffusion_model, x))
+
+    def meet(self, options: dict) -> None:
+        """Notes what other code a forward has on its way."""
+        now = hooked(options)
+        if now not in self.options:
+            self.options.append(now)
+        patches = options.get("patches", {}).get("attn1_patch", [])
+        self.chain = [patch for patch in patches if isinstance(patch, AttentionPatch)]
 
 
 class ListeningPatch:

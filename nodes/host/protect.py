@@ -10,6 +10,7 @@ from ...saferope_core import Concept, Geometry, Protection, held_strengths, pars
 from .network import flux_geometry
 from .notices import notice, start_notices
 from .patch import AttentionPatch, patched
+from .receipts import asked as asked_of
 from .recorder import Recorder
 
 NOT_RECORDED = "record is off in SafeRoPE Apply"
@@ -23,21 +24,25 @@ def protect(
     span: tuple[float, float] = (0.0, 1.0),
     positive_only: bool = False,
     record: bool = True,
-    left_out: Sequence[str] = (),
+    whole: Sequence[Concept] = (),
+    blocks: str = "",
+    streams: str = "both",
 ) -> tuple[Any, Recorder]:
     """A protected clone of `model` and its recorder. Where nothing can turn, the clone has no patch.
 
-    `left_out`: names of concepts that were asked for and have nothing to turn; the recorder tells of them too.
+    `concepts` is what `blocks` and `streams` left of the `whole` ones; recorder and receipt tell of all of them.
     """
-    count = len(concepts)
+    count, kept = len(concepts), {concept.slug for concept in concepts}
     geometry = flux_geometry(model)
     protection = Protection(concepts, geometry, strengths=[strength] * count, thresholds=[threshold] * count)
     idle = _why_idle(concepts, strength, span)
-    names = [*(concept.name for concept in concepts), *left_out]
+    names = [concept.name for concept in (*concepts, *(each for each in whole if each.slug not in kept))]
     recorder = Recorder(names, geometry, off=idle or (None if record else NOT_RECORDED))
     if idle:
         return model.clone(), recorder
-    patch = AttentionPatch(protection, *span, positive_only=positive_only, recorder=recorder if record else None)
+    before = [patch.protection for patch in _patches(model, span)]
+    told = asked_of(whole or concepts, protection, span, blocks, streams, positive_only, before)
+    patch = AttentionPatch(protection, *span, positive_only=positive_only, recorder=recorder, asked=told)
     return patched(model, patch), recorder
 
 
@@ -65,12 +70,7 @@ def require_room(model: Any, parts: list[Concept], strength: float, span: tuple[
     turn.
     """
     here = held_strengths(parts, [part.strength * strength for part in parts])
-    patches = model.model_options.get("transformer_options", {}).get("patches", {}).get("attn1_patch", [])
-    protections = [
-        patch.protection
-        for patch in patches
-        if isinstance(patch, AttentionPatch) and max(patch.start, span[0]) < min(patch.end, span[1])
-    ]
+    protections = [patch.protection for patch in _patches(model, span)]
     concepts = [concept for each in protections for concept in each.concepts] + parts
     strengths = [strength for each in protections for strength in each.effective] + list(here)
     for concept, asked, held in zip(concepts, strengths, held_strengths(concepts, strengths), strict=True):
@@ -80,6 +80,16 @@ def require_room(model: Any, parts: list[Concept], strength: float, span: tuple[
                 "both together would turn it past half a turn, back to the unprotected model. Remove one of them, or "
                 "lower their strengths."
             )
+
+
+def _patches(model: Any, span: tuple[float, float]) -> list[AttentionPatch]:
+    """Those of the SafeRoPE Apply nodes before this one that act in the same steps."""
+    patches = model.model_options.get("transformer_options", {}).get("patches", {}).get("attn1_patch", [])
+    return [
+        patch
+        for patch in patches
+        if isinstance(patch, AttentionPatch) and max(patch.start, span[0]) < min(patch.end, span[1])
+    ]
 
 
 def warn(

@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP, get_all_wrappers
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...saferope_core import Geometry, Reading, Run
+from ...saferope_core import Geometry, Reading, Receipt, Run
 
 RecorderType = io.Custom("SAFEROPE_RECORDER")  # Recorder
 
@@ -79,24 +79,33 @@ class Recorder:
 
     def __init__(self, names: Sequence[str], geometry: Geometry, off: str | None = None) -> None:
         self.names, self.geometry, self.off = tuple(names), geometry, off
-        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._records: OrderedDict[str, Record | None] = OrderedDict()
+        self._receipts: OrderedDict[str, Receipt | None] = OrderedDict()
         self._lock = threading.Lock()
 
-    def keep(self, run: Run, samples: Tensor, guider: Any) -> Record:
-        """Reads a run that is over and files it under the latent that it sampled."""
+    def keep(self, run: Run | None, samples: Tensor, guider: Any, receipt: Receipt | None = None) -> None:
+        """Reads a run that is over and files it, with its receipt, under the latent that it sampled."""
+        record, key = None if run is None else self._read(run, guider), digest_of(samples)
+        with self._lock:
+            for kept, value in ((self._records, record), (self._receipts, receipt)):
+                kept[key] = value  # type: ignore[index]
+                while len(kept) > KEPT:
+                    kept.popitem(last=False)
+
+    def receipt(self, digest: str) -> Receipt | None:
+        """The receipt of the run that a latent of this `digest_of` came out of; None where there is none."""
+        with self._lock:
+            return self._receipts.get(digest)
+
+    def _read(self, run: Run, guider: Any) -> Record:
         found = (run.readings(number) for number in range(len(self.names)))
         readings = tuple(tuple(sorted(each, key=lambda reading: reading.entry[0])) for each in found)
-        record = Record(self.names, readings, usual=_conditionings(guider) <= USUAL)
-        with self._lock:
-            self._records[_digest(samples)] = record
-            while len(self._records) > KEPT:
-                self._records.popitem(last=False)
-        return record
+        return Record(self.names, readings, usual=_conditionings(guider) <= USUAL)
 
     def of(self, samples: Tensor) -> Record:
         """The record of the run that these samples came out of. Raises ValueError where there is none."""
         with self._lock:
-            record = self._records.get(_digest(samples))
+            record = self._records.get(digest_of(samples))
         if record is None:
             raise ValueError(
                 f"This latent did not come out of a sampler with this protected model (of {len(self._records)} "
@@ -140,7 +149,7 @@ def _conditionings(guider: Any) -> set[str]:
     return set(getattr(guider, "original_conds", ("unknown",)))
 
 
-def _digest(samples: Tensor) -> str:
+def digest_of(samples: Tensor) -> str:
     """Identity of a latent: its shape and numbers, as samplers hand them over."""
     told = getattr(comfy.model_management, "intermediate_dtype", None)  # ComfyUI 0.17 hands over what it sampled
     plain = samples.detach().to("cpu", told() if told else torch.float32).float().contiguous()

@@ -52,6 +52,7 @@ class Concept:
     training: dict = field(default_factory=dict)  # the record needed to repeat it, as JSON
     singular_values: Tensor | None = None  # [N, R] >= 0
     reach: int = 0  # S, how many of the bases' last columns are outside of the unsafe subspace
+    source: str = ""  # sha256 of the file that it was read from, as long as nothing but strength and slug was changed
 
     def __post_init__(self) -> None:
         _check_words(self)

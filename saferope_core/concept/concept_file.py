@@ -157,6 +157,7 @@ def _sorted_header(data: bytes) -> bytes:
 
 def parse_concepts(data: bytes) -> list[Concept]:
     """The concepts of a file's bytes, checked whole. Raises ValueError, and no other error, for anything else."""
+    source = hashlib.sha256(data).hexdigest()
     header = _header(data)
     metadata = _metadata(header.pop("__metadata__", None))
     geometry = _geometry(metadata["geometry"])
@@ -167,7 +168,7 @@ def parse_concepts(data: bytes) -> list[Concept]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"damaged or cut short ({error}): fetch the file again") from None
     del data  # a large file need not be held a third time
-    return [_concept(entry, geometry, tensors) for entry in entries]
+    return [_concept(entry, geometry, tensors, source) for entry in entries]
 
 
 def _header(data: bytes) -> dict:
@@ -259,7 +260,7 @@ def _are_sizes(values: object, most: int, largest: int) -> bool:
     )
 
 
-def _concept(entry: dict, geometry: Geometry, tensors: dict[str, Tensor]) -> Concept:
+def _concept(entry: dict, geometry: Geometry, tensors: dict[str, Tensor], source: str) -> Concept:
     slug = entry["slug"]
     own: dict[str, Any] = {name: tensors.pop(f"{slug}/{name}", None) for name in (*_TENSORS, *_TENSORS_OPTIONAL)}
     facts = {name: entry[name] for name in _FACTS if name not in ("rank", _TEXT.acts_on, _IMAGE.acts_on)}
@@ -269,7 +270,7 @@ def _concept(entry: dict, geometry: Geometry, tensors: dict[str, Tensor]) -> Con
                 own[name] = _restored(name, own[name])
         streams: dict[str, Any] = {name: stream_of(own, entry[names.acts_on], names) for name, names in NAMES.items()}
         rest = {name: own[name] for name in ("heads", "discrimination", "singular_values")}
-        concept = Concept(geometry=geometry, **facts, **streams, **rest)
+        concept = Concept(geometry=geometry, source=source, **facts, **streams, **rest)
     except ValueError as error:
         raise ValueError(f"concept {slug!r}: {error}") from None
     if type(entry["rank"]) is not int or entry["rank"] != concept.rank:

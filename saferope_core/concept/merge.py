@@ -83,7 +83,7 @@ def orthogonalised(later: Concept, *earlier: Concept) -> Concept:
         torch.equal(free["image"][role][turns], free["text"][role][turns]) for role in later.acts("image")
     ):
         image = replace(image, basis=free["image"], gate=later.text.gate, full=later.text.full)
-    return replace(later, text=text, image=image)
+    return replace(later, text=text, image=image, source="")
 
 
 def taken_apart(concepts: Sequence[Concept], tell: Callable[[], None] = lambda: None) -> list[Concept]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import nan
 
@@ -64,7 +64,7 @@ class Reading:
 
 @dataclass
 class _Tally:
-    """The risk that one concept found in one stream of one conditioning, in one forward."""
+    """The gates of one concept in one stream, in one forward; of all rows and tokens, or of some."""
 
     passed: Tensor | float = 0.0  # [B, L]: how many gates each token passes
     gates: int = 0
@@ -74,24 +74,44 @@ class _Tally:
 class Forward:
     """One pass of the network. The rows of its batch are equal chunks, one for each of `entries`.
 
-    `grid`: rows and columns of the picture's own tokens; those of reference pictures, behind them, are not recorded.
+    Without entries, where a host does not tell rows apart, turned vectors are counted and no risk is read.
+    `grid`: rows and columns of the picture's own tokens; those of reference pictures, behind them, have no risk.
     """
 
     def __init__(self, entries: Sequence[Hashable], noise_level: Tensor | float, grid: tuple[int, int]) -> None:
         self.entries, self.noise_level, self.grid = tuple(entries), noise_level, grid
-        self.tallies: dict[tuple[Hashable, int, str], _Tally] = defaultdict(_Tally)
+        self.tallies: dict[tuple[int, str], _Tally] = defaultdict(_Tally)
 
     def saw(self, concept: int, row: int, stream: str, heads: Tensor, passed: Tensor) -> None:
         """A block's heads [n] and, for each of them, which tokens of the stream pass its gate: bool [B, n, L]."""
-        assert len(passed) % len(self.entries) == 0, f"{len(passed)} rows for {len(self.entries)} conditionings"
-        if stream == IMAGE:
-            passed = passed[..., : self.grid[0] * self.grid[1]]
-        for entry, chunk in zip(self.entries, passed.chunk(len(self.entries)), strict=True):
-            tally = self.tallies[entry, concept, stream]
-            tally.passed = tally.passed + chunk.sum(1, dtype=torch.float32)
-            tally.gates += len(heads)
-            if stream == TEXT:
-                tally.heads.append((row, heads, chunk))
+        tally = self.tallies[concept, stream]
+        tally.passed = tally.passed + passed.sum(1, dtype=torch.float32)
+        tally.gates += len(heads)
+        if stream == TEXT:
+            tally.heads.append((row, heads, passed))
+
+    def of(self, entry: Hashable, concept: int, stream: str) -> _Tally | None:
+        """The tally of one conditioning and of the picture's own tokens; None where no gate was asked."""
+        tally = self.tallies.get((concept, stream))
+        if tally is None:
+            return None
+        places = [place for place, each in enumerate(self.entries) if each == entry]
+        own = self.grid[0] * self.grid[1] if stream == IMAGE else None
+        passed = sum(self._chunk(tally.passed, place)[:, :own] for place in places)
+        heads = [(row, at, self._chunk(seen, place)) for row, at, seen in tally.heads for place in places]
+        return _Tally(passed, tally.gates * len(places), heads)
+
+    def turned(self, concept: int, counts: Callable[[Hashable], bool] | None = None) -> float:
+        """How many queries and keys passed a gate, over tokens and heads; of the entries that count, or of all rows."""
+        found = [tally.passed for (number, _), tally in self.tallies.items() if number == concept]
+        if counts is not None:
+            chosen = [place for place, each in enumerate(self.entries) if counts(each)]
+            found = [self._chunk(passed, place) for passed in found for place in chosen]
+        return sum((torch.as_tensor(passed).sum(dtype=torch.float64).item() for passed in found), 0.0)
+
+    def _chunk(self, x: Tensor | float, place: int) -> Tensor:
+        assert isinstance(x, Tensor) and len(x) % len(self.entries) == 0, "rows for conditionings"
+        return x.chunk(len(self.entries))[place]
 
 
 class Run:
@@ -114,10 +134,14 @@ class Run:
         entries = dict.fromkeys(entry for forward in self.forwards for entry in forward.entries)
         return [_reading(entry, concept, self.forwards, self.geometry) for entry in entries]
 
+    def turned(self, concept: int, counts: Callable[[Hashable], bool] | None = None) -> int:
+        """How many queries and keys, over tokens, heads and forwards, this concept turned; see `Forward.turned`."""
+        return int(sum(forward.turned(concept, counts) for forward in self.forwards))
+
 
 def _reading(entry: Hashable, concept: int, forwards: Sequence[Forward], geometry: Geometry) -> Reading:
     mine = [forward for forward in forwards if entry in forward.entries]
-    tallies = {stream: [each.tallies.get((entry, concept, stream)) for each in mine] for stream in (TEXT, IMAGE)}
+    tallies = {stream: [each.of(entry, concept, stream) for each in mine] for stream in (TEXT, IMAGE)}
     text, image = (_shares(tallies[stream]) for stream in (TEXT, IMAGE))
     levels = torch.stack([torch.as_tensor(forward.noise_level).float().cpu() for forward in mine])
     heads = None if text is None else _heads_at(text.nanmean(0).argmax(-1), tallies[TEXT], geometry)

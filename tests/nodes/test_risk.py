@@ -343,7 +343,7 @@ def test_long_prompts_have_pictures_of_bounded_size(pack):
 
 def test_a_latent_is_known_again_by_a_host_that_names_no_type_of_intermediates(pack, comfy, monkeypatch):
     """ComfyUI 0.17, the oldest that is supported, hands latents over in the type they were sampled in."""
-    digest = importlib.import_module(f"{pack.__name__}.nodes.host.recorder")._digest
+    digest = importlib.import_module(f"{pack.__name__}.nodes.host.recorder").digest_of
     monkeypatch.delattr(comfy.model_management, "intermediate_dtype", raising=False)
     latent = torch.randn(1, 4, 2, 2)
     assert digest(latent) == digest(latent.clone()) != digest(latent + 1e-3)

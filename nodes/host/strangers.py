@@ -1,0 +1,71 @@
+"""Code of other packs that has a say in a sampling run: a receipt cannot know what it does.
+
+ComfyUI's own code, torch's and ours is known. Whatever else hangs on the model, the guider, the sampler or the network,
+or was put in the place of ComfyUI's own functions, is named by its module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import comfy.k_diffusion.sampling
+import comfy.ldm.flux.layers
+import comfy.ldm.flux.math
+import comfy.ldm.flux.model
+import comfy.model_base
+import comfy.sample
+import comfy.samplers
+import torch
+
+from .network import changes_in_place
+
+KNOWN = {"comfy", "comfy_extras", "comfy_api", "comfy_execution", "nodes", "execution", "latent_preview", "torch"}
+KNOWN |= {"numpy", "tqdm", "einops", "torchsde", "scipy", "", *sys.stdlib_module_names} - {"__main__"}
+OURS = str(__package__).rsplit(".", 2)[0] + "."
+SHARED = (comfy.samplers, comfy.sample, comfy.ldm.flux.layers, comfy.ldm.flux.math, comfy.k_diffusion.sampling)
+CLASSES = (comfy.samplers.CFGGuider, comfy.samplers.KSAMPLER, comfy.model_base.BaseModel, comfy.ldm.flux.model.Flux)
+DEEPEST = 8  # of nested dicts and lists in model_options
+
+
+def strangers(guider: Any, sampler: Any, arguments: Iterable[Any], options: Iterable[dict]) -> list[str]:
+    """Modules of other packs; arguments: of the sampling, such as its callback; options: transformer_options that
+    forwards had.
+    """
+    patcher = guider.model_patcher
+    things = [guider, sampler, *vars(guider).values(), *vars(sampler).values(), *arguments, *options]
+    things += [getattr(patcher, name, {}) for name in ("model_options", "object_patches", "wrappers", "callbacks")]
+    things += [getattr(patcher, name, {}) for name in ("injections", "attachments", "additional_models")]
+    things += [
+        value for holder in (*SHARED, *CLASSES) for value in vars(holder).values() if hasattr(value, "__globals__")
+    ]
+    found = {home for thing in things for each in _leaves(thing) if _strange(home := home_of(each))}
+    return sorted(found) + [told.split(": ")[0] for told in changes_in_place(patcher.model.diffusion_model)]
+
+
+def hooked(options: dict) -> dict:
+    """What of transformer_options may change a forward."""
+    return {key: options[key] for key in ("patches", "patches_replace", "wrappers", "callbacks") if key in options} | {
+        "override": options.get("optimized_attention_override")
+    }
+
+
+def home_of(thing: Any) -> str:
+    """The module that a function was written in, or that the class of an object is from."""
+    inner = getattr(thing, "func", getattr(thing, "__func__", thing))  # of a partial, of a method
+    named = getattr(inner, "__globals__", {}).get("__name__")
+    return named or (inner.__module__ if isinstance(inner, type) else type(inner).__module__) or ""
+
+
+def _strange(home: str) -> bool:
+    return home.split(".")[0] not in KNOWN and not f"{home}.".startswith(OURS)
+
+
+def _leaves(value: Any, depth: int = DEEPEST) -> Iterator[Any]:
+    """What is no dict, list, tuple or set, in whatever is."""
+    if isinstance(value, (dict, list, tuple, set)) and depth:
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each, depth - 1)
+    elif not isinstance(value, torch.Tensor):
+        yield value

@@ -1,0 +1,118 @@
+"""What concepts do, as opposed to what they are: how many heads turn their own unsafe directions, and how far.
+
+A well-formed concept may do nothing (gates of 1, generators near zero, strength 0) or be undone by another one (the
+inverse turn in the same heads). Both show where each unsafe direction of a head is sent through the protections.
+
+Axes: N safety-critical heads, D head dimension, R subspace rank, S reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..concept.concept import Concept
+from ..concept.geometry import BLOCK_TYPES
+from ..concept.stream import STREAMS
+from ..maths.rotation import planes
+from .protection import Protection
+
+# A token that is nearly all unsafe: a gate above it lets everything through. The tiny world's gates reach 0.953.
+PROBE_RISK = 0.99
+# How far a vector of length 1 must move: what the smallest step of a strength (0.05) makes of a turn by 1 radian.
+LEAST_TURN = 0.05
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a concept does by itself. turning of its `heads` heads move an unsafe direction by LEAST_TURN or more."""
+
+    heads: int
+    turning: int
+    angle: float  # radians: the widest turn of any plane, at risk 1 and this strength
+    gates: tuple[float, float]  # the lowest and the highest of the gates that are asked
+
+    def __str__(self) -> str:
+        low, high = self.gates
+        turns = f"turns in {self.turning} of {self.heads} heads, by {self.angle:.2f} rad at most"
+        return f"{turns}, gates {low:.3f} to {high:.3f}"
+
+
+def effect_of(concept: Concept, strength: float = 1.0, threshold: float | None = None) -> Effect:
+    """The effect of one concept at `strength` times its own; threshold: one gate for all heads, or None for its own."""
+    alone = Protection([concept], concept.geometry, [strength], [threshold])
+    turning = int((moved(concept, [alone]) >= LEAST_TURN).sum())
+    full = max(planes(concept.generator(stream))[0].max().item() for stream in STREAMS)
+    gates = [concept.gate(role, stream) for stream in STREAMS for role in concept.acts(stream)]
+    low, high = min(gate.min().item() for gate in gates), max(gate.max().item() for gate in gates)
+    angle = full * min(1.0, abs(alone.effective[0]))
+    return Effect(len(concept.heads), turning, angle, (low, high) if threshold is None else (threshold, threshold))
+
+
+def undone(chain: Sequence[Protection]) -> list[str]:
+    """A sentence for every concept of the protections in a row that the others turn back, in any of its heads."""
+    found: list[str] = []
+    if sum(len(protection.concepts) for protection in chain) < 2:
+        return found
+    for each in (concept for protection in chain for concept in protection.concepts):
+        own = [_only(protection, [each]) for protection in chain]
+        alone = moved(each, own) >= LEAST_TURN
+        lost = alone & (moved(each, chain) < LEAST_TURN)
+        if lost.any():
+            who = [other.slug for other in _others(chain, each) if _lost(each, other, chain, alone)]
+            by = f" by {', '.join(map(repr, who[:4]))}" if who else ""
+            found.append(f"concept {each.slug!r} is turned back{by} in {int(lost.sum())} of its {len(lost)} heads")
+    return found
+
+
+def moved(concept: Concept, chain: Sequence[Protection]) -> Tensor:
+    """How far the chain moves any unsafe direction of each of the concept's heads at most, [N] in [0, 2]."""
+    far = torch.zeros(len(concept.heads))
+    for stream in STREAMS:
+        for role in concept.acts(stream):
+            probes = _probes(concept.basis(role, stream), concept.reach)
+            for kind, index in concept.heads[:, :2].unique(dim=0).tolist():
+                here = (concept.heads[:, :2] == torch.tensor([kind, index])).all(1)
+                heads = concept.heads[here, 2].long()
+                x = torch.zeros(1, concept.geometry.heads, *probes.shape[1:])
+                x[0, heads] = probes[here]
+                spans = {"text": (0, 0), "image": (0, 0), stream: (0, x.shape[2])}
+                y = x
+                for each in chain:
+                    y = each.rotate(y, role, BLOCK_TYPES[kind], index, spans["text"], spans["image"])
+                lengths = torch.linalg.vector_norm(y - x, dim=-1).amax(-1)[0, heads]
+                far[here] = torch.maximum(far[here], lengths)
+    return far
+
+
+def _probes(bases: Tensor, reach: int) -> Tensor:
+    """Vectors [N, R, D] of length 1 and risk PROBE_RISK, one along each unsafe direction of bases [N, D, R + S]."""
+    unsafe = bases[..., : bases.shape[-1] - reach].mT
+    if bases.shape[-1] == bases.shape[-2]:
+        return unsafe  # nothing lies outside
+    row = bases.square().sum(-1).argmin(-1)  # the axis that lies furthest outside
+    axis = torch.nn.functional.one_hot(row, bases.shape[-2]).to(bases)
+    rest = axis - (bases @ bases[torch.arange(len(bases)), row][..., None])[..., 0]
+    outside = torch.nn.functional.normalize(rest, dim=-1)
+    return PROBE_RISK**0.5 * unsafe + (1 - PROBE_RISK) ** 0.5 * outside[:, None]
+
+
+def _others(chain: Sequence[Protection], concept: Concept) -> list[Concept]:
+    return [other for protection in chain for other in protection.concepts if other is not concept]
+
+
+def _lost(concept: Concept, other: Concept, chain: Sequence[Protection], alone: Tensor) -> bool:
+    """Whether the other one by itself turns the concept back in a head."""
+    pair = [_only(protection, [concept, other]) for protection in chain]
+    return bool((alone & (moved(concept, pair) < LEAST_TURN)).any())
+
+
+def _only(protection: Protection, concepts: Sequence[Concept]) -> Protection:
+    """The protection with some of its concepts, as far as it has them, each as strong as it is there."""
+    rows = zip(protection.concepts, protection.effective, protection.thresholds, strict=True)
+    kept = [row for row in rows if any(row[0] is each for each in concepts)]
+    factors = [effective / concept.strength if concept.strength else 0.0 for concept, effective, _ in kept]
+    return Protection([row[0] for row in kept], protection.geometry, factors, [row[2] for row in kept])
