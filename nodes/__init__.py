@@ -11,6 +11,7 @@ from .load import LoadConcept
 from .risk_map import RiskMap
 from .risk_probe import RiskProbe
 from .save import SaveConcept
+from .save_image import SaveImage
 from .tiny_world import TinyWorld
 
 
@@ -20,7 +21,7 @@ class SafeRoPE(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         nodes = [LoadConcept, CombineConcepts, CalibrateConcept, SaveConcept, InspectConcept]
-        return [*nodes, Apply, RiskProbe, RiskMap, TinyWorld]
+        return [*nodes, Apply, RiskProbe, RiskMap, SaveImage, TinyWorld]
 
 
 async def comfy_entrypoint() -> SafeRoPE:

@@ -14,7 +14,7 @@ import typer
 
 from saferope_training.console import guarded, say
 
-from .commands import attack, audit, bench, evaluate, files, generate, stages
+from .commands import attack, audit, bench, evaluate, files, generate, proof, stages
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +48,8 @@ app.command("generate")(generate.generate)
 for name in ("inspect", "merge", "convert", "card"):
     app.command(name)(getattr(files, name))
 app.command("audit")(audit.audit)
+app.command("verify")(proof.verify)
+app.add_typer(proof.keys, name="keys")
 app.command("bench")(bench.bench)
 
 

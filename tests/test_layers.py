@@ -17,7 +17,7 @@ import pytest
 from dev.comfyui import ROOT
 
 OURS = {"nodes", "dev", "tests", "tinyworld", "workflow_lint", "saferope"}
-OURS |= {"saferope_benchmark", "saferope_core", "saferope_training"}
+OURS |= {"saferope_benchmark", "saferope_core", "saferope_credentials", "saferope_training"}
 COMFYUI = {
     "comfy",
     "comfy_api",
@@ -63,7 +63,18 @@ PARTS = {
     "nodes": (
         {"inputs", "draw"},
         {"host"},
-        {"apply", "calibrate", "combine", "inspect", "load", "risk_map", "risk_probe", "save", "tiny_world"},
+        {
+            "apply",
+            "calibrate",
+            "combine",
+            "inspect",
+            "load",
+            "risk_map",
+            "risk_probe",
+            "save",
+            "save_image",
+            "tiny_world",
+        },
     ),
 }
 
@@ -79,12 +90,15 @@ RULES = {
     "saferope_core": Rule(STDLIB | BROUGHT, set()),
     "tinyworld": Rule(None, OURS | COMFYUI),
     "workflow_lint": Rule(STDLIB | {"PIL"}, set()),
+    "saferope_credentials": Rule(STDLIB | {"c2pa", "cryptography"}, set()),
     "saferope_training": Rule(
         None, NOT_BELOW | {"saferope", "saferope_benchmark", "workflow_lint", "saferope_training"}
     ),
     "saferope_benchmark": Rule(None, NOT_BELOW | {"saferope", "workflow_lint", "saferope_benchmark"}),
     "saferope": Rule(None, NOT_BELOW | {"saferope"}),
-    "nodes": Rule(STDLIB | BROUGHT_BY_COMFYUI | COMFYUI, set(), above={"saferope_core", "tinyworld"}),
+    "nodes": Rule(
+        STDLIB | BROUGHT_BY_COMFYUI | COMFYUI, set(), above={"saferope_core", "saferope_credentials", "tinyworld"}
+    ),
 }
 
 

@@ -93,7 +93,7 @@ def receipt_of(
         forwards_skipped=sum(not each.whole for each in passes),
         blocks=blocks,
         conditionings=max(each.conditionings for each in passes),
-        turned=None if run is None else tuple(run.turned(number, counts) for number in range(len(asked.concepts))),
+        turned=None if run is None else {each.slug: run.turned(n, counts) for n, each in enumerate(asked.concepts)},
         weights_patched=len(getattr(patcher, "patches", {})),
         others=tuple(others),
     )

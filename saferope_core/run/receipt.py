@@ -63,7 +63,7 @@ class Seen:
     forwards_skipped: int  # without some of the protected blocks
     blocks: int  # that are protected
     conditionings: int  # most in one forward
-    turned: tuple[int, ...] | None  # per concept: queries and keys that turned; None where nobody counted (record off)
+    turned: dict[str, int] | None  # by slug: queries and keys that turned; None where nobody counted (record off)
     weights_patched: int  # tensors of the model that other nodes changed (LoRA)
     others: tuple[str, ...]  # code of other packs that had a say in what was drawn
 
@@ -101,7 +101,7 @@ def receipt_from(data: Any) -> Receipt:
     assert isinstance(asked, dict)
     inner = {"asked": _made(Asked, asked, concepts=concepts), "seen": _made(Seen, rest.get("seen"))}
     receipt = _made(Receipt, rest, **inner)
-    if receipt.seen.turned is not None and len(receipt.seen.turned) != len(concepts):
+    if receipt.seen.turned is not None and set(receipt.seen.turned) != {each.slug for each in concepts}:
         raise ValueError("the receipt counts other concepts than it lists")
     return receipt
 
@@ -181,6 +181,8 @@ def _checked(name: str, hint: str, value: Any) -> Any:
     kind = hint.removesuffix(" | None")
     if kind.startswith("tuple") and isinstance(value, list) and len(value) <= MOST:
         return tuple(_checked(name, kind[6:].split(",")[0], each) for each in value)
+    if kind.startswith("dict") and isinstance(value, dict) and len(value) <= MOST:
+        return {key: _checked(name, "int", each) for key, each in value.items()}
     right: Any = {"str": str, "int": int, "float": (int, float), "bool": bool}.get(kind, ())
     if not isinstance(value, right) or (isinstance(value, bool) and kind != "bool"):
         raise ValueError(f"the receipt's {name} is {value!r:.60}, expected {kind}")

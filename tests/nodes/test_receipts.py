@@ -76,7 +76,7 @@ def test_turned_vectors_are_those_of_an_independent_count(
     (receipt,) = receipts_of([recorder], out)
     wanted = sum(hits for kind, hits in count.found if kind == 0 or conditionings == "all")
     everything = sum(hits for _, hits in count.found)
-    assert receipt.seen.turned == (wanted,) and 0 < wanted
+    assert receipt.seen.turned == {"star": wanted} and 0 < wanted
     assert conditionings == "all" or wanted < everything, "negative control: both prompts have risk"
 
 
