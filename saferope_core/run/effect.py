@@ -1,7 +1,7 @@
-"""What concepts do, as opposed to what they are: how many heads turn their own unsafe directions, and how far.
+"""What concepts do, as opposed to what they are: how many heads turn, and how far.
 
 A well-formed concept may do nothing (gates of 1, generators near zero, strength 0) or be undone by another one (the
-inverse turn in the same heads). Both show where each unsafe direction of a head is sent through the protections.
+inverse turn in the same heads). Both show where each direction of a head is sent through the protections.
 
 Axes: N safety-critical heads, D head dimension, R subspace rank, S reach.
 """
@@ -28,7 +28,7 @@ LEAST_TURN = 0.05
 
 @dataclass(frozen=True)
 class Effect:
-    """What a concept does by itself. turning of its `heads` heads move an unsafe direction by LEAST_TURN or more."""
+    """What a concept does by itself. turning of its `heads` heads move a direction by LEAST_TURN or more."""
 
     heads: int
     turning: int
@@ -69,16 +69,18 @@ def undone(chain: Sequence[Protection]) -> list[str]:
 
 
 def moved(concept: Concept, chain: Sequence[Protection]) -> Tensor:
-    """How far the chain moves any unsafe direction of each of the concept's heads at most, [N] in [0, 2]."""
+    """How far the chain moves any direction that each of the concept's heads turns at most, [N] in [0, 2]."""
     far = torch.zeros(len(concept.heads))
     for stream in STREAMS:
         for role in concept.acts(stream):
-            probes = _probes(concept.basis(role, stream), concept.reach)
+            owners, basis = concept.owners(role), concept.basis(role, stream)
+            probes = torch.cat([_probes(basis, concept.reach), _leaning(basis, concept, role, stream)], dim=1)
+            group = concept.geometry.group if role == "k" else 1
             for kind, index in concept.heads[:, :2].unique(dim=0).tolist():
                 here = (concept.heads[:, :2] == torch.tensor([kind, index])).all(1)
-                heads = concept.heads[here, 2].long()
-                x = torch.zeros(1, concept.geometry.heads, *probes.shape[1:])
-                x[0, heads] = probes[here]
+                heads = concept.heads[here, 2].long() // group
+                x = torch.zeros(1, concept.geometry.heads_of(role), *probes.shape[1:])
+                x[0, heads[owners[here]]] = probes[here & owners]
                 spans = {"text": (0, 0), "image": (0, 0), stream: (0, x.shape[2])}
                 y = x
                 for each in chain:
@@ -98,6 +100,15 @@ def _probes(bases: Tensor, reach: int) -> Tensor:
     rest = axis - (bases @ bases[torch.arange(len(bases)), row][..., None])[..., 0]
     outside = torch.nn.functional.normalize(rest, dim=-1)
     return PROBE_RISK**0.5 * unsafe + (1 - PROBE_RISK) ** 0.5 * outside[:, None]
+
+
+def _leaning(bases: Tensor, concept: Concept, role: str, stream: str) -> Tensor:
+    """Vectors [N, S, D] of length 1 along the reach, with a risk halfway from the gate to 1: a concept may turn there
+    alone.
+    """
+    risk = ((1 + concept.gate(role, stream)) / 2)[:, None, None]
+    unsafe, reach = bases.mT.split([bases.shape[-1] - concept.reach, concept.reach], dim=1)
+    return risk.sqrt() * unsafe[:, :1] + (1 - risk).sqrt() * reach
 
 
 def _others(chain: Sequence[Protection], concept: Concept) -> list[Concept]:

@@ -1,0 +1,60 @@
+"""What concepts do: counted by turning vectors, not read from what a file says of itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saferope_core import Geometry, Protection, effect_of, undone
+from tests.support import concepts as flat
+
+GROUPED = Geometry(0, 2, 6, 32, "krea2", key_heads=2)
+
+
+def test_a_random_concept_turns_in_all_heads(make_concept):
+    effect = effect_of(make_concept(threshold=0.1))
+    assert effect.turning == effect.heads == 6 and effect.angle > 0.5
+    assert effect.gates == pytest.approx((0.1, 0.1))
+    assert str(effect).startswith("turns in 6 of 6 heads, by ")
+
+
+@pytest.mark.parametrize("flat_changes", [{"threshold": 1.0}, {"strength": 0.0}, {"strength": 1e-4}])
+def test_gates_of_1_and_no_strength_are_no_effect(make_concept, flat_changes):
+    assert effect_of(make_concept(**flat_changes)).turning == 0
+
+
+def test_generators_near_zero_are_no_effect(make_concept):
+    concept = make_concept(threshold=0.0)
+    tiny = {name: 1e-4 * flat.field(concept, name) for name in ("generator_text", "generator_image")}
+    assert effect_of(flat.changed(concept, **tiny)).turning == 0 < effect_of(concept).turning
+
+
+def test_a_turn_in_the_reach_alone_is_an_effect_where_gates_are_low(make_concept):
+    """As the fixed turn of a concept whose risk is relative to harmless tokens."""
+    turn = torch.zeros(6, 7, 7)
+    turn[:, 3, 4], turn[:, 4, 3] = -2.0, 2.0
+    more = {"rank": 7, "reach": 4, "generator_text": turn, "generator_image": turn}
+    low, high = (
+        make_concept(**more, **{f"gate_{role}": torch.full((6,), gate) for role in "qk"}) for gate in (0.02, 0.9999)
+    )
+    assert effect_of(low).turning == 6 and effect_of(high).turning == 0
+
+
+def test_heads_that_share_keys_have_the_effect_of_their_key_head(make_concept):
+    rows = ((1, 0, 1), (1, 0, 2), (1, 1, 4))
+    concept = make_concept(heads=rows, geometry=GROUPED, acts_on="k", threshold=0.1)
+    assert effect_of(concept).turning == 3
+    still = flat.field(concept, "generator_text").clone()
+    still[0] = 0.0  # the first of the two heads that share a key head decides for both
+    first = flat.changed(concept, generator_text=still, generator_image=torch.zeros_like(still))
+    assert effect_of(first).turning == 1
+
+
+def test_the_inverse_turn_is_told(make_concept, geometry):
+    concept = make_concept(threshold=0.1)
+    back = {name: -flat.field(concept, name) for name in ("generator_text", "generator_image")}
+    other = flat.changed(concept, slug="other", **back)
+    told = undone([Protection([concept], geometry), Protection([other], geometry)])
+    assert any("'star' is turned back by 'other' in 6 of its 6 heads" in sentence for sentence in told), told
+    apart = make_concept("zappy", rank=4, threshold=0.1)
+    assert undone([Protection([concept, apart], geometry)]) == []
