@@ -8,6 +8,7 @@ import pytest
 from dev.comfyui import ROOT
 from saferope_core import FAMILIES
 from saferope_training.flux.attach import LAYOUTS
+from saferope_training.flux.pipelines import PIPELINES
 
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 ROWS = {cells[0].strip("`"): cells[1:] for cells in (
@@ -49,6 +50,11 @@ def test_concepts_can_be_made_for_what_the_page_says(comfy):
 
 def test_diffusers_classes_are_those_of_the_page():
     assert said(DIFFUSERS) == {layout.family for layout in LAYOUTS.values()}
+
+
+def test_pipelines_that_the_trainer_asks_are_those_of_the_page():
+    read = {family for family, cells in ROWS.items() if cells[TRAIN].startswith(("yes", "read heads"))}
+    assert read == set(PIPELINES)
 
 
 def test_the_tests_of_the_page_are_there():

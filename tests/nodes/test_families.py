@@ -248,3 +248,25 @@ def test_a_compiled_model_without_the_hook_is_an_error(apply, run, model, concep
     (compiled,) = TorchCompileModel.execute(model, "inductor").result
     with pytest.raises(RuntimeError, match=r"compiled .* shows neither its queries nor its keys"):
         run(apply(compiled, [concept], 1.0), case.prompt(), noise=case.latent())
+
+
+@pytest.mark.parametrize("family", BRIDGED, indirect=True)
+def test_two_nodes_in_a_row_both_act(apply, run, model, make_concept, geometry, case):
+    """Concepts in heads of their own, whose key heads are apart: one node with both is the same."""
+    first = make_concept(geometry)
+    rows = first.heads.clone()
+    rows[:, 2] = geometry.heads - 1
+    second = make_concept(geometry, slug="moon", seed=1, heads=rows)
+    how = {"positive": case.prompt(), "noise": case.latent()}
+    chain, both = apply(apply(model, [first], 1.0), [second], 1.0), apply(model, [first, second], 1.0)
+    chained, one, alone = (run(each, **how) for each in (chain, both, apply(model, [second], 1.0)))
+    torch.testing.assert_close(chained, one, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(chained, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", BRIDGED, indirect=True)
+def test_positive_prompts_alone(apply, run, model, concept, case):
+    how = {"positive": case.prompt(), "negative": case.prompt(seed=1), "noise": case.latent(), "cfg": 3.0}
+    some = apply(model, [concept], 1.0, conditionings="positive only")
+    pictures = [run(each, **how) for each in (some, apply(model, [concept], 1.0), model)]
+    assert not any(torch.equal(pictures[0], other) for other in pictures[1:])
