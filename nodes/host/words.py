@@ -18,6 +18,8 @@ SPACE = "\u2581"  # SentencePiece's mark of a word's beginning
 END, PADDING = "</s>", ""
 IDENTIFIER = "embedding:"  # before an embedding's name in a prompt; ComfyUI's SDTokenizer
 EMBEDDING = "<embedding>"  # a textual inversion's vector, which is no token
+BIG_CLIP = "g"
+CLIPS = ("l", BIG_CLIP, "h")  # the token streams of CLIPs
 T5, BYT5 = "t5", "byt5"  # in the names of T5's token streams: t5xxl, t5base, pile_t5xl, umt5xxl; not ByT5's
 
 
@@ -27,7 +29,7 @@ def chat_of(clip: Any, text: str) -> Chat | None:
     Raises ValueError where it is not to be found.
     """
     rows = clip.tokenize(text)
-    if _t5(rows) or not rows:
+    if not isinstance(rows, dict) or _t5(rows) or rows.keys() & set(CLIPS):
         return None
     key = next(iter(rows))
     return read_chat(clip.tokenizer, _tokenizer(clip, key), [token for row in rows[key] for token, *_ in row], text)
@@ -114,6 +116,11 @@ def located(clip: Any, text: str, span: tuple[int, int]) -> tuple[int, int]:
 def _stream(clip: Any, rows: dict[str, list]) -> str:
     """The name of T5's tokens among the tokens of all the CLIP's encoders."""
     found = _t5(rows)
+    if found and BIG_CLIP in rows:
+        raise ValueError(
+            "The CLIP is SD3's, whose text stream has CLIP's tokens before T5's: words cannot be told in it. Leave "
+            "clip empty. Then tokens go by their numbers."
+        )
     if not found:
         have = ", ".join(rows) if isinstance(rows, dict) else type(rows).__name__
         raise ValueError(

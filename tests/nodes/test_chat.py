@@ -101,6 +101,18 @@ def test_a_text_that_was_not_encoded_is_refused(host, clip):
         chat.placed(20)
 
 
+def test_words_of_sd3_are_not_told(host, comfy):
+    """Its stream has 77 tokens of CLIP before T5's, so that words by T5's places would be wrong ones."""
+    from types import SimpleNamespace
+
+    from comfy.text_encoders.sd3_clip import SD3Tokenizer
+
+    tokenizer = SD3Tokenizer()
+    clip = SimpleNamespace(tokenizer=tokenizer, tokenize=tokenizer.tokenize_with_weights)
+    with pytest.raises(ValueError, match=r"words cannot be told in it\. Leave clip empty"):
+        host("risk").named_words(torch.zeros(77 + 77), clip, TEXT)
+
+
 def test_a_concept_is_made_and_shown(node_classes, apply, run, clip, family):
     """Calibrate, Apply, Risk Probe and Risk Map, with the family's own tokens."""
     case, model = TINY[family], make_model(family)
