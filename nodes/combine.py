@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..saferope_core import MAX_CONCEPTS, STREAMS, Concept, overlap, strength_notes, taken_apart
+from ..saferope_core import MAX_CONCEPTS, STREAMS, Concept, Protection, overlap, strength_notes, taken_apart, undone
 from .draw.charts import heat_map
 from .inputs import ConceptType
 
@@ -120,6 +120,7 @@ def report(concepts: list[Concept], values: Tensor, orthogonalise: bool) -> str:
         share = f"{most:.3f} (text {text:.3f}, image {image:.3f}; 0 none, 1 all)"
         lines.append(f"{concepts[first].name} / {concepts[second].name}: overlap {share}")
     lines += strength_notes(concepts, [concept.strength for concept in concepts])
+    lines += undone([Protection(concepts, concepts[0].geometry)])
     if orthogonalise and len(concepts) > 1:
         lines.append("taken apart: what a pair shared, for text and for image tokens, is left to the earlier one")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..saferope_core import Concept
+from ..saferope_core import Concept, effect_of
 from ..saferope_core.concept.untrusted import printable
 from .draw.charts import batched
 from .draw.concept_pictures import head_map, introduced, spectrum
@@ -51,6 +51,7 @@ def describe(concept: Concept) -> str:
         f"turns {concept.acts('text')} of text and {concept.acts('image')} of image tokens, strength "
         f"{concept.strength:g}",
         f"generator: {concept.mode}",
+        f"by itself it {effect_of(concept)}",
     ]
     if made:
         found = ", ".join(f"{key} {made[key]}" for key in ("model", "seed", "steps") if key in made)

@@ -8,7 +8,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..saferope_core import Concept, load_concepts
+from ..saferope_core import Concept, effect_of, load_concepts
 from ..saferope_core import sha256 as file_sha256
 from .draw.concept_pictures import introduced
 from .host.files import FOLDER, find, require_pin
@@ -30,6 +30,7 @@ def _describe(concept: Concept) -> str:
         f"{len(concept.heads)} safety-critical heads, rank {concept.rank}, acts on {concept.text.acts_on}, "
         f"{concept.mode} generator, strength {concept.strength:g}",
         f"for {concept.geometry.describe()}",
+        f"by itself it {effect_of(concept)}",
     ]
     return "\n".join(lines)
 

@@ -6,7 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ...saferope_core import Concept, Geometry, Protection, held_strengths, parse_blocks, restricted, strength_notes
+from ...saferope_core import (
+    Asked,
+    Concept,
+    Geometry,
+    Protection,
+    held_strengths,
+    parse_blocks,
+    restricted,
+    strength_notes,
+)
 from .network import flux_geometry
 from .notices import notice, start_notices
 from .patch import AttentionPatch, patched
@@ -42,8 +51,18 @@ def protect(
         return model.clone(), recorder
     before = [patch.protection for patch in _patches(model, span)]
     told = asked_of(whole or concepts, protection, span, blocks, streams, positive_only, before)
+    _tell(told, threshold)
     patch = AttentionPatch(protection, *span, positive_only=positive_only, recorder=recorder, asked=told)
     return patched(model, patch), recorder
+
+
+def _tell(told: Asked, threshold: float | None) -> None:
+    """Notices of concepts that turn nothing, and of those that others turn back."""
+    for each in told.concepts:
+        if each.effective and not each.turning and threshold != 1:  # `warn` has told of that
+            notice(f"concept {each.slug!r} turns nothing: its gates, angles or strength leave no effect.")
+    for sentence in told.undone:
+        notice(f"{sentence}.")
 
 
 def _why_idle(concepts: list[Concept], strength: float, span: tuple[float, float]) -> str | None:

@@ -25,6 +25,7 @@ ROUNDING = 1.01  # of a half turn that float16 generators hold
 # Cosine between what two concepts do in a head. A copy in float16 has 0.99999, also one of other angles; concepts of
 # their own, whose planes are any of D = 128 dimensions, have about 0.
 ALIKE = 0.9
+OPPOSED = 0.3  # of such a cosine below 0: worth a closer look at whether they cancel
 
 
 def held_strengths(concepts: Sequence[Concept], strengths: Sequence[float]) -> tuple[float, ...]:
@@ -75,19 +76,28 @@ def _copies(concepts: Sequence[Concept]) -> list[list[int]]:
     return groups
 
 
+def opposed(one: Concept, other: Concept) -> bool:
+    """Whether one turns the vectors of some stream and role in some head back, as the other turns them."""
+    return any(bool((cosine < -OPPOSED).any()) for cosine in _cosines(one, other))
+
+
 def _alike(one: Concept, other: Concept) -> bool:
     """Whether both turn the vectors of some stream and role in some head alike."""
+    return any(bool((cosine > ALIKE).any()) for cosine in _cosines(one, other))
+
+
+def _cosines(one: Concept, other: Concept) -> list[Tensor]:
+    """`_cosine` for every stream and role that both turn; [] for concepts of two geometries."""
     if one.geometry != other.geometry:
-        return False
+        return []
     here = torch.isin(one.places, other.places).nonzero()[:, 0]
     there = torch.searchsorted(other.places, one.places[here])
-    found = [
+    return [
         _cosine(one, other, here, there, stream, role)
         for stream in STREAMS
         for role in ROLES
         if role in one.acts(stream) and role in other.acts(stream)
     ]
-    return any(bool((cosine > ALIKE).any()) for cosine in found)
 
 
 def _cosine(one: Concept, other: Concept, here: Tensor, there: Tensor, stream: str, role: str) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..concept.concept import Concept
 from ..concept.geometry import BLOCK_TYPES
 from ..concept.stream import STREAMS
+from ..concept.strength import opposed
 from ..maths.rotation import planes
 from .protection import Protection
 
@@ -60,10 +61,13 @@ def undone(chain: Sequence[Protection]) -> list[str]:
     for each in (concept for protection in chain for concept in protection.concepts):
         own = [_only(protection, [each]) for protection in chain]
         alone = moved(each, own) >= LEAST_TURN
+        who = [(other, _lost(each, other, chain, alone)) for other in _others(chain, each) if opposed(each, other)]
+        who = [(other, lost) for other, lost in who if lost.any()]
         lost = alone & (moved(each, chain) < LEAST_TURN)
+        for _, heads in who:
+            lost |= heads
         if lost.any():
-            who = [other.slug for other in _others(chain, each) if _lost(each, other, chain, alone)]
-            by = f" by {', '.join(map(repr, who[:4]))}" if who else ""
+            by = f" by {', '.join(repr(other.slug) for other, _ in who[:4])}" if who else ""
             found.append(f"concept {each.slug!r} is turned back{by} in {int(lost.sum())} of its {len(lost)} heads")
     return found
 
@@ -115,10 +119,10 @@ def _others(chain: Sequence[Protection], concept: Concept) -> list[Concept]:
     return [other for protection in chain for other in protection.concepts if other is not concept]
 
 
-def _lost(concept: Concept, other: Concept, chain: Sequence[Protection], alone: Tensor) -> bool:
-    """Whether the other one by itself turns the concept back in a head."""
+def _lost(concept: Concept, other: Concept, chain: Sequence[Protection], alone: Tensor) -> Tensor:
+    """bool [N]: heads in which the other one by itself turns the concept back."""
     pair = [_only(protection, [concept, other]) for protection in chain]
-    return bool((alone & (moved(concept, pair) < LEAST_TURN)).any())
+    return alone & (moved(concept, pair) < LEAST_TURN)
 
 
 def _only(protection: Protection, concepts: Sequence[Concept]) -> Protection:
