@@ -24,6 +24,7 @@ _OURS = {
     PROBE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, OTHER, "IMAGE", "IMAGE"]],
     "SafeRoPE_RiskMap": [{"latent": "LATENT", "image": "IMAGE"}, [OTHER, OTHER, "IMAGE", "IMAGE", "IMAGE", "IMAGE"]],
     "SafeRoPE_SaveConcept": [{}, [OTHER]],
+    "SafeRoPE_SaveImage": [{"latent": "LATENT", "recorders": ANY}, ["IMAGE"]],
     "SafeRoPE_InspectConcept": [{}, ["IMAGE", "IMAGE", OTHER]],
     "SafeRoPE_TinyWorld": [{}, ["MODEL", OTHER, OTHER]],
 }

@@ -8,7 +8,9 @@ from .concepts import Part
 from .protections import FIXED, Protection
 from .verdict import Sampler, Verdict
 
-PROMISE = "this is what the file asks for; what ran, a file cannot show"
+PROMISE = "this is what the file asks for; what ran, a file cannot show: a signed picture can (saferope verify)"
+WHOLE, PART, NOT = "asks for protection on every path", "asks for protection in part", "does not ask for protection"
+EXIT_CODES = {WHOLE: 0, NOT: 1, PART: 3}
 SHOWN = 20  # samplers that are told in full
 LONGEST = 12  # nodes of a path that are shown
 WIDEST, LONG = 120, 500  # letters of a name from a file, of a sentence
@@ -25,12 +27,18 @@ def unreadable(file: str, reason: str) -> dict[str, Any]:
     return {"file": file, "verdict": "unreadable", "exit_code": 2, "reason": reason}
 
 
-def as_json(file: str, verdict: Verdict) -> dict[str, Any]:
-    """All there is to say, for machines."""
+def level_of(whole: bool, part: bool) -> str:
+    """WHOLE, PART or NOT, from whether full protection, and any, is asked for on every path."""
+    return WHOLE if whole else PART if part else NOT
+
+
+def as_json(file: str, verdict: Verdict, level: str | None = None) -> dict[str, Any]:
+    """All there is to say, for machines; level: as `level_of`, else by the verdict alone."""
+    level = level or level_of(verdict.protected, False)
     return {
         "file": file,
-        "verdict": "protected" if verdict.protected else "not protected",
-        "exit_code": 0 if verdict.protected else 1,
+        "verdict": level,
+        "exit_code": EXIT_CODES[level],
         "form": verdict.form,
         "samplers": [_sampler_json(sampler) for sampler in verdict.samplers],
         "protections": [_protection_json(each, key in verdict.idle) for key, each in verdict.protections.items()],
@@ -69,13 +77,12 @@ def _protection_json(each: Protection, idle: bool) -> dict[str, Any]:
 
 
 def _word(sampler: Sampler) -> str:
-    return "protected" if sampler.protected else "not protected"
+    return "asks for protection" if sampler.protected else "does not"
 
 
-def as_text(file: str, verdict: Verdict) -> str:
-    """A short report for people."""
-    word = "PROTECTED, says the workflow" if verdict.protected else "NOT PROTECTED"
-    lines = [f"{plain(file)}: {word} ({verdict.form})"]
+def as_text(file: str, verdict: Verdict, level: str | None = None) -> str:
+    """A short report for people; level: as in `as_json`."""
+    lines = [f"{plain(file)}: {level or level_of(verdict.protected, False)} ({verdict.form})"]
     if not verdict.samplers:
         lines.append("  no sampler was found: nothing that draws with a model can be seen in it")
     for sampler in verdict.samplers[:SHOWN]:
@@ -83,7 +90,7 @@ def as_text(file: str, verdict: Verdict) -> str:
     if len(verdict.samplers) > SHOWN:
         lines.append(f"  and {len(verdict.samplers) - SHOWN} samplers more (--json tells of all)")
     lines += [
-        f"  {plain(verdict.names[node])}: {plain(reason, LONG)}; it counts as not protected"
+        f"  {plain(verdict.names[node])}: {plain(reason, LONG)}; it counts as no protection"
         for node, reason in verdict.opaque[:SHOWN]
     ]
     for each in list(verdict.protections.values())[:SHOWN]:

@@ -103,10 +103,9 @@ def _disagreement(verdict: Verdict, workflow: Any, required: Required, files: Fi
         return [f"DISAGREEMENT: the editor's workflow in the same file {error}; what ran (prompt) counts"]
     if _gist(shown) == _gist(verdict):
         return []
-    words = "protected" if shown.protected else "not protected"
+    words = "asks for protection" if shown.protected else "does not ask for protection"
     return [
-        f"DISAGREEMENT: by the editor's workflow in the same file it is {words}, or differently so; what ran (prompt) "
-        "counts"
+        f"DISAGREEMENT: the editor's workflow in the same file {words}, or asks differently; what ran (prompt) counts"
     ]
 
 

@@ -15,6 +15,8 @@ from workflow_lint.effect import Files
 
 from .common import command
 
+WORSE = (0, 3, 1, 2)  # exit codes: asks, in part, does not, cannot be read
+
 
 @command()
 def audit(
@@ -26,13 +28,6 @@ def audit(
         list[str] | None,
         typer.Option(help="Every path must pass a concept that is pinned to this file. May be repeated: each of them."),
     ] = None,
-    require_full: Annotated[
-        bool,
-        typer.Option(
-            help="Only whole protection counts: all steps, blocks, streams and conditionings, each concept once at "
-            "strength 1."
-        ),
-    ] = False,
     concepts: Annotated[
         Path | None,
         typer.Option(
@@ -40,34 +35,37 @@ def audit(
         ),
     ] = None,
 ) -> None:
-    """Check that every path of a workflow from a model to a sampler passes a SafeRoPE Apply that acts.
+    """Check, before it runs, that a workflow asks for protection on every path from a model to a sampler.
 
-    Exit code: 0 protected, 1 not protected, 2 cannot be read. Of several files the highest counts. An uncertain
-    workflow counts as not protected, such as one with an unknown node that takes a model.
+    Whole protection counts: all steps, blocks, streams and conditionings, each concept once at strength 1.
+    Exit code: 0 it asks for it on every path, 3 in part, 1 it does not, 2 it cannot be read. Of several files the worst
+    counts: 2, then 1, then 3. An uncertain workflow does not ask, such as one with an unknown node that takes a model.
 
-    A file can lie. Nothing here proves how a picture was made, and a pinned sha256 proves it neither. The audit does
-    not see a node that loads and samples by itself, without a model input.
+    A file can lie. Nothing here proves how a picture was made: `saferope verify` does. The audit does not see a node
+    that loads and samples by itself, without a model input.
     """
     from workflow_lint.file import Unreadable, read
-    from workflow_lint.report import LONG, as_json, as_text, plain, unreadable
+    from workflow_lint.report import LONG, as_json, as_text, level_of, plain, unreadable
     from workflow_lint.verdict import Required, audit_file
 
-    required = Required(tuple(_digest(each) for each in require_sha256 or ()), require_full)
+    digests = tuple(_digest(each) for each in require_sha256 or ())
     if concepts and not concepts.is_dir():
         raise ValueError(f"--concepts: {str(concepts)!r} is no folder, expected the one that holds the concept files")
     files_at_hand = _files_in(concepts) if concepts else None
     reports, texts = [], []
     for file in files:
         try:
-            verdict = audit_file(read(file), required, files_at_hand)
-            reports.append(as_json(str(file), verdict))
-            texts.append(as_text(str(file), verdict))
+            documents = read(file)
+            whole, part = (audit_file(documents, Required(digests, full), files_at_hand) for full in (True, False))
+            level, verdict = level_of(whole.protected, part.protected), whole if part.protected else part
+            reports.append(as_json(str(file), verdict, level))
+            texts.append(as_text(str(file), verdict, level))
         except (Unreadable, OSError) as error:
             reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             reports.append(unreadable(str(file), reason))
             texts.append(f"{plain(str(file))}: CANNOT BE READ: {plain(reason, LONG)}")
     say(_dumps(reports) if json else "\n\n".join(texts))
-    if worst := max(report["exit_code"] for report in reports):
+    if worst := max((report["exit_code"] for report in reports), key=WORSE.index):
         raise typer.Exit(worst)
 
 

@@ -253,7 +253,7 @@ def test_a_missing_strength_is_no_strength():
 
 def test_the_report_names_path_and_reason():
     told = as_text("f", verdict(UNSAFE["merged, one protected"]))
-    assert "f: NOT PROTECTED (API form)" in told
+    assert "f: does not ask for protection (API form)" in told
     assert "a path without an Apply that acts: CheckpointLoaderSimple 7 -> ModelMergeSimple 9 -> KSampler 4" in told
     assert "path: UNETLoader 1 -> SafeRoPE_Apply 3 -> ModelMergeSimple 9 -> KSampler 4" in told
     assert (
@@ -268,7 +268,7 @@ def test_the_report_names_what_is_not_known_and_promises_nothing():
     assert "its model comes by StrangeLora 7, which is not known; put a node of ComfyUI's own" in told
     assert "StrangeLora 7: is not known, takes what may be a model, and may draw with it" in told
     told = as_text("f", verdict(SAFE["an unknown node that takes no model"]))
-    assert told.startswith("f: PROTECTED, says the workflow (API form)\n")
+    assert told.startswith("f: asks for protection on every path (API form)\n")
     assert "nobody sees it: StrangeFloat\n" in told and "what ran, a file cannot show" in told
     assert "was not looked at, only what the workflow asks for (--concepts FOLDER)" in told
 

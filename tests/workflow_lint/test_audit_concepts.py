@@ -142,7 +142,7 @@ def in_a_row(folder, first, second):
 
 def test_the_bundled_star_turns_in_all_of_its_heads(tmp_path, folder):
     pin = sha256(BUNDLED)
-    code, told = audit(tmp_path, one(folder, STAR), "--concepts", folder, "--require-full", "--require-sha256", pin)
+    code, told = audit(tmp_path, one(folder, STAR), "--concepts", folder, "--require-sha256", pin)
     assert code == 0 and "turns in 12 of 12 heads" in told and "was not looked at" not in told
     code, told = audit(tmp_path, one(folder, STAR), "--concepts", folder, "--json")
     (concept,) = json.loads(told)[0]["protections"][0]["concepts"]
@@ -153,7 +153,7 @@ def test_the_bundled_star_turns_in_all_of_its_heads(tmp_path, folder):
 def test_a_file_that_turns_nothing_does_not_protect(tmp_path, folder, name):
     """Pinned, required, and bit for bit unprotected. Without the files, only what the workflow asks for is told."""
     name = f"{name}.safetensors"
-    required = ("--require-full", "--require-sha256", sha256(folder / name))
+    required = ("--require-sha256", sha256(folder / name))
     code, told = audit(tmp_path, one(folder, name), *required)
     assert code == 0 and "was not looked at, only what the workflow asks for" in told
     assert audit(tmp_path, one(folder, name), "--concepts", folder)[0] == 1
@@ -162,19 +162,13 @@ def test_a_file_that_turns_nothing_does_not_protect(tmp_path, folder, name):
 
 def test_a_file_that_turns_in_some_of_its_heads_is_not_full(tmp_path, folder):
     code, told = audit(tmp_path, one(folder, "half.safetensors"), "--concepts", folder)
-    assert code == 0 and "turns in 6 of its 12 heads" in told
-    assert audit(tmp_path, one(folder, "half.safetensors"), "--concepts", folder, "--require-full")[0] == 1
+    assert code == 3 and "turns in 6 of its 12 heads" in told
 
 
 def test_the_strength_of_the_file_counts(tmp_path, folder):
     code, told = audit(tmp_path, one(folder, "twice-as-strong.safetensors"), "--concepts", folder)
-    assert code == 0 and "has strength 2, expected 1" in told
-    assert (
-        audit(
-            tmp_path, one(folder, "twice-as-strong.safetensors", strength=0.5), "--concepts", folder, "--require-full"
-        )[0]
-        == 0
-    )
+    assert code == 3 and "has strength 2, expected 1" in told
+    assert audit(tmp_path, one(folder, "twice-as-strong.safetensors", strength=0.5), "--concepts", folder)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -185,7 +179,7 @@ def test_a_concept_and_its_inverse_turn_nothing(tmp_path, folder, arrange, inver
     prompt, other = arrange(folder, inverse, name), arrange(folder, "half.safetensors", name)
     assert audit(tmp_path, prompt, "--concepts", folder)[0] == 1
     assert audit(tmp_path, other, "--concepts", folder)[0] == 0
-    required = ("--require-full", "--require-sha256", sha256(folder / name))
+    required = ("--require-sha256", sha256(folder / name))
     code, told = audit(tmp_path, prompt, *required)
     assert code == 1 and "is not pinned to one of the required files" in told
 
@@ -220,16 +214,15 @@ def test_what_a_decoy_takes_away_is_seen(tmp_path, folder):
 @pytest.mark.parametrize(
     ("apply", "code"),
     [
-        ({"blocks": "s0-3"}, 0),
+        ({"blocks": "s0-3"}, 3),
         ({"blocks": "s40"}, 1),
-        ({"streams": "image"}, 0),
+        ({"streams": "image"}, 3),
         ({"blocks": "d0", "streams": "image"}, 1),
     ],
 )
 def test_blocks_and_streams_are_tried(tmp_path, folder, apply, code):
     """In double blocks star turns text alone; without its file none of them is known to act."""
     assert audit(tmp_path, one(folder, STAR, **apply), "--concepts", folder)[0] == code
-    assert audit(tmp_path, one(folder, STAR, **apply), "--concepts", folder, "--require-full")[0] == 1
     assert audit(tmp_path, one(folder, STAR, **apply))[0] == 1
 
 

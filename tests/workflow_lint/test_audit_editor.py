@@ -86,7 +86,7 @@ def test_a_circle_of_reroutes_ends():
     workflow = reroute(editor(protected()), 4, 0, 2)
     next(link for link in workflow["links"] if link[0] == 900)[1] = 501
     told = as_text("f", verdict(workflow))
-    assert "NOT PROTECTED" in told
+    assert "does not ask for protection" in told
 
 
 def primitive(values):
