@@ -87,7 +87,7 @@ class Rule(NamedTuple):
 
 NOT_BELOW = COMFYUI | {"nodes", "tests", "dev"}
 RULES = {
-    "saferope_core": Rule(STDLIB | BROUGHT, set()),
+    "saferope_core": Rule(STDLIB | BROUGHT | {"triton"}, set()),  # triton comes with torch on GPUs of Linux
     "tinyworld": Rule(None, OURS | COMFYUI),
     "workflow_lint": Rule(STDLIB | {"PIL"}, set()),
     "saferope_credentials": Rule(STDLIB | {"c2pa", "cryptography"}, set()),

@@ -9,6 +9,8 @@ Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,10 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def exact(x: Tensor) -> torch.autocast:
+def exact(x: Tensor) -> AbstractContextManager:
     """A context in which autocast leaves the arithmetic on `x`'s device alone."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def planes(generator: Tensor) -> tuple[Tensor, Tensor, Tensor]:

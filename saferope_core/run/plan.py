@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..concept.concept import Concept
 from ..concept.geometry import Geometry
@@ -53,8 +54,8 @@ Key = tuple[int, str, str]  # row of the block in the head map, role, stream
 Plans = dict[Key, Plan]
 
 
-def plans_of(active: Sequence[Active], geometry: Geometry, device: torch.device) -> Plans:
-    """The plan of every block, role and stream in which a concept turns a head."""
+def plans_of(active: Sequence[Active], geometry: Geometry) -> Plans:
+    """The plan, on the CPU, of every block, role and stream in which a concept turns a head."""
     # not inference tensors, even if first asked for in inference mode: gradients may pass through them later
     with torch.inference_mode(False), torch.no_grad():
         found: dict[Key, list[tuple[Tensor, Part]]] = defaultdict(list)
@@ -62,7 +63,12 @@ def plans_of(active: Sequence[Active], geometry: Geometry, device: torch.device)
             for stream in STREAMS:
                 for row, role, heads, part in _parts_of(each, stream):
                     found[row, role, stream].append((heads, part))
-        return {key: _merged(parts, geometry, device) for key, parts in found.items()}
+        return {key: _merged(parts, geometry) for key, parts in found.items()}
+
+
+def moved(plan: Plan, device: torch.device) -> Plan:
+    """The plan on a device."""
+    return Plan(*tree_map_only(Tensor, lambda tensor: tensor.to(device), plan))
 
 
 def moving_rows(concept: Concept) -> set[int]:
@@ -98,13 +104,12 @@ def _parts_of(active: Active, stream: str) -> Iterator[tuple[int, str, Tensor, P
             yield row, role, own, Part(d, t, f, g, u if concept.reach else None, _open(g), number)
 
 
-def _merged(parts: Sequence[tuple[Tensor, Part]], geometry: Geometry, device: torch.device) -> Plan:
+def _merged(parts: Sequence[tuple[Tensor, Part]], geometry: Geometry) -> Plan:
     """One plan over the union of the heads of several concepts."""
     heads = torch.cat([heads for heads, _ in parts]).unique() if len(parts) > 1 else parts[0][0]
     placed = [_placed(part, own, heads, geometry.heads) if len(parts) > 1 else part for own, part in parts]
-    placed = [_on(part, device) for part in placed]
     directions = torch.cat([part.directions for part in placed], dim=-1) if len(parts) > 1 else placed[0].directions
-    return Plan(heads.to(device), placed, directions)
+    return Plan(heads, placed, directions)
 
 
 def _placed(part: Part, own: Tensor, heads: Tensor, count: int) -> Part:
@@ -121,11 +126,6 @@ def _placed(part: Part, own: Tensor, heads: Tensor, count: int) -> Part:
         unsafe=None if part.unsafe is None else full(part.unsafe),
         own=torch.isin(heads, own[part.own]).nonzero()[:, 0],
     )
-
-
-def _on(part: Part, device: torch.device) -> Part:
-    moved: list[Any] = [each.to(device) if isinstance(each, Tensor) else each for each in part]
-    return Part(*moved)
 
 
 def _open(gate: Tensor) -> Tensor:

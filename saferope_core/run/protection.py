@@ -1,8 +1,7 @@
 """The one object that both hosts ask, block by block: q or k and the token spans in, the rotated vectors out.
 
-The way of a query: `Protection.rotate` finds the plan of its block, role and stream (`plan`), `_rotate_span` picks the
-vectors that may turn (all, or on a CPU the few of `few`), computes their risk and turns them (`dense`), and writes them
-back.
+The way of a query: `Protection.rotate` finds the plan of its block, role and stream (`plan`), and the form for its
+device (`forms`) computes the risk of the plan's heads and turns them.
 
 Axes: B batch, H heads, L tokens, D head dimension.
 """
@@ -21,13 +20,11 @@ from ..concept.concept import Concept
 from ..concept.geometry import Geometry
 from ..concept.stream import STREAMS
 from ..concept.strength import held_strengths
-from ..maths.rotation import wide
-from .dense import scales_of, turned
-from .few import few_candidates
-from .plan import Active, Plan, Plans, moving_rows, plans_of
+from .forms import PACKED, Form, Told, form_of, turn_exact, turn_packed
+from .packed import Packed, packed
+from .plan import Active, Key, Plans, moved, moving_rows, plans_of
 
 T = TypeVar("T")
-Span = tuple[int, int]  # first token and the one behind the last
 
 
 class Seen(Protocol):
@@ -37,9 +34,6 @@ class Seen(Protocol):
         """The concept's number, the block's row, its heads [n], and the tokens above their gates, bool [B, n, L]. A key
         head that query heads share is told as the first of them.
         """
-
-
-Told = Callable[[int, Tensor, Tensor], None]  # concept, heads, passed, of one block and stream
 
 
 class Protection:
@@ -71,7 +65,8 @@ class Protection:
         for each in self._active():
             _require_reached(each)
         self._covered = set().union(*(moving_rows(each.concept) for each in self._active()))
-        self._plans: dict[torch.device, Plans] = {}
+        self._folded: Plans | None = None  # on the CPU; kept, since to fold takes seconds
+        self._prepared: dict[tuple[torch.device, torch.dtype | None], Plans | dict[Key, Packed]] = {}
         self._lock = threading.Lock()
 
     def covers(self, block_type: str, block_index: int) -> bool:
@@ -93,45 +88,56 @@ class Protection:
 
         H is `geometry.heads_of(role)`, role 'q' or 'k'. text and image are half-open, disjoint token spans
         (start, stop), empty where there is none.
-        Tokens turn by the generator of their stream, and every concept takes its LRS from the
-        unrotated vector. Float32 inside (float64 for float64), x's dtype out. x is not written to, and is returned as
-        the same object where there is nothing to do. With `own`, the caller alone holds x: the turned vectors are
-        written into it, which saves a copy, half of all the work on a CPU. Heads that are not safety-critical, tokens
-        outside the spans and tokens not above the gate come back bit for bit. `seen`, if given, receives the tokens
-        above the gates. Raises ValueError where gradients are kept for an `own` x.
+        Tokens turn by the generator of their stream, and every concept takes its LRS from the unrotated vector.
+        Float32 inside (float64 for float64), x's dtype out; on a GPU directions have x's dtype too. x is not written
+        to, and is returned as the same object where there is nothing to do. With `own`, the caller alone holds x: the
+        turned vectors are written into it, which saves a copy, half of all the work on a CPU. Heads that are not
+        safety-critical, tokens outside the spans and tokens not above the gate come back bit for bit (see `turn_plain`
+        for −0.0). `seen`, if given, receives the tokens above the gates. Raises ValueError where gradients are kept for
+        an `own` x.
         """
         if own and x.requires_grad:
             raise ValueError("x is to be written to, but gradients are kept for it: call without own")
         row = self.geometry.row(block_type, block_index)
         if row not in self._covered:
             return x
-        plans, result = self._plans_on(x.device), x
+        form, result = form_of(x), x
+        plans = self._plans_for(form, x)
         for stream, span in zip(STREAMS, (text, image), strict=True):
             plan = plans.get((row, role, stream))
             if plan is not None and span[0] < span[1]:
                 assert 0 <= span[0] and span[1] <= x.shape[2], f"{stream} span {span} in {x.shape[2]} tokens"
                 told = None if seen is None else _teller(seen, row, stream, self.geometry.heads // x.shape[1])
-                result = _rotate_span(x, result, plan, span, told, own)
+                turn = turn_packed if isinstance(plan, Packed) else turn_exact
+                result = turn(form, x, result, plan, span, told, own)
         return result
 
     def clear(self) -> None:
-        """Drop the tensors prepared per device; the next `rotate` makes them anew."""
+        """Drop the tensors prepared per device; the next `rotate` copies them there again."""
         with self._lock:
-            self._plans = {}
+            self._prepared = {}
 
     def _active(self) -> list[Active]:
         """The concepts that turn anything."""
         settings = zip(self.concepts, self.effective, self.thresholds, strict=True)
         return [Active(number, *each) for number, each in enumerate(settings) if each[1] != 0]
 
-    def _plans_on(self, device: torch.device) -> Plans:
-        plans = self._plans.get(device)
+    def _plans_for(self, form: Form, x: Tensor) -> Plans | dict[Key, Packed]:
+        key = (x.device, x.dtype if form in PACKED else None)
+        plans = self._prepared.get(key)
         if plans is None:
             with self._lock:
-                plans = self._plans.get(device)
+                plans = self._prepared.get(key)
                 if plans is None:
-                    plans = self._plans[device] = plans_of(self._active(), self.geometry, device)
+                    plans = self._prepared[key] = self._prepare(*key)
         return plans
+
+    def _prepare(self, device: torch.device, dtype: torch.dtype | None) -> Plans | dict[Key, Packed]:
+        if self._folded is None:
+            self._folded = plans_of(self._active(), self.geometry)
+        if dtype is not None:
+            return {key: packed(plan, self.geometry.heads_of(key[1]), dtype, device) for key, plan in self._folded.items()}
+        return {key: moved(plan, device) for key, plan in self._folded.items()}
 
 
 def _require_reached(active: Active) -> None:
@@ -147,34 +153,6 @@ def _require_reached(active: Active) -> None:
 
 def _teller(seen: Seen, row: int, stream: str, group: int) -> Told:
     return lambda concept, heads, passed: seen(concept, row, stream, heads * group, passed)
-
-
-def _rotate_span(x: Tensor, result: Tensor, plan: Plan, span: Span, told: Told | None, own: bool) -> Tensor:
-    """`result` (x, or a copy of it) with the span's tokens of the plan's heads turned; a copy, unless x is `own`."""
-    tokens = x[:, :, slice(*span)]
-    few = few_candidates(tokens, plan) if _gathers(x.device) else None
-    vectors = wide(tokens.index_select(1, plan.heads)) if few is None else few.gather(tokens, plan.heads)
-    scales, coordinates = scales_of(vectors, plan)
-    if told is not None:
-        for part, scale in zip(plan.parts, scales, strict=True):
-            if len(part.own):
-                passed = scale.ne(0) if few is None else few.spread(scale.ne(0), tokens.shape[2])
-                told(part.concept, plan.heads[part.own], passed.index_select(1, part.own))
-    if few is not None and not any(bool(scale.any()) for scale in scales):
-        return result
-    vectors = turned(vectors, plan.parts, scales, coordinates).to(x.dtype)
-    result = x.clone() if result is x and not own else result
-    if few is None:
-        result[:, :, slice(*span)].index_copy_(1, plan.heads, vectors)
-    else:
-        few.put(vectors, result[:, :, slice(*span)], plan.heads)
-    return result
-
-
-def _gathers(device: torch.device) -> bool:
-    """Whether to turn only the tokens above a gate. They are few, so this saves nearly all the work; but to find
-    them on a GPU would cost a synchronisation per block and shapes that depend on the data."""
-    return device.type == "cpu"
 
 
 def _per_concept(

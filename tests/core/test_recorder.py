@@ -11,9 +11,9 @@ SHAPE = (2, 3, 11, 32)
 BLOCKS = [("double", 0), ("double", 1), ("single", 0), ("single", 1), ("single", 2)]
 
 
-@pytest.fixture(params=["gathered", "dense"])
+@pytest.fixture(params=["gathered", "dense", "plain", "fused"])
 def path(request, monkeypatch):
-    monkeypatch.setattr(protection, "_gathers", lambda device: request.param == "gathered")
+    monkeypatch.setattr(protection, "form_of", lambda x: request.param)
 
 
 def recorded(guard, steps, entries=("a", "b"), rows=None):

@@ -6,6 +6,7 @@ import torch
 from saferope_core import Geometry, Protection
 from saferope_core.run import few as screen
 from saferope_core.run import protection
+from saferope_core.run.dense import scales_of
 
 HEADS, TOKENS, WIDTH = 3, 256, 128
 GEOMETRY = Geometry(double_blocks=1, single_blocks=1, heads=HEADS, head_dim=WIDTH)
@@ -82,7 +83,7 @@ def assert_turned_alike(result, expected, concepts, x, where):
 
 def turned(concepts, x, monkeypatch, gathers):
     """(result, bool [B, H, L]: told to be above a gate by any concept), by one way or the other."""
-    monkeypatch.setattr(protection, "_gathers", lambda device: gathers)
+    monkeypatch.setattr(protection, "form_of", lambda x: "gathered" if gathers else "dense")
     told = torch.zeros(x.shape[:3], dtype=torch.bool)
 
     def saw(_concept, row, stream, heads, passed):
@@ -94,9 +95,9 @@ def turned(concepts, x, monkeypatch, gathers):
 
 def lost(concept, x):
     """How many tokens the exact form would turn and the look leaves out, and how many it takes in."""
-    plan = Protection([concept], GEOMETRY)._plans_on(x.device)[1, "q", "text"]
+    plan = Protection([concept], GEOMETRY)._plans_for("dense", x)[1, "q", "text"]
     maybe = screen._maybe(x, plan)
-    scale, _ = protection.scales_of(screen.wide(x), plan)
+    scale, _ = scales_of(screen.wide(x), plan)
     return int((scale[0].ne(0) & ~maybe).sum()), int(maybe.sum())
 
 

@@ -1,0 +1,144 @@
+"""The turn on a GPU with Triton: one kernel that reads a block's vectors once and writes those that turn.
+
+A program takes a tile of tokens of one head of one picture and goes through all concepts. LRS, angles and sums are
+float32 in registers, products take the vectors as they are, and a tile in which nothing turns is read and left. There
+is no synchronisation and no shape that depends on the data. `saferope::turn` is an operator of PyTorch, so that
+torch.compile passes it on as it is.
+
+Axes: B batch, H heads of the plan, L tokens, D head dimension, C concepts, P planes, R rank.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202 - Triton types a kernel's arguments by what it is called with
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .packed import Packed
+
+LEAST = 16  # of every side of a product on tensor cores
+TOKENS = {64: 64, 128: 64, 256: 32, 512: 16}  # in a tile, by head dimension: what registers hold without spilling
+WARPS = 4
+# Triton's interpreter multiplies the bits of bfloat16 as whole numbers. Products of half precision fit into float32.
+WIDEN = triton.knobs.runtime.interpret
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit
+def _dot(x, y, WIDEN: tl.constexpr):
+    if WIDEN:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, input_precision="ieee")
+
+
+@triton.jit
+def turn_tile(
+    x,
+    heads,
+    directions,
+    theta,
+    cut,
+    scale,
+    tokens,
+    batch_stride,
+    head_stride,
+    token_stride,
+    CONCEPTS: tl.constexpr,
+    PLANES: tl.constexpr,
+    RANK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLANES_2: tl.constexpr,  # at least LEAST, a power of 2; so are the next two
+    RANK_2: tl.constexpr,
+    WIDTH_2: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOLD: tl.constexpr,  # whether to write s
+    WIDEN: tl.constexpr,
+):
+    tile, slot, picture = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, d = tile * TOKENS + tl.arange(0, TOKENS), tl.arange(0, WIDTH_2)
+    p, r = tl.arange(0, PLANES_2), tl.arange(0, RANK_2)
+    x += picture.to(tl.int64) * batch_stride + tl.load(heads + slot) * head_stride
+    at = x + row[:, None] * token_stride + d[None, :]
+    here = (row < tokens)[:, None] & (d < WIDTH)[None, :]
+    vectors = tl.load(at, mask=here, other=0.0)
+    whole = tl.sqrt(tl.sum(vectors.to(tl.float32) * vectors.to(tl.float32), 1))
+    added = tl.zeros((TOKENS, WIDTH_2), tl.float32)
+    turned = tl.zeros((TOKENS,), tl.int32)
+    columns: tl.constexpr = CONCEPTS * (2 * PLANES + RANK)
+    directions += slot.to(tl.int64) * WIDTH * columns + d[:, None] * columns
+    in_planes = (d < WIDTH)[:, None] & (p < PLANES)[None, :]
+    in_rank = (d < WIDTH)[:, None] & (r < RANK)[None, :]
+    for concept in range(CONCEPTS):
+        unsafe = tl.load(directions + CONCEPTS * 2 * PLANES + concept * RANK + r[None, :], mask=in_rank, other=0.0)
+        inside = _dot(vectors, unsafe, WIDEN)
+        inside = tl.sqrt(tl.sum(inside * inside, 1))
+        risk = (inside / whole) * (inside / whole)
+        s = tl.where(risk > 1.0, 1.0, risk)
+        # 0 for the zero vector, whose risk is 0 / 0; NaN for a vector with NaN
+        s = tl.where(inside <= tl.load(cut + slot * CONCEPTS + concept) * whole, 0.0, s)
+        hit = (s != 0.0).to(tl.int32)
+        if TOLD:
+            place = (picture * tl.num_programs(1) + slot) * tokens + row
+            tl.store(scale + place.to(tl.int64) * CONCEPTS + concept, s, mask=row < tokens)
+        if tl.max(hit, 0) > 0:
+            turned = turned | hit
+            a_at = directions + concept * 2 * PLANES + 2 * p[None, :]
+            a_plane, b_plane = tl.load(a_at, mask=in_planes, other=0.0), tl.load(a_at + 1, mask=in_planes, other=0.0)
+            a = _dot(vectors, a_plane, WIDEN)
+            b = _dot(vectors, b_plane, WIDEN)
+            if CONCEPTS > 1:  # what earlier concepts added
+                before = added.to(vectors.dtype)
+                a += _dot(before, a_plane, WIDEN)
+                b += _dot(before, b_plane, WIDEN)
+            angle = (
+                s[:, None]
+                * tl.load(theta + (slot * CONCEPTS + concept) * PLANES + p, mask=p < PLANES, other=0.0)[None, :]
+            )
+            half = tl.sin(angle * 0.5)
+            cos_1, sin = -2.0 * half * half, tl.sin(angle)
+            to_a, to_b = (cos_1 * a - sin * b).to(vectors.dtype), (sin * a + cos_1 * b).to(vectors.dtype)
+            added += _dot(to_a, tl.trans(a_plane), WIDEN)
+            added += _dot(to_b, tl.trans(b_plane), WIDEN)
+    result = (vectors.to(tl.float32) + added).to(vectors.dtype)
+    tl.store(at, result, mask=here & (turned > 0)[:, None])
+
+
+@torch.library.custom_op("saferope::turn", mutates_args=("span", "scale"))
+def turn_op(span: Tensor, heads: Tensor, directions: Tensor, theta: Tensor, cut: Tensor, scale: Tensor | None) -> None:
+    """See `turn_fused`; the tensors of a `Packed`, and where s [B, H, L, C] goes, if anywhere."""
+    pictures, _, tokens, _ = span.shape
+    if not span.numel():
+        return
+    sizes = constants(*theta.shape[1:], directions, scale is not None)
+    grid = (triton.cdiv(tokens, sizes["TOKENS"]), len(heads), pictures)
+    kept = theta if scale is None else scale
+    turn_tile[grid](span, heads, directions, theta, cut, kept, tokens, *span.stride()[:3], **sizes, num_warps=WARPS)
+
+
+@turn_op.register_fake
+def _(span: Tensor, heads: Tensor, directions: Tensor, theta: Tensor, cut: Tensor, scale: Tensor | None) -> None:
+    return None
+
+
+def constants(concepts: int, planes: int, directions: Tensor, told: bool) -> dict[str, int | bool]:
+    """The kernel's compile-time sizes for directions [H, D, C (2P + R)]."""
+    width, rank = directions.shape[1], directions.shape[2] // concepts - 2 * planes
+    padded = [max(LEAST, triton.next_power_of_2(size)) for size in (planes, rank, width)]
+    names = ("CONCEPTS", "PLANES", "RANK", "WIDTH", "PLANES_2", "RANK_2", "WIDTH_2", "TOKENS", "TOLD", "WIDEN")
+    tile = next(tokens for most, tokens in TOKENS.items() if width <= most)
+    return dict(zip(names, (concepts, planes, rank, width, *padded, tile, told, WIDEN), strict=True))
+
+
+@torch.no_grad()
+def turn_fused(span: Tensor, plan: Packed, told: bool = False) -> Tensor | None:
+    """Turns the plan's heads of span [B, H of the model, L, D], last stride 1, in place; with `told`, s [B, H, L, C].
+
+    Vectors that do not turn are not written. Their dtype is one of DTYPES. What turns is rounded to it once.
+    """
+    shape = span.shape[0], len(plan.heads), span.shape[2], plan.cut.shape[1]
+    scale = torch.empty(shape, dtype=torch.float32, device=span.device) if told else None
+    turn_op(span, plan.heads, plan.directions, plan.theta, plan.cut, scale)
+    return scale

@@ -1,0 +1,85 @@
+"""A plan as the forms for GPUs read it: the directions of all concepts side by side, in the dtype of the vectors.
+
+Directions are rounded to that dtype, so that products need no wider copy of the vectors. What this does to risk and
+turn is in docs/performance.md.
+
+Axes: H heads of the plan, D head dimension, C concepts, P planes, R rank, each the most of any concept, R even.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..maths.rotation import wide
+from .plan import Part, Plan
+
+# The cut of a gate of 1, which no LRS is above. Rounded directions may give an LRS above 1, but none near NEVER².
+NEVER = 2.0
+
+
+class Packed(NamedTuple):
+    """The turns of one block, role and stream. What a concept or a head lacks is 0, and turns nothing."""
+
+    heads: Tensor  # int64 [H]
+    all_heads: bool  # they are all heads of the model, in order
+    # [H, D, C (2P + R)]: a and b of every plane of every concept in turns; then the unsafe subspaces, each times the
+    # root of its |strength|, so that the square of its share of the length is strength * LRS
+    directions: Tensor
+    theta: Tensor  # [H, C, P]: radians at s = 1, negative for a negative strength
+    cut: Tensor  # [H, C]: the share of its length above which a vector turns, times the root of |strength|
+    # for every concept: its number, the heads whose gates a token can pass, and their indices among `heads`, None: all
+    gates: list[tuple[int, Tensor, Tensor | None]]
+    one: Tensor  # []: 1.0, on the device
+    above_1: bool  # some strength is above 1, so that s has to be held at 1
+
+    @property
+    def planes(self) -> Tensor:
+        """a and b of every plane [H, D, C 2P], orthonormal within a concept."""
+        return self.directions[..., : 2 * self.theta[0].numel()]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def packed(plan: Plan, model_heads: int, dtype: torch.dtype, device: torch.device) -> Packed:
+    """`plan` for vectors of `dtype` on `device`, in a model of so many heads."""
+    parts = plan.parts
+    planes = max(part.theta.shape[-1] for part in parts)
+    unsafe = [_unsafe(part) * part.strength.abs().sqrt()[:, None, None] for part in parts]
+    rank = max(each.shape[-1] for each in unsafe)
+    rank += rank % 2  # complex numbers lie at even places
+    columns = [pad(_in_turns(part), (0, 2 * (planes - part.theta.shape[-1]))) for part in parts]
+    columns += [pad(each, (0, rank - each.shape[-1])) for each in unsafe]
+    theta = [pad(part.strength.sign()[:, None] * part.theta, (0, planes - part.theta.shape[-1])) for part in parts]
+    cut = [torch.where(part.gate < 1, part.gate.sqrt(), NEVER) * part.strength.abs().sqrt() for part in parts]
+    real = wide(torch.empty(0, dtype=dtype)).dtype
+    return Packed(
+        plan.heads.to(device),
+        len(plan.heads) == model_heads,
+        torch.cat(columns, -1).to(device, dtype),
+        torch.stack(theta, 1).to(device, real),
+        torch.stack(cut, 1).to(device, real),
+        [_gates(plan, part, device) for part in parts],
+        torch.ones((), dtype=real, device=device),
+        any(bool((part.strength.abs() > 1).any()) for part in parts),
+    )
+
+
+def _gates(plan: Plan, part: Part, device: torch.device) -> tuple[int, Tensor, Tensor | None]:
+    own = None if len(part.own) == len(plan.heads) else part.own.to(device)
+    return part.concept, plan.heads[part.own].to(device), own
+
+
+def _unsafe(part: Part) -> Tensor:
+    """An orthonormal basis [H, D, R] of the unsafe subspace."""
+    return part.directions if part.unsafe is None else part.directions @ part.unsafe
+
+
+def _in_turns(part: Part) -> Tensor:
+    """[H, D, 2P]: a and b of the first plane, of the second, ... of directions that have all a first, then all b."""
+    count = part.theta.shape[-1]
+    a, b = part.directions[..., :count], part.directions[..., count : 2 * count]
+    return torch.stack((a, b), dim=-1).flatten(-2)

@@ -1,0 +1,77 @@
+"""The turn on a GPU without Triton: a dozen PyTorch kernels, of which four touch the vectors, and no wider copy.
+
+No synchronisation, and no shape that depends on the data. The coordinates of all concepts come from one product. A
+plane's a and b are one complex number z, so a turn by φ adds z (e^iφ − 1). Concepts turn one after the other: what an
+earlier one added is added to the coordinates of the later ones through the products of their directions.
+
+Axes: H heads of the plan, L tokens, D head dimension, C concepts, P planes, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..maths.rotation import exact, wide
+from .packed import Packed
+
+
+@torch.no_grad()
+def turn_plain(span: Tensor, plan: Packed) -> list[Tensor]:
+    """Turns the plan's heads of span [B, H of the model, L, D] in place; s [H, L, C] of every picture.
+
+    Products accumulate in float32, and what they add is rounded to the span's dtype once, with the sum. Vectors that
+    do not turn come back equal, but a −0.0 in them may become 0.0, which attention cannot tell apart.
+    """
+    return [_turn_picture(picture, plan) for picture in span]
+
+
+def _turn_picture(picture: Tensor, plan: Packed) -> Tensor:
+    with exact(picture):
+        vectors = picture if plan.all_heads else picture.index_select(0, plan.heads)
+        coordinates = product(vectors, plan.directions)
+        width = plan.planes.shape[-1]
+        scale = _scale(vectors, coordinates[..., width:], plan)
+        lost = _lost(coordinates[..., :width], scale, plan).to(vectors.dtype)
+        vectors.baddbmm_(lost, plan.planes.mT, alpha=-1)
+        if not plan.all_heads:
+            picture.index_copy_(0, plan.heads, vectors)
+    return scale
+
+
+def _scale(vectors: Tensor, unsafe: Tensor, plan: Packed) -> Tensor:
+    """s [H, L, C] of vectors [H, L, D], from their coordinates [H, L, C R] in the unsafe subspaces."""
+    inside = torch.linalg.vector_norm(unsafe.unflatten(-1, (plan.cut.shape[-1], -1)), dim=-1)
+    whole = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=inside.dtype)
+    above = torch.addcmul(inside, whole, plan.cut[:, None], value=-1)
+    risk = (inside / whole).square()
+    if plan.above_1:
+        risk = risk.clamp(max=1.0)
+    # risk where above > 0 or NaN, else 0: also for the zero vector, whose risk is 0 / 0
+    return torch.ops.aten.threshold_backward(risk, above, 0.0)
+
+
+def _lost(coordinates: Tensor, scale: Tensor, plan: Packed) -> Tensor:
+    """What the turns take from the coordinates [H, L, C 2P] of all planes: z − z e^iφ; exactly 0.0 where s is 0."""
+    concepts, planes = plan.theta.shape[1:]
+    angle = scale[..., None] * plan.theta[:, None]
+    phase = torch.polar(plan.one.expand_as(angle), angle)
+    lost = torch.empty_like(phase)
+    flat = torch.view_as_real(lost).flatten(2)
+    between = product(plan.planes.mT, plan.planes) if concepts > 1 else None
+    for concept, own in enumerate(coordinates.split(2 * planes, -1)):
+        if between is not None and concept:
+            before = 2 * planes * concept
+            own = own.baddbmm(flat[..., :before], between[:, :before, before : before + 2 * planes], alpha=-1)
+        z = torch.view_as_complex(own.unflatten(-1, (planes, 2)))
+        torch.addcmul(z, z, phase[:, :, concept], value=-1, out=lost[:, :, concept])
+    return flat
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y of [H, n, m] and [H, m, k] in float32 (float64 for float64). CUDA multiplies half precision as it is;
+    other devices, which have no such product, widen both first."""
+    native = x.device.type in ("cuda", "meta") and torch.version.hip is None  # meta: to be counted as on CUDA
+    if native and x.element_size() == 2:
+        return torch.bmm(x, y, out_dtype=torch.float32)
+    return torch.bmm(wide(x), wide(y))
