@@ -4,6 +4,7 @@
     python -m dev.measure dial          # 50 minutes: strengths from 0 to 2, three seeds; kept as well
     python -m dev.measure now           # 20 minutes: the trained files of `dial` asked more, and attacked for long
     python -m dev.measure cost          # some minutes on two cores that do nothing else
+    python -m dev.measure count         # seconds, on any machine
     python -m dev.measure demo          # the star of `make demo`, evaluated
     python -m dev.measure tiny-world    # two minutes
 
@@ -254,6 +255,15 @@ def cost() -> dict[str, dict]:
     return {name: entry(table, command) | (about.groupdict() if about else {}) for name, table in pairs}
 
 
+def count() -> dict[str, dict]:
+    """What a step costs on a GPU, for performance.md."""
+    out = WORK / "count"
+    command = (*SAFEROPE, "bench", "--count", "--out", str(out))
+    run(command)
+    tables = tables_in((ROOT / out / "count.md").read_text(encoding="utf-8"))
+    return {name: entry(table, command) for name, table in zip(("count", "rounding"), tables, strict=True)}
+
+
 def demo() -> dict[str, dict]:
     """README's table: the star of `make demo`."""
     if not (ROOT / DEMO / "star.safetensors").is_file():
@@ -273,7 +283,8 @@ def tiny_world() -> dict[str, dict]:
     return {name: entry(table, command) for name, table in zip(names, tables_in(text), strict=True)}
 
 
-MEASURES = {"suites": suites, "dial": dial, "now": now, "cost": cost, "demo": demo, "tiny-world": tiny_world}
+MEASURES = {"suites": suites, "dial": dial, "now": now, "cost": cost, "count": count, "demo": demo}
+MEASURES |= {"tiny-world": tiny_world}
 
 
 def main() -> None:

@@ -28,6 +28,10 @@ def bench(
     ] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all forms take turns.")] = 5,
     curves: Annotated[bool, typer.Option(help="Also how the cost grows with each size.")] = True,
+    count: Annotated[
+        bool,
+        typer.Option("--count", help="Time nothing: count what a step costs on a GPU, in count.md and count.json."),
+    ] = False,
 ) -> None:
     """Time rotation, files, extraction and training side by side, as a table and curves; needs 4 GB and some minutes.
 
@@ -35,6 +39,10 @@ def bench(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if count:
+        from saferope_benchmark.costs.counting import write
+
+        return say(write(out))
     import torch
 
     from saferope_benchmark.costs import making, report, rotation, work
