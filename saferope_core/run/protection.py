@@ -136,7 +136,9 @@ class Protection:
         if self._folded is None:
             self._folded = plans_of(self._active(), self.geometry)
         if dtype is not None:
-            return {key: packed(plan, self.geometry.heads_of(key[1]), dtype, device) for key, plan in self._folded.items()}
+            return {
+                key: packed(plan, self.geometry.heads_of(key[1]), dtype, device) for key, plan in self._folded.items()
+            }
         return {key: moved(plan, device) for key, plan in self._folded.items()}
 
 
