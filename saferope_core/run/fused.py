@@ -8,7 +8,9 @@ torch.compile passes it on as it is.
 Axes: B batch, H heads of the plan, L tokens, D head dimension, C concepts, P planes, R rank.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202 - Triton types a kernel's arguments by what it is called with
+# Triton types a kernel's arguments by what it is called with
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: ignore-errors
 
 from __future__ import annotations
 

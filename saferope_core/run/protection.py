@@ -108,8 +108,10 @@ class Protection:
             if plan is not None and span[0] < span[1]:
                 assert 0 <= span[0] and span[1] <= x.shape[2], f"{stream} span {span} in {x.shape[2]} tokens"
                 told = None if seen is None else _teller(seen, row, stream, self.geometry.heads // x.shape[1])
-                turn = turn_packed if isinstance(plan, Packed) else turn_exact
-                result = turn(form, x, result, plan, span, told, own)
+                if isinstance(plan, Packed):
+                    result = turn_packed(form, x, result, plan, span, told, own)
+                else:
+                    result = turn_exact(form, x, result, plan, span, told, own)
         return result
 
     def clear(self) -> None:
