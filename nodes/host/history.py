@@ -17,7 +17,8 @@ def runs_of(recorders: Sequence[Recorder], samples: Tensor) -> list[list[Receipt
 
     Raises ValueError where no receipt covers one of them: it signs what it knows, no more.
     """
-    key, runs = digest_of(samples), []
+    key = digest_of(samples)
+    runs: list[list[Receipt]] = []
     while key:
         found = [receipt for each in recorders if (receipt := each.receipt(key)) is not None]
         starts = {receipt.start for receipt in found}

@@ -76,7 +76,9 @@ def _report(file: Path, anchors: str, wanted: tuple[str, ...], full: bool) -> di
         found = credential(read_whole(file, MAX_BYTES), anchors)
     except (OSError, ValueError) as error:
         return {"file": str(file), "exit_code": 2, "verdict": "unreadable", "reasons": [str(error)]}
-    wrong, left, runs = list(found.wrong), [], []
+    wrong = list(found.wrong)
+    left: list[str] = []
+    runs: list[list[dict]] = []
     try:
         runs = _judged(found.runs, wrong, left, wanted)
     except ValueError as error:

@@ -11,7 +11,8 @@ from dev.nodes_page import node_tables
 
 pytestmark = pytest.mark.host
 NAMES = ("LoadConcept", "CombineConcepts", "CalibrateConcept", "SaveConcept", "InspectConcept", "Apply")
-NODES = {f"SafeRoPE_{name}" for name in (*NAMES, "RiskProbe", "RiskMap", "TinyWorld")}  # for ever: workflows name them
+NAMES += ("RiskProbe", "RiskMap", "SaveImage", "TinyWorld")
+NODES = {f"SafeRoPE_{name}" for name in NAMES}  # for ever: workflows name them
 
 
 def ours(server) -> set[str]:
