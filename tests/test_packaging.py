@@ -15,7 +15,8 @@ import tomllib
 
 from dev.comfyui import ROOT, copy_pack, pack_files
 
-PACKAGES = {"saferope", "saferope_benchmark", "saferope_core", "saferope_training", "tinyworld", "workflow_lint"}
+PACKAGES = {"saferope", "saferope_benchmark", "saferope_core", "saferope_credentials", "saferope_training"}
+PACKAGES |= {"tinyworld", "workflow_lint"}
 
 
 @pytest.fixture(scope="module")
