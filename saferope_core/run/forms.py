@@ -59,10 +59,10 @@ def turn_packed(
         scales = turn_plain(tokens, plan)
         scale = torch.stack(scales) if scales and told is not None else None
     if told is not None and scale is not None:
-        for place, (concept, heads, own) in enumerate(plan.gates):
+        for place, (concept, heads, asked) in enumerate(plan.gates):
             if len(heads):
                 passed = scale[..., place].ne(0)
-                told(concept, heads, passed if own is None else passed.index_select(1, own))
+                told(concept, heads, passed if asked is None else passed.index_select(1, asked))
     return result
 
 
