@@ -151,8 +151,7 @@ class Settings:
     harden: int = _choice(
         "harden",
         0,
-        "Rounds of hardening after training: new words are found that bring the concept back, and learned too. A round "
-        "takes twice the time of training.",
+        "Rounds of hardening: each finds new words that bring the concept back, and trains anew with them.",
     )
     steps: int = _choice("train", 180, "Optimiser steps. The paper's code: up to 10,000 of one prompt.")
     phase: int = _choice(
