@@ -2,7 +2,7 @@
 
     python -m dev.measure suites        # two hours on two cores; kept in .cache/results, so that it can be resumed
     python -m dev.measure dial          # 50 minutes: strengths from 0 to 2, three seeds; kept as well
-    python -m dev.measure now           # 20 minutes: the trained files of `dial` asked more, and attacked for long
+    python -m dev.measure now           # the trained files of `dial` asked more, and attacked: an hour or more
     python -m dev.measure cost          # some minutes on two cores that do nothing else
     python -m dev.measure count         # seconds, on any machine
     python -m dev.measure demo          # the star of `make demo`, evaluated
@@ -200,14 +200,14 @@ def dial() -> dict[str, dict]:
 
 
 def now() -> dict[str, dict]:
-    """The first seed's trained files of `dial`: Table 1's questions, and the attack with five times its pictures."""
+    """The first seed's trained files of `dial`: Table 1's questions, and the attack."""
     files = NOW / "concepts"
     (ROOT / files).mkdir(parents=True, exist_ok=True)
     for slug in CONCEPTS:
         shutil.copyfile(ROOT / DIAL / "concepts" / slug / f"{slug}.safetensors", ROOT / files / f"{slug}.safetensors")
     own = ("--concepts", str(files), "--baselines", "none")
     asked = (*SUITE, "tinyworld", *COUNTS, *own, "--no-search", "--out", str(NOW))
-    attack = (*SAFEROPE, "attack", str(NOW), *own, "--rounds", "24")
+    attack = (*SAFEROPE, "attack", str(NOW), *own)
     run(asked)
     run(attack)
     _keep(ROOT / NOW / "attack" / "attack.png", "results-attack-now.png")

@@ -24,6 +24,7 @@ from math import nan
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..concept.geometry import Geometry
 
@@ -85,7 +86,7 @@ class Forward:
     def saw(self, concept: int, row: int, stream: str, heads: Tensor, passed: Tensor) -> None:
         """A block's heads [n] and, for each of them, which tokens of the stream pass its gate: bool [B, n, L]."""
         tally = self.tallies[concept, stream]
-        tally.passed = tally.passed + passed.sum(1, dtype=torch.float32)
+        tally.passed = _together(tally.passed, passed.sum(1, dtype=torch.float32))
         tally.gates += len(heads)
         if stream == TEXT:
             tally.heads.append((row, heads, passed))
@@ -112,6 +113,14 @@ class Forward:
     def _chunk(self, x: Tensor | float, place: int) -> Tensor:
         assert isinstance(x, Tensor) and len(x) % len(self.entries) == 0, "rows for conditionings"
         return x.chunk(len(self.entries))[place]
+
+
+def _together(total: Tensor | float, more: Tensor) -> Tensor:
+    """The sum [B, L] of counts; keys may have reference tokens behind them that queries lack (a cache of keys)."""
+    if not isinstance(total, Tensor):
+        return more
+    longest = max(total.shape[1], more.shape[1])
+    return pad(total, (0, longest - total.shape[1])) + pad(more, (0, longest - more.shape[1]))
 
 
 class Run:

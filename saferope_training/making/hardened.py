@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from saferope_core import FLUX1, load_concepts
+from saferope_core.concept.files import write_bytes
 
 from .. import processes, prompts
 from ..flux.new_words import NewWords, load_words, save_words, spoken
@@ -40,7 +40,7 @@ def hardened(recipe: Recipe, tell: Teller = lambda entry: None) -> Path:
                 path = last.train(tell)
         result = recipe.out / f"{s.concept}.hardened.safetensors"
         if processes.is_main():
-            shutil.copyfile(path, result)
+            write_bytes(result, path.read_bytes())
     return result
 
 

@@ -75,7 +75,7 @@ def concepts(draw):
 
 
 def same(a: Concept, b: Concept) -> bool:
-    names = [f.name for f in dataclasses.fields(Concept) if f.name not in STREAMS]
+    names = [f.name for f in dataclasses.fields(Concept) if f.name not in (*STREAMS, "source")]
     names += [name for names in NAMES.values() for name in tensors_of(a.text, names)] + ["acts_on", "acts_on_image"]
     pairs = [(flat.field(a, name), flat.field(b, name)) for name in names]
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) and y is not None else x == y for x, y in pairs)

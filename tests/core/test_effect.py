@@ -34,10 +34,15 @@ def test_a_turn_in_the_reach_alone_is_an_effect_where_gates_are_low(make_concept
     turn = torch.zeros(6, 7, 7)
     turn[:, 3, 4], turn[:, 4, 3] = -2.0, 2.0
     more = {"rank": 7, "reach": 4, "generator_text": turn, "generator_image": turn}
-    low, high = (
-        make_concept(**more, **{f"gate_{role}": torch.full((6,), gate) for role in "qk"}) for gate in (0.02, 0.9999)
+    gates, full = (
+        {f"{kind}_{role}": torch.full((6,), value) for role in "qk"} for kind, value in (("gate", 0.02), ("full", 0.1))
     )
-    assert effect_of(low).turning == 6 and effect_of(high).turning == 0
+    shut = {name: torch.full((6,), 0.9999) for name in gates}
+    assert effect_of(make_concept(**more, **gates, **full)).turning == 6
+    assert effect_of(make_concept(**more, **shut, **full)).turning == 0
+    assert effect_of(make_concept(**more, **gates)).turning == 0, (
+        "where nearly all of a risky vector is in the subspace"
+    )
 
 
 def test_heads_that_share_keys_have_the_effect_of_their_key_head(make_concept):

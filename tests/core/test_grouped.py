@@ -74,7 +74,7 @@ def test_a_key_head_is_told_as_the_first_that_shares_it(make_concept):
         Protection([concept], GROUPED).rotate(
             torch.randn(1, heads, 7, 32), role, "single", 1, **SPANS, seen=forward.saw
         )
-    assert [heads.tolist() for _, heads, _ in forward.tallies["one", 0, "text"].heads] == [[4], [3]]
+    assert [heads.tolist() for _, heads, _ in forward.tallies[0, "text"].heads] == [[4], [3]]
 
 
 def test_files_tell_key_heads_where_they_differ(make_concept, path):

@@ -249,7 +249,7 @@ def test_protection_in_part_is_signed_as_such_alone(node_classes, world, star, s
 
 @pytest.mark.parametrize(
     "settings",
-    [{"strength": 0.0}, {"strength": 1e-9}, {"gate": "fixed", "threshold": 0.9999}, {"start_percent": 0.999}],
+    [{"strength": 0.0}, {"strength": 1e-9}, {"gate": "fixed", "threshold": 1.0}, {"start_percent": 0.999}],
 )
 def test_no_effect_is_not_signed(node_classes, world, star, sampled, save, keys, settings):
     model, recorder = apply(node_classes, world[0], star, **settings)
