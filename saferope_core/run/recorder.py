@@ -119,8 +119,10 @@ def _together(total: Tensor | float, more: Tensor) -> Tensor:
     """The sum [B, L] of counts; keys may have reference tokens behind them that queries lack (a cache of keys)."""
     if not isinstance(total, Tensor):
         return more
-    longest = max(total.shape[1], more.shape[1])
-    return pad(total, (0, longest - total.shape[1])) + pad(more, (0, longest - more.shape[1]))
+    missing = more.shape[1] - total.shape[1]
+    if missing:
+        total, more = pad(total, (0, max(0, missing))), pad(more, (0, max(0, -missing)))
+    return total + more
 
 
 class Run:
