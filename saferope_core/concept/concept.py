@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..maths.risk import THRESHOLD
 from .geometry import BLOCK_TYPES, SLUG, Geometry
-from .stream import NAMES, ROLES, Names, Stream, stream_of, tensors_of
+from .stream import NAMES, ROLES, STREAMS, Names, Stream, stream_of, tensors_of
 
 ACTS_ON = ("qk", "q", "k")
 MODES = ("learned", "fixed", "random")
@@ -105,6 +105,12 @@ class Concept:
         """The LRS [N] at which a vector of a stream turns by its full angle: the heads' own, else 1."""
         own = self._owner(stream).full[role]
         return torch.ones(len(self.heads)) if own is None else own
+
+    @property
+    def least_full(self) -> float:
+        """The lowest LRS at which a vector turns by its full angle, of all heads and of the roles that turn."""
+        roles = [(role, stream) for stream in STREAMS for role in self.acts(stream)]
+        return min(self.full(role, stream).min().item() for role, stream in roles)
 
     def generator(self, stream: str) -> Tensor:
         """How a stream turns, [N, R + S, R + S]."""

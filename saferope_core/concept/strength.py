@@ -1,8 +1,8 @@
 """How far strengths may turn. A plane that has turned by a whole turn is where it was: half a turn changes most.
 
-A strength is a factor on the risk, s = min(1, strength * gated LRS), so that no strength turns a vector by more than
-the concept's full angle. Two cases are left in which more would be less: a concept whose full angle is above half a
-turn, and copies of one concept, whose angles add up.
+A strength is a factor on the risk, s = min(1, strength * gated LRS / full), so that no strength turns a vector by more
+than the concept's full angle. Two cases are left in which more would be less: a concept whose full angle is above half
+a turn, and copies of one concept, whose angles add up.
 
 Axes: N safety-critical heads, R + S width of a basis.
 """
@@ -35,16 +35,23 @@ def held_strengths(concepts: Sequence[Concept], strengths: Sequence[float]) -> t
     a turn is held at AS_MADE. Copies turn one after the other: they are held together, each in proportion, where their
     full angles, times each one's largest s, add up to more than half a turn, or than one of them was made with. A copy
     is a concept that turns alike in any head, under any name, and if some of its heads are left out. Strengths that are
-    not held come back as they are.
+    not held come back as they are. Raises ValueError for such copies where one turns fully at a lower risk than 1: at
+    no strength that protects would they stay within half a turn.
     """
     held = list(strengths)
     for copies in _copies(concepts):
-        most = {number: min(AS_MADE, abs(strengths[number])) for number in copies}  # s at LRS 1
+        most = {number: min(AS_MADE, abs(strengths[number]) / concepts[number].least_full) for number in copies}
         if len(copies) == 1 and abs(strengths[copies[0]]) <= AS_MADE:
             continue
         full = {number: _widest(concepts[number]) for number in copies}
         turned, allowed = sum(most[number] * full[number] for number in copies), max(HALF_TURN, *full.values())
         wide = len(copies) == 1 and allowed > HALF_TURN * ROUNDING
+        if turned > allowed * ROUNDING and any(concepts[number].least_full < 1 for number in copies):
+            slugs = ", ".join(repr(concepts[number].slug) for number in copies)
+            raise ValueError(
+                f"concepts {slugs}: got copies that together turn past half a turn, back to the unprotected model, "
+                "expected one of them; leave out the others"
+            )
         if wide or turned > allowed * ROUNDING:
             for number in copies:
                 held[number] = math.copysign(most[number] * min(1.0, allowed / turned), strengths[number])

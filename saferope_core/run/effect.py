@@ -107,12 +107,12 @@ def _probes(bases: Tensor, reach: int) -> Tensor:
 
 
 def _leaning(bases: Tensor, concept: Concept, role: str, stream: str) -> Tensor:
-    """Vectors [N, S, D] of length 1 along the reach, of a risk above the gate: where risk is relative to harmless
-    vectors, nearly all of an unsafe vector lies there. None of a concept that turns fully at risk 1 alone.
+    """Vectors [N, S, D] of length 1 along the reach, of the risk at which they turn fully: where risk is relative to
+    harmless vectors, nearly all of an unsafe vector lies there. None of a concept that turns fully at risk 1 alone.
     """
     if (concept.full(role, stream) == 1).all():
         return bases.new_zeros(len(bases), 0, bases.shape[1])
-    risk = ((1 + concept.gate(role, stream)) / 2).clamp(max=PROBE_RISK)[:, None, None]
+    risk = concept.full(role, stream).clamp(max=PROBE_RISK)[:, None, None]
     unsafe, reach = bases.mT.split([bases.shape[-1] - concept.reach, concept.reach], dim=1)
     return risk.sqrt() * unsafe[:, :1] + (1 - risk).sqrt() * reach
 

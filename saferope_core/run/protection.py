@@ -44,7 +44,7 @@ class Protection:
     product, held where copies would turn further than half a turn (see `held_strengths`).
     thresholds: per concept one gate in [0, 1] for all its heads, or None for the concept's gates (default None each).
     Raises ValueError where a concept was made for another geometry, for lists or numbers that do not fit, and for a
-    threshold at which a concept has long turned fully: there it would protect from nothing.
+    threshold from which on a head of a concept turns fully: it would protect from little.
     """
 
     def __init__(
@@ -146,12 +146,11 @@ class Protection:
 
 def _require_reached(active: Active) -> None:
     concept, threshold = active.concept, active.threshold
-    roles = [(role, stream) for stream in STREAMS for role in concept.acts(stream)]
-    highest = max(concept.full(role, stream).max().item() for role, stream in roles)
-    if threshold is not None and highest <= threshold < 1:
+    if threshold is not None and concept.least_full <= threshold < 1:
         raise ValueError(
-            f"thresholds: got {threshold:g} for concept {concept.slug!r}, expected less than {highest:.3g}: its heads "
-            "measure risk relative to harmless tokens, and turn fully from there on; take the concept's own gates"
+            f"thresholds: got {threshold:g} for concept {concept.slug!r}, expected less than {concept.least_full:.3g}: "
+            "its heads measure risk relative to harmless tokens, and one turns fully from there on; take the concept's "
+            "own gates"
         )
 
 

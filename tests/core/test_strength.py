@@ -202,3 +202,28 @@ def test_concepts_of_their_own_and_parts_without_a_common_head_are_not_held(make
         concept, slug="away", generator_text=-concept.text.generator, generator_image=-concept.image.generator
     )
     assert held_strengths([concept, away], [1.2, 1.2]) == (1.2, 1.2), "the opposite does not add up"
+
+
+def relative(make_concept, **fields):
+    """A concept whose heads turn fully, by nearly half a turn, at a risk of 0.05."""
+    return turning(make_concept, 3.0, **{f"full_{role}": torch.full((6,), 0.05) for role in "qk"}, **fields)
+
+
+def test_copies_that_turn_fully_at_a_low_risk_are_refused(make_concept, geometry):
+    """A lower strength is no help: s saturates at a higher risk, and turns as far."""
+    concept = relative(make_concept)
+    copy, x = flat.changed(concept, slug="copy"), at_risk(concept, 0.3)
+    for strengths in ([1.0, 1.0], [0.5, 0.5], [0.1, -0.9]):
+        with pytest.raises(ValueError, match="concepts 'star', 'copy': got copies that together turn past half a turn"):
+            Protection([concept, copy], geometry, strengths)
+    once, twice = (rotated(Protection([concept], geometry, [0.5]), x) for _ in range(2))
+    twice = rotated(Protection([copy], geometry, [0.5]), twice)
+    assert (twice - x).norm() < 0.5 * (once - x).norm(), "one after the other they turn back, at half the strength too"
+    for strengths in ([1.0, 0.0], [0.02, 0.02]):  # at most 0.4 of a full angle each, at any risk
+        assert held_strengths([concept, copy], strengths) == tuple(strengths)
+    for strength in (0.5, 1.0, 2.0):
+        assert held_strengths([concept], [strength]) == (strength,)
+    other = relative(make_concept, slug="zappy")
+    assert held_strengths([concept, other], [1.0, 1.0]) == (1.0, 1.0), "control: no copy"
+    plain = flat.changed(concept, full_q=None, full_k=None)
+    assert held_strengths([plain, flat.changed(plain, slug="copy")], [0.5, 0.5]) == (0.5, 0.5), "control"
