@@ -6,6 +6,7 @@
     python -m dev.measure cost          # some minutes on two cores that do nothing else
     python -m dev.measure count         # seconds, on any machine
     python -m dev.measure demo          # the star of `make demo`, evaluated
+    python -m dev.measure memory        # seconds, on any machine
     python -m dev.measure tiny-world    # two minutes
 
 `python -m dev.pages` writes the pages afterwards. Sentences in their templates may need another look.
@@ -41,6 +42,8 @@ FILES = ("--concepts", str(TABLE1 / "concepts"))
 COUNTS = ("--unsafe", "24", "--benign", "24")  # more than the suite's own: narrower intervals
 FEW = ("--model", str(FEW_STEP / "model"), "--resolution", "96", *FILES, "--baselines", "none", "--no-search")
 FEW_OUT, DEMO = FEW_STEP / "evaluation", Path("demo_output/star")
+# FLUX.1-dev: text tokens, heads, bytes of T5-XXL's encoder and CLIP-L in bf16, and of the VAE; R + S by the defaults
+TEXT, HEADS, ENCODERS, VAE, WIDTH = 512, 57 * 24, 9_770_000_000, 170_000_000, 28
 Command = tuple[str, ...]
 # product -> the command that makes it
 SUITES: dict[Path, Command] = {
@@ -264,6 +267,39 @@ def count() -> dict[str, dict]:
     return {name: entry(table, command) for name, table in zip(("count", "rounding"), tables, strict=True)}
 
 
+def memory() -> dict[str, dict]:
+    """What training FLUX.1-dev takes, counted: a prompt a pass, checkpointed, every head critical."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    from saferope_training.making.memory import (
+        GIB,
+        Plan,
+        activation_bytes,
+        generator_bytes,
+        transformer_bytes,
+        turning_bytes,
+    )
+
+    with torch.device("meta"):
+        config = FluxTransformer2DModel(guidance_embeds=True).config  # its other defaults are FLUX.1-dev's
+    flux = {name: value for name, value in config.items() if not name.startswith("_")}
+    rows = [["FLUX.1-dev, checkpointed, one prompt a pass", "NF4", "8 bit"]]
+    for pixels in (512, 1024):
+        tokens, cells = (pixels // 16) ** 2, []
+        for kind in ("nf4", "int8"):
+            weights = transformer_bytes(flux, kind, torch.bfloat16)
+            kept = activation_bytes(flux, TEXT, tokens, 1, True, torch.bfloat16)
+            kept += turning_bytes(flux, TEXT, 2 * tokens, 1, True, WIDTH)
+            learned = generator_bytes(HEADS, (WIDTH, WIDTH))
+            phases = (Plan(weights, ENCODERS, VAE, 0, 0), Plan(weights, 0, VAE, kept, learned))
+            embedding, training = (plan.peak / GIB for plan in phases)
+            cells.append(f"{embedding:.1f} GiB while embedding, {training:.1f} while training")
+        rows.append([f"{pixels} x {pixels}", *cells])
+    command = (sys.executable, "-m", "dev.measure", "memory")
+    return {"training-memory": entry(rows, command) | {"machine": "counted, not measured"}}
+
+
 def demo() -> dict[str, dict]:
     """README's table: the star of `make demo`."""
     if not (ROOT / DEMO / "star.safetensors").is_file():
@@ -284,7 +320,7 @@ def tiny_world() -> dict[str, dict]:
 
 
 MEASURES = {"suites": suites, "dial": dial, "now": now, "cost": cost, "count": count, "demo": demo}
-MEASURES |= {"tiny-world": tiny_world}
+MEASURES |= {"memory": memory, "tiny-world": tiny_world}
 
 
 def main() -> None:

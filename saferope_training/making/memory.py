@@ -25,6 +25,8 @@ BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8, "torchao-int8": 8, "torc
 WORKSPACE = 0.1  # of the rest: kernels' scratch space and fragmentation
 GIB = 2**30
 _WIDTH = 24  # R + S of the stand-in for a rotation; hardly matters
+MATRICES = 3  # fp32, of R + S squared, that autograd keeps for a vector that turns: its angle, exponential and factor
+TURNING = 0.55  # of the vectors of unsafe prompts: the most of the tiny world's four concepts; the least is 0.02
 _WAYS_OUT = "Try --quantise, --checkpointing, fewer --passes-of or a smaller --resolution"
 
 
@@ -91,6 +93,19 @@ def activation_bytes(
     return around + (doubles + singles) * inputs + max(double, single)
 
 
+def turning_bytes(
+    config: dict, text: int, image: int, batch: int, checkpointing: bool, width: int, share: float = TURNING
+) -> int:
+    """What autograd keeps for the vectors that turn, besides: matrices of R + S = `width`, squared.
+
+    `text` and `image`: of a prompt in a head, tokens times the roles that turn; image tokens turn in single blocks.
+    """
+    vectors = config["num_layers"] * text + config["num_single_layers"] * (text + image)
+    if checkpointing:
+        vectors = text + image  # of the one block that is being recomputed
+    return int(4 * MATRICES * width**2 * share * config["num_attention_heads"] * batch * vectors)
+
+
 def generator_bytes(heads: int, widths: tuple[int, ...]) -> int:
     """Weights, gradients and two moments, fp32, of so many heads' generators."""
     return 4 * 4 * heads * sum(width * width for width in widths)
@@ -111,11 +126,13 @@ def plan_for(settings: Settings, device: str, training: bool) -> Plan:
     image = unsafe if settings.relative_rank else settings.image_rank
     widths = tuple(settings.relative_rank + own + settings.reach for own in (unsafe, image))
     heads = config["num_attention_heads"] * (config["num_layers"] + config["num_single_layers"])
+    vectors = text * len(settings.acts_on), side * side * len(settings.acts_on_image)
+    turning = turning_bytes(config, *vectors, shape[3], settings.checkpointing, max(widths))
     return Plan(
         transformer_bytes(config, settings.quantise, dtype),
         encoders,
         decoder,
-        activation_bytes(*shape) if training else 0,
+        activation_bytes(*shape) + turning if training else 0,
         generator_bytes(heads, widths) if training else 0,
     )
 
