@@ -53,7 +53,7 @@ def test_a_pipeline_is_protected_inside_of_the_block_alone(pipe, given):
 
 def test_the_transformer_may_be_given_and_strengths_differ(pipe):
     pictures = []
-    for settings in ({}, {"strength": 0.5}, {"threshold": 0.12}):
+    for settings in ({}, {"strength": 0.5}, {"threshold": 0.012}):
         with protect(pipe.transformer, STAR, **settings):
             pictures.append(draw(pipe))
     assert not any(np.array_equal(pictures[0], other) for other in pictures[1:])

@@ -235,7 +235,7 @@ def test_generate_leaves_pairs_and_a_record(star, tmp_path):
 
 def test_what_was_not_measured_is_null_in_the_record(star, tmp_path):
     """It was 0."""
-    (concept,) = load_concepts(star)
+    (concept,) = load_concepts(OLD_STAR)
     still = flat.changed(concept, slug="still", generator_text=torch.zeros_like(concept.text.generator))
     save_concepts(tmp_path / "still.safetensors", [still])
     concepts = (
