@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ...saferope_core import BENIGN, UNSAFE, Gathering, Geometry, Statistics, schedule, seeded_noise, token_kinds
 from .families import grid_of, masks_in_network
-from .patch import ListeningPatch, patched
+from .listening import ListeningPatch
+from .patch import patched
 from .prompts import Prompt, masks_in
 
 SAME_TIME = 1e-3  # sigmas closer than this are one: they come back in the sampler's precision

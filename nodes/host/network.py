@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...saferope_core import Geometry
+from ...saferope_core import BLOCK_TYPES, Geometry
 from .families import geometry_of, has_hook, parts, turns_by_position
 
 WRAPPER_KEY = "saferope"
@@ -47,11 +47,6 @@ def require_network(base_model: Any, geometry: Geometry, options: dict) -> None:
         raise RuntimeError(
             f"SafeRoPE protects {geometry.describe()}, but the model that runs is {found}, put in its place after "
             f"SafeRoPE Apply. Remove the node that does so, or put SafeRoPE Apply after it. {FREE}"
-        )
-    if (_model_options(base_model.current_patcher).get(COMPILE_KWARGS) or {}).get("fullgraph"):
-        raise RuntimeError(
-            "SafeRoPE: this model is compiled with fullgraph=True, which leaves no way to check that a compiled graph "
-            "is protected. Switch fullgraph off in the node that compiles the model."
         )
     if not has_hook(base_model.diffusion_model) and is_compiled(base_model.current_patcher, options):
         raise RuntimeError(
@@ -118,6 +113,17 @@ def is_compiled(patcher: Any, options: dict) -> bool:
     """Whether ComfyUI knows of a torch.compile on the model; arguments as in `suspects`."""
     wrapped = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
     return wrapped or COMPILE_KWARGS in _model_options(patcher)
+
+
+def block_of(options: dict) -> Block:
+    """The block that a patch is called from; `require_hook` refuses one that is not the model's."""
+    return cast(Block, (options.get("block_type"), options.get("block_index")))
+
+
+def blocks_of(geometry: Geometry) -> list[Block]:
+    """All blocks of the geometry."""
+    counts = zip(BLOCK_TYPES, (geometry.double_blocks, geometry.single_blocks), strict=True)
+    return [(block_type, index) for block_type, count in counts for index in range(count)]
 
 
 def _wrong_block(geometry: Geometry, block: Block) -> str:

@@ -12,22 +12,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from comfy.ldm.flux.math import apply_rope
 from comfy.patcher_extension import WrappersMP
 
-from ...saferope_core import BLOCK_TYPES, ROLES, Asked, Forward, Geometry, Protection, Receipt, Run
+from ...saferope_core import Asked, Forward, Protection, Receipt, Run
 from .bridge import bridged
-from .families import grid_of, turns_by_position
+from .families import grid_of
 from .forward import ForwardState
 from .guard import guard, protected_forward
-from .network import TEXT_END, WRAPPER_KEY, Block, is_compiled, require_hook, require_network, suspects, watched_queries
+from .listening import ListeningPatch
+from .network import (
+    TEXT_END,
+    WRAPPER_KEY,
+    Block,
+    block_of,
+    blocks_of,
+    is_compiled,
+    require_hook,
+    require_network,
+    suspects,
+    watched_queries,
+)
 from .notices import notice, rested, start_notices
 from .receipts import Pass, receipt_of
 from .recorder import Recorder, digest_of, require_usual
 from .strangers import hooked, strangers
+from .traced import chained, turn
 
 POSITIVE = 0  # in extra_options["cond_or_uncond"], one entry for each chunk of the batch; 1 is negative
 
@@ -46,12 +58,12 @@ class AttentionPatch:
     sigma is read (no wait for the GPU). A run without a step in the range ends in a notice.
 
     Fails closed: torch.compile may replay a graph traced without the patch (ComfyUI's TorchCompileModel drops the
-    guards that would notice), other nodes may replace blocks, the forward or the network. `around_forward` audits
-    every forward: the first of a sampling run must go through every protected block, and in none may a protected block
-    project queries that do not come to the patch; step caches (EasyCache, TeaCache) and skip-layer guidance may leave
-    blocks out, after the first. What a compiled graph may hide runs again without it, and the graphs are dropped if
-    they were to blame. Otherwise RuntimeError names the nodes to move. `around_sampling` raises where no forward came
-    by at all, and guard.py where the network runs outside of a forward.
+    guards that would notice; `traced` tells what a graph holds of a patch), other nodes may replace blocks, the forward
+    or the network. `around_forward` audits every forward: the first of a sampling run must go through every protected
+    block, and in none may a protected block project queries that do not come to the patch; step caches (EasyCache,
+    TeaCache) and skip-layer guidance may leave blocks out, after the first. What a compiled graph may hide runs again
+    without it, and the graphs are dropped if they were to blame. Otherwise RuntimeError names the nodes to move.
+    `around_sampling` raises where no forward came by at all, and guard.py where the network runs outside of a forward.
 
     One object serves all clones of a model and several threads: what a sampling run has proven goes with that run. It
     has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes; the protection keeps one copy per
@@ -72,12 +84,11 @@ class AttentionPatch:
         asked: Asked | None = None,
     ) -> None:
         self.protection, self.recorder, self.watching, self.asked = protection, recorder, watching, asked
-        self.protected = frozenset(block for block in _blocks(protection.geometry) if protection.covers(*block))
+        self.protected = frozenset(block for block in blocks_of(protection.geometry) if protection.covers(*block))
         self.start, self.end, self.positive_only = start, end, positive_only
         self._now = ForwardState()
         self._run_key = f"{WRAPPER_KEY} {id(self)}"  # of this patch's _Run in transformer_options
 
-    @torch.compiler.disable
     def __call__(
         self,
         q: Any,
@@ -91,7 +102,43 @@ class AttentionPatch:
         """q, k, v [B, H, L, D] -> the entries to replace: {"q": .., "k": ..} or {}. Raises RuntimeError for a hook of
         another kind: other blocks, shapes or spans, or vectors after RoPE."""
         options: dict = extra_options if isinstance(extra_options, dict) else {}
-        block = _block_of(options)
+        if torch.compiler.is_compiling() and self._traceable(q, k, options):
+            return self._traced(q, k, pe is not None, options)
+        return self._answer(q, k, pe, options)
+
+    def _traceable(self, q: Any, k: Any, options: dict) -> bool:
+        """Whether `traced.turn` can do it. The rest leaves the graph: the odd, to be refused, and settings that ask
+        for more than the vectors."""
+        usual = torch.is_tensor(q) and torch.is_tensor(k) and TEXT_END in options and "block_type" in options
+        return usual and not (self.watching or self.positive_only or q.requires_grad or k.requires_grad)
+
+    def _traced(self, q: torch.Tensor, k: torch.Tensor, placed: bool, options: dict) -> dict[str, torch.Tensor]:
+        """As `_answer`, in a graph."""
+        if not self._owns(options):
+            q, k = q.clone(), k.clone()
+        place = 0
+        for patch in options.get("patches", {}).get("attn1_patch") or []:
+            if patch is self:
+                break
+            place += isinstance(patch, AttentionPatch)
+        turn(q, k, place, *block_of(options), *options[TEXT_END], placed)
+        return {"q": q, "k": k}
+
+    def turn_in_place(self, q: torch.Tensor, k: torch.Tensor, block: Block, span: list[int], placed: bool) -> None:
+        """What `traced.turn` does. A patch that `_traceable` would refuse does not answer: its audit will miss it, and
+        run the forward without the graph."""
+        if self.watching or self.positive_only:
+            return
+        self._now.answer(block)
+        options = {TEXT_END: span}
+        require_hook(self.protection.geometry, block, q, k, placed or None, options, self._now.network)
+        if block in self.protected and self._now.acting:
+            for role, x in (("q", q), ("k", k)):
+                self._rotate(x, role, block, span[0], own=True)
+
+    @torch.compiler.disable(reason="SafeRoPE for positive prompts alone leaves the graph: switch fullgraph off")
+    def _answer(self, q: Any, k: Any, pe: Any, options: dict) -> dict[str, torch.Tensor]:
+        block = block_of(options)
         self._now.answer(block)
         require_hook(self.protection.geometry, block, q, k, pe, options, self._now.network)
         if block not in self.protected or not self._now.acting:
@@ -161,13 +208,13 @@ class AttentionPatch:
 
         record = run.blank(model, x, sigma, options)
         untouched = x.clone()  # EasyCache adds to x in place
-        out = self._run(model, acting, record, executor, untouched, sigma, *args, **kwargs)
+        out = self._run(model, acting, record, run.chain, executor, untouched, sigma, *args, **kwargs)
         missing = self.protected - self._now.called
         if (missing and run.compiled) or self._passed_by(run):
             del out
             record = run.blank(model, x, sigma, options)
             with torch.compiler.set_stance("force_eager"):  # what a compiled graph hides shows here
-                out = self._run(model, acting, record, executor, x, sigma, *args, **kwargs)
+                out = self._run(model, acting, record, run.chain, executor, x, sigma, *args, **kwargs)
             if self._passed_by(run):
                 raise RuntimeError(self._complaint(model, options))
             if self._now.projected:
@@ -195,7 +242,14 @@ class AttentionPatch:
         return self.protection.rotate(x, role, *block, text=(0, text), image=(text, x.shape[2]), seen=seen, own=own)
 
     def _run(
-        self, model: Any, acting: bool, record: Forward | None, executor: Callable, *args: Any, **kwargs: Any
+        self,
+        model: Any,
+        acting: bool,
+        record: Forward | None,
+        chain: list[AttentionPatch],
+        executor: Callable,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """The forward's output; `_now` holds which blocks called the patch, and which were seen to need it."""
         now = self._now
@@ -204,6 +258,7 @@ class AttentionPatch:
             with (
                 protected_forward(model),
                 watched_queries(now.network, self.protected, now.project),
+                chained(chain),
                 bridged(now.network, self, args, kwargs) as (args, kwargs),
             ):
                 return executor(*args, **kwargs)
@@ -264,51 +319,6 @@ class _Run:
         self.chain = [patch for patch in patches if isinstance(patch, AttentionPatch)]
 
 
-class ListeningPatch:
-    """Shows q and k of every block to a function, and changes nothing.
-
-    `at_sigma(sigma)` is asked before each forward for that function, None where the forward is of no interest. It is
-    called as `listen(x, turned, role, block_type, block_index, text, image)`: x [B, H, L, D] before RoPE and `turned`
-    after it, the spans of text and image tokens. Fails closed: RuntimeError where a block of a forward of interest was
-    not heard.
-    """
-
-    def __init__(self, geometry: Geometry, at_sigma: Callable[[float], Callable | None]) -> None:
-        self.blocks, self.at_sigma, self.rope = frozenset(_blocks(geometry)), at_sigma, turns_by_position(geometry)
-        self._listen: Callable | None = None
-        self._heard: set[Block] = set()
-
-    @torch.compiler.disable
-    def __call__(
-        self, q: Any, k: Any, v: Any, pe: Any = None, attn_mask: Any = None, extra_options: Any = None, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        """As AttentionPatch; always {}."""
-        options = extra_options or {}
-        if self._listen is not None and TEXT_END in options and (pe is not None or not self.rope):
-            block, text = _block_of(options), options[TEXT_END][0]
-            placed = apply_rope(q, k, pe) if self.rope else (q, k)
-            for role, x, turned in zip(ROLES, (q, k), placed, strict=True):
-                self._listen(x, turned, role, *block, (0, text), (text, x.shape[2]))
-            self._heard.add(block)
-        return {}
-
-    def around_forward(self, executor: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """APPLY_MODEL wrapper: decides once per forward whether to listen, then checks that every block was heard."""
-        self._listen, self._heard = self.at_sigma(float(sigma.max())), set()
-        try:
-            with bridged(executor.class_obj.diffusion_model, self, (x, sigma, *args), kwargs) as (args, kwargs):
-                out = executor(*args, **kwargs)
-            if self._listen is not None and self._heard != self.blocks:
-                raise RuntimeError(
-                    f"SafeRoPE heard queries and keys, before RoPE, of {len(self._heard)} of the model's "
-                    f"{len(self.blocks)} blocks. Expected every block to call its attention patches. Connect the model "
-                    "without nodes that compile it or replace its blocks."
-                )
-            return out
-        finally:
-            self._listen = None
-
-
 def patched(model: Any, patch: AttentionPatch | ListeningPatch) -> Any:
     """A clone of the ModelPatcher `model` with the patch after those it has; `model` itself is not changed."""
     clone = model.clone()
@@ -342,13 +352,3 @@ def _in_chunks(kinds: list[int], x: torch.Tensor, turned: torch.Tensor) -> torch
     """`turned` in the chunks of positive prompts, `x` in the others; both [B, H, L, D]."""
     parts = zip(kinds, x.chunk(len(kinds)), turned.chunk(len(kinds)), strict=True)
     return torch.cat([after if kind == POSITIVE else before for kind, before, after in parts])
-
-
-def _block_of(options: dict) -> Block:
-    """The block that a patch is called from; `require_hook` refuses one that is not the model's."""
-    return cast(Block, (options.get("block_type"), options.get("block_index")))
-
-
-def _blocks(geometry: Geometry) -> list[Block]:
-    counts = zip(BLOCK_TYPES, (geometry.double_blocks, geometry.single_blocks), strict=True)
-    return [(block_type, index) for block_type, count in counts for index in range(count)]

@@ -344,14 +344,6 @@ def test_flux_s_own_hook_is_none(apply, flux, concept):
     assert not torch.equal(out["q"], q) and not torch.equal(out["k"], q)
 
 
-def test_a_full_graph_is_refused(apply, comfy, with_node, sample):
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    model = with_node(lambda m: set_torch_compile_wrapper(m, backend="eager", fullgraph=True))
-    with pytest.raises(RuntimeError, match=r"compiled with fullgraph=True.*Switch fullgraph off"):
-        sample(model)
-
-
 def test_a_compiling_node_is_named(comfy, with_node, sample):
     from comfy.patcher_extension import WrappersMP
     from comfy_api.torch_helpers import set_torch_compile_wrapper
