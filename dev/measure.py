@@ -264,7 +264,7 @@ def count() -> dict[str, dict]:
     command = (*SAFEROPE, "bench", "--count", "--out", str(out))
     run(command)
     tables = tables_in((ROOT / out / "count.md").read_text(encoding="utf-8"))
-    return {name: entry(table, command) for name, table in zip(("count", "rounding"), tables, strict=True)}
+    return {name: entry(table, command) for name, table in zip(("count", "rounding", "compiled"), tables, strict=True)}
 
 
 def memory() -> dict[str, dict]:

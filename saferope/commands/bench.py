@@ -30,7 +30,10 @@ def bench(
     curves: Annotated[bool, typer.Option(help="Also how the cost grows with each size.")] = True,
     count: Annotated[
         bool,
-        typer.Option("--count", help="Time nothing: count what a step costs on a GPU, in count.md and count.json."),
+        typer.Option(
+            "--count",
+            help="Time nothing: count what a step costs on a GPU, and compile its kernel, in count.md and count.json.",
+        ),
     ] = False,
 ) -> None:
     """Time rotation, files, extraction and training side by side, as a table and curves; needs 4 GB and some minutes.

@@ -33,7 +33,7 @@ from saferope_core.run.forms import PACKED, Form, turn_exact, turn_packed
 from saferope_core.run.fused import constants
 from saferope_core.run.packed import packed
 
-from . import rounding
+from . import compiled, rounding
 from .rotation import TRAINED, Size, concept_of
 
 LAUNCH = 5e-6  # seconds a kernel takes at least: what PyTorch needs to send one
@@ -265,6 +265,7 @@ def write(out: Path) -> str:
     rows = [row(case) for case in cases()]
     write_text(out / "count.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     text = f"Counted, not timed.\n\n{table(rows)}\nRounding, against float64.\n\n{table(list(rounding.rows()))}"
+    text += f"\nThe fused kernel, compiled ahead.\n\n{table(list(compiled.rows()))}"
     write_text(out / "count.md", text)
     return text
 

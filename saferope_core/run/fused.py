@@ -22,8 +22,9 @@ from torch import Tensor
 from .packed import Packed
 
 LEAST = 16  # of every side of a product on tensor cores
-TOKENS = {64: 64, 128: 64, 256: 32, 512: 16}  # in a tile, by head dimension: what registers hold without spilling
-WARPS = 4
+# in a tile, by head dimension: what registers hold. Triton 3.7.0 fails to compile 64 rows for sm_100
+TOKENS = {256: 32, 512: 16}
+STAGES = 1  # of loads in flight: a second concept's would spill
 # Triton's interpreter multiplies the bits of bfloat16 as whole numbers. Products of half precision fit into float32.
 WIDEN = triton.knobs.runtime.interpret
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -117,12 +118,18 @@ def turn_op(span: Tensor, heads: Tensor, directions: Tensor, theta: Tensor, cut:
     sizes = constants(*theta.shape[1:], directions, scale is not None)
     grid = (triton.cdiv(tokens, sizes["TOKENS"]), len(heads), pictures)
     kept = theta if scale is None else scale
-    turn_tile[grid](span, heads, directions, theta, cut, kept, tokens, *span.stride()[:3], **sizes, num_warps=WARPS)
+    told = {"num_warps": warps(theta.shape[1]), "num_stages": STAGES}
+    turn_tile[grid](span, heads, directions, theta, cut, kept, tokens, *span.stride()[:3], **sizes, **told)
 
 
 @turn_op.register_fake
 def _(span: Tensor, heads: Tensor, directions: Tensor, theta: Tensor, cut: Tensor, scale: Tensor | None) -> None:
     return None
+
+
+def warps(concepts: int) -> int:
+    """Of a program: with several concepts twice as many hold what earlier ones added."""
+    return 4 if concepts == 1 else 8
 
 
 def constants(concepts: int, planes: int, directions: Tensor, told: bool) -> dict[str, int | bool]:

@@ -12,7 +12,7 @@ from saferope_core.run.packed import packed
 from saferope_core.run.plain import turn_plain
 
 GEOMETRY = Geometry(double_blocks=1, single_blocks=1, heads=2, head_dim=32)
-LENGTH = TOKENS[64] + 6  # a whole tile and a part of one
+LENGTH = TOKENS[256] + 6  # a whole tile and a part of one
 
 
 @pytest.fixture
