@@ -85,7 +85,7 @@ def scores(model: Model, concept: Concept, prompts: list[world.Prompt]) -> Tenso
         forward, run = Forward(range(len(texts)), 1.0, (side, side)), Run(model.geometry)
 
         def look(*where: Any, forward: Forward = forward) -> None:
-            guard.rotate(*where, seen=forward.saw)
+            guard.rotate(*where, seen=forward)
 
         noise = seeded_noise(model, range(SEED + first, SEED + first + len(texts)))
         with attached(model.transformer, look):

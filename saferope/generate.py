@@ -91,7 +91,7 @@ class RiskMeter:
         """As `Protection.rotate`."""
         if self.forward is None:  # all steps of a batch count as one
             self.forward = Forward(range(len(x)), 1.0, (self.side, self.side))
-        return self.protection.rotate(x, role, block_type, block_index, text, image, self.forward.saw)
+        return self.protection.rotate(x, role, block_type, block_index, text, image, self.forward)
 
     def take(self) -> list[dict[str, dict[str, float | None]]]:
         """A record per picture, and starts anew: concept -> stream -> risk of its riskiest token, mean over steps.

@@ -238,8 +238,8 @@ class AttentionPatch:
         return patches[0] is self and not self.watching and not self.positive_only
 
     def _rotate(self, x: torch.Tensor, role: str, block: Block, text: int, own: bool) -> torch.Tensor:
-        seen, own = self._now.record.saw if self._now.record else None, own and not x.requires_grad
-        return self.protection.rotate(x, role, *block, text=(0, text), image=(text, x.shape[2]), seen=seen, own=own)
+        seen, spans = self._now.record, {"text": (0, text), "image": (text, x.shape[2])}
+        return self.protection.rotate(x, role, *block, **spans, seen=seen, own=own and not x.requires_grad)
 
     def _run(
         self,

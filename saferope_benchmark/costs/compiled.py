@@ -23,7 +23,15 @@ from .rotation import TRAINED
 HEADS, HEAD_DIM = 24, 128
 TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)), GPUTarget("hip", "gfx942", 64)]
 NUMBERS = ("tokens", "batch_stride", "head_stride", "token_stride")
-POINTERS = {"x": "*bf16", "heads": "*i64", "directions": "*bf16", "theta": "*fp32", "cut": "*fp32", "scale": "*fp32"}
+POINTERS = {
+    "x": "*bf16",
+    "heads": "*i64",
+    "directions": "*bf16",
+    "theta": "*fp32",
+    "cut": "*fp32",
+    "counts": "*fp32",
+    "passed": "*u8",
+}
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -36,10 +44,10 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def compiled(target: GPUTarget, concepts: int) -> CompiledKernel:
-    """The kernel without s to tell. Raises what Triton raises where it cannot compile."""
+    """The kernel for image tokens, with a recorder. Raises what Triton raises where it cannot compile."""
     planes = (TRAINED["rank"] + TRAINED["reach"]) // 2
     directions = torch.empty(HEADS, HEAD_DIM, concepts * (2 * planes + TRAINED["rank"]), device="meta")
-    sizes = constants(concepts, planes, directions, told=False) | {"WIDEN": False}
+    sizes = constants(concepts, planes, directions, counted=True) | {"WIDEN": False}
     types = POINTERS | dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(sizes, "constexpr")
     names = enumerate(turn_tile.arg_names)
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in names if name not in sizes}

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from saferope_core import Forward, Protection
 from saferope_core.concept.files import write_text
-from saferope_core.run.forms import PACKED, Form, turn_exact, turn_packed
+from saferope_core.run.forms import PACKED, Form, Told, turn_exact, turn_packed
 from saferope_core.run.fused import constants
 from saferope_core.run.packed import packed
 
@@ -146,17 +146,23 @@ def _kernel(name: str, args: tuple, kwargs: dict, out: Any) -> Kernel:
 
 
 def _fused_kernel(
-    span: Tensor, heads: Tensor, directions: Tensor, theta: Tensor, cut: Tensor, scale: Tensor | None
+    span: Tensor,
+    heads: Tensor,
+    directions: Tensor,
+    theta: Tensor,
+    cut: Tensor,
+    counts: Tensor | None,
+    passed: Tensor | None,
 ) -> Kernel:
     """Reads the plan's heads and its directions; of the vectors, it writes one in hundreds, which counts as none. Its
-    products are those of a kernel in which every tile has a token that turns.
+    products are those of a kernel in which every tile has a token that turns. Of the counts, as many.
     """
     vectors = span.shape[0] * len(heads) * span.shape[2]
     concepts, planes = theta.shape[1:]
-    sizes = constants(concepts, planes, directions, scale is not None)
+    sizes = constants(concepts, planes, directions)
     columns = concepts * (sizes["RANK_2"] + (6 if concepts > 1 else 4) * sizes["PLANES_2"])
     read = vectors * span.shape[-1] * span.element_size()
-    rest = [each for each in (heads, directions, theta, cut, scale) if each is not None]
+    rest = [each for each in (heads, directions, theta, cut, passed) if each is not None]
     return Kernel("turn", read + sum(map(_bytes, rest)), vectors * sizes["WIDTH_2"] * columns)
 
 
@@ -191,11 +197,7 @@ def _kernels(
     """Those of one call."""
     tokens = model.text + model.image
     span = (0, model.text) if stream == "text" else (model.text, tokens)
-    saw = Forward(["prompt"], 1.0, (64, 64)).saw
-
-    def told(concept: int, heads: Tensor, passed: Tensor) -> None:
-        saw(concept, 0, stream, heads, passed)
-
+    told = Told(Forward(["prompt"], 1.0, (64, 64)), 0, stream, 1)
     with FakeTensorMode():
         x = _without_memory(torch.empty(1, tokens, model.heads, model.head_dim, dtype=size.dtype)).transpose(1, 2)
         given = tree_map_only(Tensor, _without_memory, plan)

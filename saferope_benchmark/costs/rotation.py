@@ -88,7 +88,7 @@ def turning(size: Size, recorded: bool = False, own: bool = True) -> Callable[[]
     side, spans = size.resolution // 16, ((0, size.text), (size.text, size.text + size.image))
 
     def turn() -> None:
-        seen = Forward(["prompt"], 1.0, (side, side)).saw if recorded else None
+        seen = Forward(["prompt"], 1.0, (side, side)) if recorded else None
         for role in "qk":
             guard.rotate(x, role, "single", 0, *spans, seen=seen, own=own)
 

@@ -10,9 +10,8 @@ Axes: B batch, H heads, L tokens, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,9 +25,42 @@ from .plan import Plan
 
 Form = Literal["gathered", "dense", "fused", "plain"]
 Span = tuple[int, int]  # first token and the one behind the last
-Told = Callable[[int, Tensor, Tensor], None]  # concept, heads, passed, of one block and stream
 PACKED = ("fused", "plain")  # forms that read a Packed instead of a Plan
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Seen(Protocol):
+    """Receives the tokens above the gates, for each concept with gates below 1 there: `recorder.Forward`. A key head
+    that query heads share is told as the first of them."""
+
+    def saw(self, concept: int, row: int, stream: str, heads: Tensor, passed: Tensor) -> None:
+        """A block's row, the stream, its heads [n], and the tokens above their gates, bool [B, n, L]."""
+
+    def room(self, gates: tuple[tuple[int, int], ...], stream: str, like: Tensor) -> Tensor:
+        """Float32 [C, B, L], on the device of `like` [B, H, L, D]: a kernel adds there how many of a concept's gates
+        each token passes. gates: each concept's number, and how many gates are asked."""
+
+    def wants_heads(self, stream: str) -> bool:
+        """Whether `saw_heads` is to be told, after a kernel has counted."""
+
+    def saw_heads(self, concept: int, row: int, heads: Tensor, passed: Tensor) -> None:
+        """As `saw`, of tokens that are counted already."""
+
+
+class Told(NamedTuple):
+    """Where a block's stream is told of."""
+
+    seen: Seen
+    row: int
+    stream: str
+    group: int  # query heads to a head
+
+    def of(self, heads: Tensor) -> Tensor:
+        """The heads as `Seen` counts them."""
+        return heads if self.group == 1 else heads * self.group
+
+    def saw(self, concept: int, heads: Tensor, passed: Tensor) -> None:
+        self.seen.saw(concept, self.row, self.stream, self.of(heads), passed)
 
 
 def form_of(x: Tensor) -> Form:
@@ -52,18 +84,30 @@ def turn_packed(
     result = x.clone() if result is x and not own else result
     tokens = result[:, :, slice(*span)]
     if form == "fused":
-        from .fused import turn_fused
-
-        scale = turn_fused(tokens, plan, told is not None)
+        _turn_fused(tokens, plan, told)
     else:
         scales = turn_plain(tokens, plan)
-        scale = torch.stack(scales) if scales and told is not None else None
-    if told is not None and scale is not None:
-        for place, (concept, heads, asked) in enumerate(plan.gates):
-            if len(heads):
-                passed = scale[..., place].ne(0)
-                told(concept, heads, passed if asked is None else passed.index_select(1, asked))
+        if told is not None and scales:
+            for concept, heads, passed in plan.asked(torch.stack(scales).ne(0)):
+                told.saw(concept, heads, passed)
     return result
+
+
+def _turn_fused(tokens: Tensor, plan: Packed, told: Told | None) -> None:
+    """One kernel, which counts for `told` as well."""
+    from .fused import turn_fused
+
+    counts = passed = None
+    if told is not None:
+        gates = tuple((concept, len(heads)) for concept, heads, _ in plan.gates)
+        counts = told.seen.room(gates, told.stream, tokens)
+        if told.seen.wants_heads(told.stream):
+            shape = tokens.shape[0], len(plan.heads), tokens.shape[2], len(gates)
+            passed = torch.empty(shape, dtype=torch.uint8, device=tokens.device)
+    turn_fused(tokens, plan, counts, passed)
+    if told is not None and passed is not None:
+        for concept, heads, seen in plan.asked(passed.view(torch.bool)):
+            told.seen.saw_heads(concept, told.row, told.of(heads), seen)
 
 
 def turn_exact(form: Form, x: Tensor, result: Tensor, plan: Plan, span: Span, told: Told | None, own: bool) -> Tensor:
@@ -76,7 +120,7 @@ def turn_exact(form: Form, x: Tensor, result: Tensor, plan: Plan, span: Span, to
         for part, scale in zip(plan.parts, scales, strict=True):
             if len(part.own):
                 passed = scale.ne(0) if few is None else few.spread(scale.ne(0), tokens.shape[2])
-                told(part.concept, plan.heads[part.own], passed.index_select(1, part.own))
+                told.saw(part.concept, plan.heads[part.own], passed.index_select(1, part.own))
     if few is not None and not any(bool(scale.any()) for scale in scales):
         return result
     vectors = turned(vectors, plan.parts, scales, coordinates).to(x.dtype)

@@ -44,7 +44,8 @@ def turn_tile(
     directions,
     theta,
     cut,
-    scale,
+    counts,
+    passed,
     tokens,
     batch_stride,
     head_stride,
@@ -57,7 +58,8 @@ def turn_tile(
     RANK_2: tl.constexpr,
     WIDTH_2: tl.constexpr,
     TOKENS: tl.constexpr,
-    TOLD: tl.constexpr,  # whether to write s
+    COUNTED: tl.constexpr,  # whether to add to counts [C, B, L]
+    TOLD: tl.constexpr,  # whether to write passed [B, H, L, C]
     WIDEN: tl.constexpr,
 ):
     tile, slot, picture = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -83,9 +85,12 @@ def turn_tile(
         # 0 for the zero vector, whose risk is 0 / 0; NaN for a vector with NaN
         s = tl.where(inside <= tl.load(cut + slot * CONCEPTS + concept) * whole, 0.0, s)
         hit = (s != 0.0).to(tl.int32)
+        if COUNTED:
+            place = (concept * tl.num_programs(2) + picture) * tokens + row
+            tl.atomic_add(counts + place, 1.0, mask=hit > 0, sem="relaxed")
         if TOLD:
             place = (picture * tl.num_programs(1) + slot) * tokens + row
-            tl.store(scale + place.to(tl.int64) * CONCEPTS + concept, s, mask=row < tokens)
+            tl.store(passed + place.to(tl.int64) * CONCEPTS + concept, hit.to(tl.uint8), mask=row < tokens)
         if tl.max(hit, 0) > 0:
             turned = turned | hit
             a_at = directions + concept * 2 * PLANES + 2 * p[None, :]
@@ -109,21 +114,29 @@ def turn_tile(
     tl.store(at, result, mask=here & (turned > 0)[:, None])
 
 
-@torch.library.custom_op("saferope::turn", mutates_args=("span", "scale"))
-def turn_op(span: Tensor, heads: Tensor, directions: Tensor, theta: Tensor, cut: Tensor, scale: Tensor | None) -> None:
-    """See `turn_fused`; the tensors of a `Packed`, and where s [B, H, L, C] goes, if anywhere."""
+@torch.library.custom_op("saferope::turn", mutates_args=("span", "counts", "passed"))
+def turn_op(
+    span: Tensor,
+    heads: Tensor,
+    directions: Tensor,
+    theta: Tensor,
+    cut: Tensor,
+    counts: Tensor | None,
+    passed: Tensor | None,
+) -> None:
+    """See `turn_fused`; the tensors of a `Packed`."""
     pictures, _, tokens, _ = span.shape
     if not span.numel():
         return
-    sizes = constants(*theta.shape[1:], directions, scale is not None)
+    sizes = constants(*theta.shape[1:], directions, counts is not None, passed is not None)
     grid = (triton.cdiv(tokens, sizes["TOKENS"]), len(heads), pictures)
-    kept = theta if scale is None else scale
-    told = {"num_warps": warps(theta.shape[1]), "num_stages": STAGES}
-    turn_tile[grid](span, heads, directions, theta, cut, kept, tokens, *span.stride()[:3], **sizes, **told)
+    kept = [theta if each is None else each for each in (counts, passed)]
+    launch = {"num_warps": warps(theta.shape[1]), "num_stages": STAGES}
+    turn_tile[grid](span, heads, directions, theta, cut, *kept, tokens, *span.stride()[:3], **sizes, **launch)
 
 
 @turn_op.register_fake
-def _(span: Tensor, heads: Tensor, directions: Tensor, theta: Tensor, cut: Tensor, scale: Tensor | None) -> None:
+def _(span, heads, directions, theta, cut, counts, passed) -> None:
     return None
 
 
@@ -132,22 +145,35 @@ def warps(concepts: int) -> int:
     return 4 if concepts == 1 else 8
 
 
-def constants(concepts: int, planes: int, directions: Tensor, told: bool) -> dict[str, int | bool]:
+def constants(
+    concepts: int, planes: int, directions: Tensor, counted: bool = False, told: bool = False
+) -> dict[str, int | bool]:
     """The kernel's compile-time sizes for directions [H, D, C (2P + R)]."""
     width, rank = directions.shape[1], directions.shape[2] // concepts - 2 * planes
     padded = [max(LEAST, triton.next_power_of_2(size)) for size in (planes, rank, width)]
-    names = ("CONCEPTS", "PLANES", "RANK", "WIDTH", "PLANES_2", "RANK_2", "WIDTH_2", "TOKENS", "TOLD", "WIDEN")
+    names = (
+        "CONCEPTS",
+        "PLANES",
+        "RANK",
+        "WIDTH",
+        "PLANES_2",
+        "RANK_2",
+        "WIDTH_2",
+        "TOKENS",
+        "COUNTED",
+        "TOLD",
+        "WIDEN",
+    )
     tile = next(tokens for most, tokens in TOKENS.items() if width <= most)
-    return dict(zip(names, (concepts, planes, rank, width, *padded, tile, told, WIDEN), strict=True))
+    return dict(zip(names, (concepts, planes, rank, width, *padded, tile, counted, told, WIDEN), strict=True))
 
 
 @torch.no_grad()
-def turn_fused(span: Tensor, plan: Packed, told: bool = False) -> Tensor | None:
-    """Turns the plan's heads of span [B, H of the model, L, D], last stride 1, in place; with `told`, s [B, H, L, C].
+def turn_fused(span: Tensor, plan: Packed, counts: Tensor | None = None, passed: Tensor | None = None) -> None:
+    """Turns the plan's heads of span [B, H of the model, L, D], last stride 1, in place.
 
     Vectors that do not turn are not written. Their dtype is one of DTYPES. What turns is rounded to it once.
+    counts, float32 [C, B, L], grow by how many heads turn a token; passed, uint8 [B, H, L, C], are set to which do.
+    Both contiguous.
     """
-    shape = span.shape[0], len(plan.heads), span.shape[2], plan.cut.shape[1]
-    scale = torch.empty(shape, dtype=torch.float32, device=span.device) if told else None
-    turn_op(span, plan.heads, plan.directions, plan.theta, plan.cut, scale)
-    return scale
+    turn_op(span, plan.heads, plan.directions, plan.theta, plan.cut, counts, passed)

@@ -8,6 +8,7 @@ Axes: H heads of the plan, D head dimension, C concepts, P planes, R rank, each 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,12 @@ class Packed(NamedTuple):
     def planes(self) -> Tensor:
         """a and b of every plane [H, D, C 2P], orthonormal within a concept."""
         return self.directions[..., : 2 * self.theta[0].numel()]
+
+    def asked(self, passed: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The number, heads [n] and passed [B, n, L] of each concept with gates, of passed [B, H, L, C]."""
+        for place, (concept, heads, asked) in enumerate(self.gates):
+            if len(heads):
+                yield concept, heads, passed[..., place] if asked is None else passed[..., place].index_select(1, asked)
 
 
 @torch.inference_mode(False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,20 +20,11 @@ from ..concept.concept import Concept
 from ..concept.geometry import Geometry
 from ..concept.stream import STREAMS
 from ..concept.strength import held_strengths
-from .forms import PACKED, Form, Told, form_of, turn_exact, turn_packed
+from .forms import PACKED, Form, Seen, Told, form_of, turn_exact, turn_packed
 from .packed import Packed, packed
 from .plan import Active, Key, Plans, moved, moving_rows, plans_of
 
 T = TypeVar("T")
-
-
-class Seen(Protocol):
-    """Receives the tokens above the gates, for each concept with gates below 1 there. `recorder.Forward.saw` is one."""
-
-    def __call__(self, concept: int, row: int, stream: str, heads: Tensor, passed: Tensor) -> None:
-        """The concept's number, the block's row, its heads [n], and the tokens above their gates, bool [B, n, L]. A key
-        head that query heads share is told as the first of them.
-        """
 
 
 class Protection:
@@ -107,7 +98,7 @@ class Protection:
             plan = plans.get((row, role, stream))
             if plan is not None and span[0] < span[1]:
                 assert 0 <= span[0] and span[1] <= x.shape[2], f"{stream} span {span} in {x.shape[2]} tokens"
-                told = None if seen is None else _teller(seen, row, stream, self.geometry.heads // x.shape[1])
+                told = None if seen is None else Told(seen, row, stream, self.geometry.heads // x.shape[1])
                 if isinstance(plan, Packed):
                     result = turn_packed(form, x, result, plan, span, told, own)
                 else:
@@ -152,10 +143,6 @@ def _require_reached(active: Active) -> None:
             "its heads measure risk relative to harmless tokens, and one turns fully from there on; take the concept's "
             "own gates"
         )
-
-
-def _teller(seen: Seen, row: int, stream: str, group: int) -> Told:
-    return lambda concept, heads, passed: seen(concept, row, stream, heads * group, passed)
 
 
 def _per_concept(

@@ -68,8 +68,16 @@ class _Tally:
     """The gates of one concept in one stream, in one forward; of all rows and tokens, or of some."""
 
     passed: Tensor | float = 0.0  # [B, L]: how many gates each token passes
+    rooms: list[Tensor] = field(default_factory=list)  # [B, L] more, counted by kernels
     gates: int = 0
     heads: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # row, heads [n], bool [B, n, L]; text only
+
+    def total(self) -> Tensor | float:
+        """How many gates each token passes [B, L]."""
+        total = self.passed
+        for room in self.rooms:
+            total = _together(total, room)
+        return total
 
 
 class Forward:
@@ -82,14 +90,38 @@ class Forward:
     def __init__(self, entries: Sequence[Hashable], noise_level: Tensor | float, grid: tuple[int, int]) -> None:
         self.entries, self.noise_level, self.grid = tuple(entries), noise_level, grid
         self.tallies: dict[tuple[int, str], _Tally] = defaultdict(_Tally)
+        self._rooms: dict[tuple, Tensor] = {}  # float32 [C, B, L], that kernels add to
 
     def saw(self, concept: int, row: int, stream: str, heads: Tensor, passed: Tensor) -> None:
         """A block's heads [n] and, for each of them, which tokens of the stream pass its gate: bool [B, n, L]."""
         tally = self.tallies[concept, stream]
         tally.passed = _together(tally.passed, passed.sum(1, dtype=torch.float32))
         tally.gates += len(heads)
-        if stream == TEXT:
-            tally.heads.append((row, heads, passed))
+        if self.wants_heads(stream):
+            self.saw_heads(concept, row, heads, passed)
+
+    def room(self, gates: tuple[tuple[int, int], ...], stream: str, like: Tensor) -> Tensor:
+        """As `forms.Seen` has it: one for all blocks, which costs them no kernel of their own."""
+        concepts = tuple(concept for concept, _ in gates)
+        shape = len(gates), like.shape[0], like.shape[2]
+        key = (stream, concepts, shape, like.device)
+        if key not in self._rooms:
+            self._rooms[key] = torch.zeros(shape, dtype=torch.float32, device=like.device)
+            for place, (concept, asked) in enumerate(gates):
+                if asked:
+                    self.tallies[concept, stream].rooms.append(self._rooms[key][place])
+        for concept, asked in gates:
+            if asked:
+                self.tallies[concept, stream].gates += asked
+        return self._rooms[key]
+
+    def wants_heads(self, stream: str) -> bool:
+        """Of text alone: a head map shows where a word was found risky."""
+        return stream == TEXT
+
+    def saw_heads(self, concept: int, row: int, heads: Tensor, passed: Tensor) -> None:
+        """Text tokens alone, bool [B, n, L]."""
+        self.tallies[concept, TEXT].heads.append((row, heads, passed))
 
     def of(self, entry: Hashable, concept: int, stream: str) -> _Tally | None:
         """The tally of one conditioning and of the picture's own tokens; None where no gate was asked."""
@@ -98,13 +130,14 @@ class Forward:
             return None
         places = [place for place, each in enumerate(self.entries) if each == entry]
         own = self.grid[0] * self.grid[1] if stream == IMAGE else None
-        passed = sum(self._chunk(tally.passed, place)[:, :own] for place in places)
+        total = tally.total()
+        passed = sum(self._chunk(total, place)[:, :own] for place in places)
         heads = [(row, at, self._chunk(seen, place)) for row, at, seen in tally.heads for place in places]
-        return _Tally(passed, tally.gates * len(places), heads)
+        return _Tally(passed, gates=tally.gates * len(places), heads=heads)
 
     def turned(self, concept: int, counts: Callable[[Hashable], bool] | None = None) -> float:
         """How many queries and keys passed a gate, over tokens and heads; of the entries that count, or of all rows."""
-        found = [tally.passed for (number, _), tally in self.tallies.items() if number == concept]
+        found = [tally.total() for (number, _), tally in self.tallies.items() if number == concept]
         if counts is not None:
             chosen = [place for place, each in enumerate(self.entries) if counts(each)]
             found = [self._chunk(passed, place) for passed in found for place in chosen]

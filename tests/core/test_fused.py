@@ -25,14 +25,15 @@ def plan(make_concept):
 
 
 def both(plan, x):
-    """What the kernel and the exact form make of x, and s of the kernel and of the plain form."""
+    """What the kernel and the exact form make of x; what the kernel counts and tells; s of the plain form."""
     ready = packed(plan, GEOMETRY.heads, x.dtype, x.device)
     fused, other = x.clone(), x.clone()
-    told = turn_fused(fused, ready, told=True)
+    counts, passed = torch.ones(2, len(x), x.shape[2]), torch.empty(len(x), 2, x.shape[2], 2, dtype=torch.uint8)
+    turn_fused(fused, ready, counts, passed)
     return (
         fused,
         turn_exact("dense", x, x, plan, (0, x.shape[2]), None, False),
-        told,
+        (counts, passed),
         torch.stack(turn_plain(other, ready)),
     )
 
@@ -40,11 +41,12 @@ def both(plan, x):
 def test_tiles_strengths_and_what_it_tells(plan):
     x = torch.randn(2, 2, LENGTH, 32)
     x[0, 0, 5] = 0.0
-    fused, exact, told, plain = both(plan, x)
+    fused, exact, (counts, passed), plain = both(plan, x)
     torch.testing.assert_close(fused, exact, rtol=0, atol=1e-5)
-    torch.testing.assert_close(told, plain, rtol=0, atol=1e-5)
-    assert told.max() == 1.0 and (told[..., 1] >= 0).all(), "the sign is in the angle"
-    assert torch.equal((fused != x).any(-1), (told != 0).any(-1))
+    assert plain.max() == 1.0 and (plain[..., 1] >= 0).all(), "the sign is in the angle"
+    assert torch.equal(passed != 0, plain != 0) and passed.max() == 1
+    assert torch.equal(counts - 1, (plain != 0).float().sum(1).movedim(-1, 0)), "added to what was there"
+    assert torch.equal((fused != x).any(-1), passed.any(-1))
     assert (fused != x).any(-1)[:, :, -6:].any() and not (fused != x).any(-1).all(), "control: some turn, not all"
 
 

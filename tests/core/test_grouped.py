@@ -71,9 +71,7 @@ def test_a_key_head_is_told_as_the_first_that_shares_it(make_concept):
     concept = make_concept(heads=tuple(ROWS), geometry=GROUPED, threshold=0.0)
     forward = Forward(["one"], 1.0, (2, 2))
     for role, heads in (("q", 6), ("k", 2)):
-        Protection([concept], GROUPED).rotate(
-            torch.randn(1, heads, 7, 32), role, "single", 1, **SPANS, seen=forward.saw
-        )
+        Protection([concept], GROUPED).rotate(torch.randn(1, heads, 7, 32), role, "single", 1, **SPANS, seen=forward)
     assert [heads.tolist() for _, heads, _ in forward.tallies[0, "text"].heads] == [[4], [3]]
 
 

@@ -22,7 +22,7 @@ def recorded(guard, steps, entries=("a", "b"), rows=None):
     for number, vectors in enumerate(steps):
         forward = Forward(entries, 1.0 - 0.25 * number, GRID)
         for (role, block), x in vectors.items():
-            guard.rotate(x, role, *block, TEXT, IMAGE, seen=forward.saw)
+            guard.rotate(x, role, *block, TEXT, IMAGE, seen=forward)
         run.add(forward)
     return run
 
@@ -129,8 +129,9 @@ def test_steps_without_protection_dilute_no_risk(make_concept, geometry):
 
 
 def test_rotations_are_the_same_with_and_without_a_listener(path, make_concept, geometry):
-    guard, x, told = Protection([make_concept()], geometry), torch.randn(SHAPE), []
-    heard = guard.rotate(x, "q", "single", 1, TEXT, IMAGE, seen=lambda *a, **k: told.append(a))
-    assert torch.equal(heard, guard.rotate(x, "q", "single", 1, TEXT, IMAGE)) and len(told) == 2
-    guard.rotate(x, "q", "single", 0, TEXT, IMAGE, seen=lambda *a, **k: told.append(a))
-    assert len(told) == 2, "a block without safety-critical heads has nothing to tell"
+    guard, x = Protection([make_concept()], geometry), torch.randn(SHAPE)
+    told, silent = Forward(["a"], 1.0, GRID), Forward(["a"], 1.0, GRID)
+    heard = guard.rotate(x, "q", "single", 1, TEXT, IMAGE, seen=told)
+    assert torch.equal(heard, guard.rotate(x, "q", "single", 1, TEXT, IMAGE)) and len(told.tallies) == 2
+    guard.rotate(x, "q", "single", 0, TEXT, IMAGE, seen=silent)
+    assert not silent.tallies, "a block without safety-critical heads has nothing to tell"

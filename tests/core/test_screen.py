@@ -1,5 +1,7 @@
 """The cheap look at all tokens: it may take in too many, and must never lose one that the exact form would turn."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -90,7 +92,7 @@ def turned(concepts, x, monkeypatch, gathers):
         first, last = SPANS[stream == "image"]
         told[:, heads, first:last] |= passed
 
-    return Protection(concepts, GEOMETRY).rotate(x, "q", "single", 0, *SPANS, seen=saw), told
+    return Protection(concepts, GEOMETRY).rotate(x, "q", "single", 0, *SPANS, seen=SimpleNamespace(saw=saw)), told
 
 
 def lost(concept, x):
