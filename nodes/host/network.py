@@ -109,6 +109,12 @@ def changes_in_place(network: Any) -> list[str]:
     ]
 
 
+def dtype_of_queries(base_model: Any) -> torch.dtype:
+    """In which they come to the patch: as the network computes, or in float32 over the bridge."""
+    computed = getattr(base_model, "manual_cast_dtype", None) or base_model.get_dtype()
+    return computed if has_hook(base_model.diffusion_model) else torch.float32
+
+
 def is_compiled(patcher: Any, options: dict) -> bool:
     """Whether ComfyUI knows of a torch.compile on the model; arguments as in `suspects`."""
     wrapped = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})

@@ -29,6 +29,7 @@ from .network import (
     Block,
     block_of,
     blocks_of,
+    dtype_of_queries,
     is_compiled,
     require_hook,
     require_network,
@@ -206,6 +207,8 @@ class AttentionPatch:
         acting = self._in_range(model.model_sampling, sigma)
         run.acted = run.acted or acting
 
+        # before the network runs: a CUDA graph holds no copies to the device
+        self.protection.prepare(x.device, dtype_of_queries(model))
         record = run.blank(model, x, sigma, options)
         untouched = x.clone()  # EasyCache adds to x in place
         out = self._run(model, acting, record, run.chain, executor, untouched, sigma, *args, **kwargs)

@@ -105,8 +105,13 @@ class Protection:
                     result = turn_exact(form, x, result, plan, span, told, own)
         return result
 
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Makes what `rotate` needs for vectors of this kind without gradients, so that no step waits for it."""
+        like = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
+        self._plans_for(form_of(like), like)
+
     def clear(self) -> None:
-        """Drop the tensors prepared per device; the next `rotate` copies them there again."""
+        """Drop the tensors prepared per device; the next `prepare` or `rotate` copies them there again."""
         with self._lock:
             self._prepared = {}
 

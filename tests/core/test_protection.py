@@ -409,6 +409,19 @@ def test_strided_input_as_diffusers_hands_it(path, make_concept, geometry):
     torch.testing.assert_close(twice[0], twice[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepare_leaves_nothing_for_rotate(make_concept, geometry, monkeypatch, dtype):
+    guard, x = Protection([make_concept()], geometry), torch.randn(1, 3, 5, 32).to(dtype)
+    monkeypatch.setattr(protection, "form_of", lambda x: "plain")
+    expected = guard.rotate(x, "q", "single", 1, (0, 2), (2, 5))
+    guard.clear()
+    guard.prepare(x.device, dtype)
+    monkeypatch.setattr(guard, "_prepare", lambda *_: pytest.fail("prepared twice"))
+    assert torch.equal(guard.rotate(x, "q", "single", 1, (0, 2), (2, 5)), expected) and not torch.equal(expected, x)
+    with pytest.raises(pytest.fail.Exception, match="prepared twice"):  # control: another dtype
+        guard.rotate(x.double(), "q", "single", 1, (0, 2), (2, 5))
+
+
 def test_clear_drops_what_was_prepared(make_concept, geometry, monkeypatch):
     made = []
     prepare = protection.plans_of

@@ -1,5 +1,6 @@
 """The attention patch: that nothing gets past it, and what it does with the hook's odder inputs."""
 
+import sys
 import threading
 
 import pytest
@@ -139,3 +140,18 @@ def test_what_other_patches_hold_is_not_written_to(apply, flux, sample, concept)
     assert torch.equal(sample(apply(flux, [concept], 1.0), steps=1), latents)
     hook.remove()
     assert made and not any(torch.equal(q, before) for q, before in made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plans_are_made_before_the_network_runs(apply, make_flux, sample, concept, monkeypatch, dtype):
+    """Once a sampling run, for the dtype that queries come in; and dropped after it."""
+    model = make_flux(dtype=dtype)
+    protected = apply(model, [concept], 1.0)
+    patch, happened = patches(protected)[0], []
+    prepare, answer = patch.protection._prepare, patch._now.answer
+    monkeypatch.setattr(patch.protection, "_prepare", lambda *key: (happened.append(key), prepare(*key))[1])
+    monkeypatch.setattr(patch._now, "answer", lambda block: (happened.append(block), answer(block))[1])
+    monkeypatch.setattr(sys.modules[type(patch.protection).__module__], "form_of", lambda x: "plain")
+    sample(protected, steps=2)
+    assert happened[0] == (torch.device("cpu"), dtype) and happened.count(happened[0]) == 1 and len(happened) == 9
+    assert not patch.protection._prepared
