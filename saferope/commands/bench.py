@@ -11,6 +11,7 @@ from saferope_training.console import say
 
 from .common import command
 
+DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -24,8 +25,11 @@ def bench(
     rank: Annotated[int, typer.Option(min=2, max=64, help="Rank of the unsafe subspace.")] = 5,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
     dtype: Annotated[
-        str, typer.Option(help=f"{', '.join(DTYPES)}; auto: bf16 where the CPU has it, else fp32.")
+        str, typer.Option(help=f"{', '.join(DTYPES)}; auto: bf16 where the device has it, else fp32.")
     ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda: time every form of the turn on the GPU, and nothing else.")
+    ] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all forms take turns.")] = 5,
     curves: Annotated[bool, typer.Option(help="Also how the cost grows with each size.")] = True,
     count: Annotated[
@@ -46,16 +50,23 @@ def bench(
         from saferope_benchmark.costs.counting import write
 
         return say(write(out))
+    if device not in DEVICES:
+        raise ValueError(f"--device: got {device!r}, expected one of {', '.join(DEVICES)}")
     import torch
 
-    from saferope_benchmark.costs import making, report, rotation, work
+    from saferope_benchmark.costs import making, on_gpu, report, rotation, work
     from saferope_training.flux.models import cpu_has_bf16
 
     torch.manual_seed(0)
+    gpu = on_gpu.require_gpu() if device == "cuda" else None
     if dtype == "auto":
-        dtype = "bfloat16" if cpu_has_bf16() else "float32"
+        dtype = "bfloat16" if gpu or cpu_has_bf16() else "float32"
     kind = getattr(torch, dtype)
     size = rotation.Size(resolution, heads, critical, concepts, rank, batch, kind)
+    if gpu:
+        widths = "rank {rank} and reach {reach}".format(**rotation.TRAINED)
+        setting = f"on {gpu}, {resolution} x {resolution}, {heads} heads, {widths}, batch {batch}, {dtype}"
+        return say(report.write(out, list(on_gpu.rows(size, repeats)), {}, setting))
     rows = [*rotation.beside_the_block(size, repeats), *work.not_here(), *work.file_rows(repeats)]
     rows += [*making.rows(size, repeats), *work.start_rows(repeats)]
     grown = rotation.curves(size, repeats) if curves else {}

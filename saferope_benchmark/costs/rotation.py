@@ -109,19 +109,20 @@ def papers_form(size: Size) -> Callable[[], object]:
     return turn
 
 
-def block_of(size: Size) -> tuple[nn.Module, Callable[[], object]]:
+def block_of(size: Size, device: str = "cpu") -> tuple[nn.Module, Callable[[], object]]:
     """A FLUX single block with random weights, and a function that runs it once."""
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed, FluxSingleTransformerBlock
 
     width = size.heads * size.head_dim
     with torch.device("meta"):
         block = FluxSingleTransformerBlock(width, size.heads, size.head_dim)
-    block = block.to(size.dtype).to_empty(device="cpu").eval()
+    block = block.to(size.dtype).to_empty(device=device).eval()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
-    frequencies = FluxPosEmbed(10_000, [16, 56, 56])(torch.zeros(size.text + size.image, 3))
-    text, image = (torch.randn(size.batch, length, width).to(size.dtype) for length in (size.text, size.image))
-    return block, partial(block, image, text, torch.randn(size.batch, width).to(size.dtype), frequencies)
+    frequencies = FluxPosEmbed(10_000, [16, 56, 56])(torch.zeros(size.text + size.image, 3, device=device))
+    shapes = ((size.batch, size.image, width), (size.batch, size.text, width), (size.batch, width))
+    image, text, time = (torch.randn(shape).to(device, size.dtype) for shape in shapes)
+    return block, partial(block, image, text, time, frequencies)
 
 
 def beside_the_block(size: Size, repeats: int) -> Iterator[Row]:

@@ -58,6 +58,6 @@ def start_rows(repeats: int) -> Iterator[Row]:
 
 def not_here() -> Iterator[Row]:
     """Rows of the goals that no machine without a GPU can run."""
-    why = "not measured: no GPU here" if not torch.cuda.is_available() else "not measured: this command times CPUs"
+    why = "not measured: no GPU here" if not torch.cuda.is_available() else "not measured: --device cuda times GPUs"
     yield Row("whole step on a GPU, a third of the heads critical, eager", None, "x", 1.01, note=why)
     yield Row("the same, compiled", None, "x", 1.005, note=why)

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from saferope import cli
-from saferope_benchmark.costs import report, rotation
+from saferope_benchmark.costs import on_gpu, report, rotation
 from saferope_benchmark.costs.peak import peak_of
 from saferope_benchmark.costs.timing import Row, in_turns, ratio
 from saferope_core import Protection
@@ -110,3 +110,28 @@ def test_bench_writes_its_report(monkeypatch, small, tmp_path):
     assert "GPU" in rows["the same, compiled"]["note"] and rows["the same, compiled"]["value"] is None
     refused = CliRunner().invoke(cli.app, ["bench", "--dtype", "int4", "--out", str(tmp_path)])
     assert refused.exit_code == 2 and "got 'int4', expected one of" in " ".join(refused.output.split())
+
+
+def test_every_form_of_a_gpu_is_timed(small, monkeypatch):
+    """On tensors of the CPU: what is timed turns the same tokens, whatever the form."""
+    monkeypatch.setattr(on_gpu, "CALLS", 1)
+    found = {row.what: row for row in on_gpu.rows(small, 1, "cpu", ("plain", "dense"))}
+    names = ["block", *(form + case for form in ("plain", "dense") for case in on_gpu.CASES)]
+    assert list(found) == names + [f"block and {name} / block" for name in names[1:]]
+    assert all(row.value > 0 for row in found.values()) and found["block and plain / block"].value > 1
+    turned, turn, tiny = [], on_gpu.turn_packed, replace(small, resolution=16, **rotation.TRAINED)
+    monkeypatch.setattr(on_gpu, "turn_packed", lambda *args: turned.append(turn(*args)))
+    for form in ("plain", "fused"):
+        on_gpu.turning(form, tiny, "cpu")()
+    assert len(turned) == 8 and torch.allclose(turned[3], turned[7], atol=1e-4)
+    before = rotation.vectors(tiny, rotation.concept_of(tiny))
+    assert not torch.allclose(turned[3], before, atol=1e-2), "control"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_machine_without_a_gpu_says_so(tmp_path):
+    result = CliRunner().invoke(cli.app, ["bench", "--device", "cuda", "--out", str(tmp_path)])
+    assert result.exit_code == 2 and not list(tmp_path.iterdir())
+    assert "got 'cuda', expected a GPU that PyTorch sees" in result.output and "leave --device out" in result.output
+    refused = CliRunner().invoke(cli.app, ["bench", "--device", "tpu"])
+    assert refused.exit_code == 2 and "got 'tpu', expected one of cpu, cuda" in refused.output
