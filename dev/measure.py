@@ -276,6 +276,7 @@ def memory() -> dict[str, dict]:
         GIB,
         Plan,
         activation_bytes,
+        gathering_bytes,
         generator_bytes,
         transformer_bytes,
         turning_bytes,
@@ -292,9 +293,11 @@ def memory() -> dict[str, dict]:
             kept = activation_bytes(flux, TEXT, tokens, 1, True, torch.bfloat16)
             kept += turning_bytes(flux, TEXT, 2 * tokens, 1, True, WIDTH)
             learned = generator_bytes(HEADS, (WIDTH, WIDTH))
-            phases = (Plan(weights, ENCODERS, VAE, 0, 0), Plan(weights, 0, VAE, kept, learned))
-            embedding, training = (plan.peak / GIB for plan in phases)
-            cells.append(f"{embedding:.1f} GiB while embedding, {training:.1f} while training")
+            heard = gathering_bytes(flux, TEXT, tokens, 1, torch.bfloat16)
+            phases = ((ENCODERS, 0, 0, 0), (0, 0, 0, heard), (0, kept, learned, 0))
+            peaks = [Plan(weights, phase[0], VAE, *phase[1:]).peak / GIB for phase in phases]
+            embedding, listening, training = (f"{peak:.1f}" for peak in peaks)
+            cells.append(f"{embedding} GiB while embedding, {listening} while listening, {training} while training")
         rows.append([f"{pixels} x {pixels}", *cells])
     command = (sys.executable, "-m", "dev.measure", "memory")
     return {"training-memory": entry(rows, command) | {"machine": "counted, not measured"}}

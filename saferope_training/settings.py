@@ -159,7 +159,11 @@ class Settings:
     )
     batch: int = _choice("train calibrate", 24, "Prompts per step.")
     passes_of: int = _choice(
-        "train calibrate", 0, "Prompts per forward pass (accumulation); 0: the whole batch at once.", decides=False
+        "extract latents train calibrate",
+        0,
+        "Prompts per forward pass, in every stage (training accumulates); 0: the whole batch at once, 48 where nothing "
+        "is learned.",
+        decides=False,
     )
     checkpointing: bool = _choice(
         "train calibrate", False, "Recompute blocks in the backward pass: slower, far less memory.", decides=False

@@ -16,12 +16,12 @@ from saferope_core import BENIGN, COLLECTED, ROLES, UNSAFE, Gathering, Geometry,
 
 from .. import processes
 from ..flux.attach import listening, positioned
-from ..flux.models import Model, Text, encode, seeded_noise, text_tokens, velocity
+from ..flux.models import Model, Text, encode, release_encoders, seeded_noise, text_tokens, velocity
 from ..flux.pipelines import asked
 from ..prompts import PromptRecord, side
 from ..stages import load_tensors, save_tensors
 
-_BATCH = 48
+BATCH = 48  # prompts at once, at most
 MET = "met"
 
 
@@ -32,22 +32,39 @@ def extract(
     capacity: int,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    passes_of: int = 0,
 ) -> Statistics:
     """Statistics of every head at the given times. Processes share the prompts and return the same.
 
     The noise of a prompt depends on the seed and its place alone, so that both sides start from the same noises.
+    passes_of: prompts that go through the transformer at once; 0: 48.
     """
     gathering = Gathering(model.geometry, capacity, model.device)
+    chosen = {name: side(records, name) for name in (UNSAFE, BENIGN)}
+    if model.cache is not None:
+        _embed(model, chosen)
     done = 0
-    for name in (UNSAFE, BENIGN):
-        chosen = side(records, name)
-        for chunk in torch.arange(len(chosen)).split(_BATCH):
-            mine = chunk[processes.index() :: processes.count()].tolist()
-            if mine:
-                _visit(model, name, [chosen[i] for i in mine], mine, timesteps, seed, gathering)
+    for name, own in chosen.items():
+        for chunk in torch.arange(len(own)).split(BATCH):
+            mine = chunk[processes.index() :: processes.count()]
+            for part in mine.split(passes_of or BATCH):
+                if len(part):
+                    places = part.tolist()
+                    _visit(model, name, [own[i] for i in places], places, timesteps, seed, gathering)
             done += len(chunk)
             progress(done, len(records))
     return gathering.statistics(processes.total, processes.gathered)
+
+
+def _embed(model: Model, chosen: dict[str, list[PromptRecord]]) -> None:
+    """Puts all embeddings into the cache, and gives the encoders' room to what is collected."""
+    for own in chosen.values():
+        for chunk in torch.arange(len(own)).split(BATCH):
+            mine = chunk[processes.index() :: processes.count()].tolist()
+            if mine:
+                encode(model, [own[i].text for i in mine])
+    if model.source is not None:
+        release_encoders(model)
 
 
 def _visit(

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from tinyworld.world import Scene
 
 BENIGN_LATENTS, VISITED = "benign", "visited"
-_BATCH = 48  # prompts sampled at once
 _PAINTING = tuple(round(1 - step / 20, 2) for step in range(20))  # times of the model's own pictures; 0 ends them
 
 
@@ -39,13 +38,17 @@ def make_latents(
     seed: int,
     path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    passes_of: int = 0,
 ) -> None:
-    """Writes latents of unsafe trajectories at times below 1, and of benign pictures; processes share the work."""
+    """Writes latents of unsafe trajectories at times below 1, and of benign pictures; processes share the work.
+
+    passes_of: prompts sampled at once; 0: 48.
+    """
     unsafe, benign = (prompts.side(records, name) for name in (prompts.UNSAFE, prompts.BENIGN))
     total, done = len(unsafe) + len(benign), 0
     tensors: dict[str, list[Tensor]] = {}
     for name, chosen in ((VISITED, unsafe), (BENIGN_LATENTS, benign)):
-        for chunk in torch.arange(len(chosen)).split(_BATCH):
+        for chunk in torch.arange(len(chosen)).split(passes_of or extract.BATCH):
             places = chunk.tolist()
             part = [chosen[place] for place in places]
             seeds = [seed + place for place in places]
@@ -85,12 +88,12 @@ def load_material(
 
 
 def fitting_material(
-    model: Model, records: Sequence[prompts.PromptRecord], times: Sequence[float], seed: int
+    model: Model, records: Sequence[prompts.PromptRecord], times: Sequence[float], seed: int, passes_of: int = 0
 ) -> Material:
-    """The material of unlearning alone: no benign prompt, no picture."""
+    """The material of unlearning alone: no benign prompt, no picture. passes_of: prompts sampled at once; 0: 48."""
     unsafe = prompts.side(records, prompts.UNSAFE)
     parts = []
-    for places in torch.arange(len(unsafe)).split(_BATCH):
+    for places in torch.arange(len(unsafe)).split(passes_of or extract.BATCH):
         some = [unsafe[place] for place in places.tolist()]
         parts.append(_visited(model, some, [seed + place for place in places.tolist()], times))
     visited = {t: torch.cat([part[_key(t)] for part in parts]).cpu() for t in times if t < 1}

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-from saferope_core import exact, gated, latent_risk_score, wide
+from saferope_core import COLLECTED, ROLES, exact, gated, latent_risk_score, wide
 
 from ..flux.attach import sites
 from ..flux.quantise import require_kind
 from ..settings import Settings
+from .extract import BATCH
 
 # bits per weight of a linear layer; NF4 has a scale per 64 weights, quantised to 8 bits, and one per 256 of those
 BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8, "torchao-int8": 8, "torchao-float8": 8}
@@ -32,18 +34,20 @@ _WAYS_OUT = "Try --quantise, --checkpointing, fewer --passes-of or a smaller --r
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by their use. `encoders` stay while prompts are embedded, `activations` while training."""
+    """Bytes by their use. `encoders` stay while prompts are embedded, `gathering` while heads are listened to,
+    `activations` while training."""
 
     weights: int
     encoders: int
     decoder: int
     activations: int
     generators: int
+    gathering: int = 0  # while heads are listened to: a forward pass, and the sums
 
     @property
     def peak(self) -> int:
-        """Of the larger of the two phases, workspace included."""
-        phases = (self.encoders, self.activations + self.generators)
+        """Of the largest of the phases, workspace included."""
+        phases = (self.encoders, self.gathering, self.activations + self.generators)
         return int((self.weights + self.decoder + max(phases)) * (1 + WORKSPACE))
 
     def lines(self) -> list[str]:
@@ -52,6 +56,7 @@ class Plan:
             ("transformer, frozen", self.weights),
             ("text encoders, until prompts are embedded", self.encoders),
             ("VAE", self.decoder),
+            ("listening to heads: a pass without gradients, and sums", self.gathering),
             ("activations of a training pass", self.activations),
             ("generators, their gradients and AdamW's moments", self.generators),
             ("at most at one time, with workspace", self.peak),
@@ -93,6 +98,19 @@ def activation_bytes(
     return around + (doubles + singles) * inputs + max(double, single)
 
 
+def gathering_bytes(config: dict, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
+    """While the heads' vectors are collected: what one block makes of `batch` prompts, and the sums of their squares.
+
+    What autograd would keep of a block stands for what it makes.
+    """
+    tokens = text, image, batch
+    one = _kept(config, 1, 1, *tokens, dtype)
+    block = max(_kept(config, 2, 1, *tokens, dtype), _kept(config, 1, 2, *tokens, dtype)) - one
+    heads = config["num_attention_heads"] * (config["num_layers"] + config["num_single_layers"])
+    sums = len(ROLES) * (len(COLLECTED) + 1) * heads * config["attention_head_dim"] ** 2
+    return block + torch.float64.itemsize * sums
+
+
 def turning_bytes(
     config: dict, text: int, image: int, batch: int, checkpointing: bool, width: int, share: float = TURNING
 ) -> int:
@@ -128,12 +146,15 @@ def plan_for(settings: Settings, device: str, training: bool) -> Plan:
     heads = config["num_attention_heads"] * (config["num_layers"] + config["num_single_layers"])
     vectors = text * len(settings.acts_on), side * side * len(settings.acts_on_image)
     turning = turning_bytes(config, *vectors, shape[3], settings.checkpointing, max(widths))
+    file = Path(settings.model)
     return Plan(
-        transformer_bytes(config, settings.quantise, dtype),
+        # GGUF stays as it is in the file
+        file.stat().st_size if file.suffix == ".gguf" else transformer_bytes(config, settings.quantise, dtype),
         encoders,
         decoder,
         activation_bytes(*shape) + turning if training else 0,
         generator_bytes(heads, widths) if training else 0,
+        gathering_bytes(config, text, side * side, settings.passes_of or BATCH, dtype),
     )
 
 

@@ -123,7 +123,7 @@ class Recipe:
             material.require_pictures(records, 8 * self.model.latent_side)
 
         def make(report: Report) -> None:
-            statistics = extract.extract(self.model, records, s.timesteps, s.reservoir, s.seed, report)
+            statistics = extract.extract(self.model, records, s.timesteps, s.reservoir, s.seed, report, s.passes_of)
             if processes.is_main():
                 extract.save_statistics(self.out / STATISTICS, statistics)
 
@@ -155,7 +155,7 @@ class Recipe:
         s, out, records = self.settings, self.out, self.heads(training=True)
 
         def make_latents(report: Report) -> None:
-            material.make_latents(self.model, records, s.unlearn_at, s.seed, out / LATENTS, report)
+            material.make_latents(self.model, records, s.unlearn_at, s.seed, out / LATENTS, report, s.passes_of)
 
         self.place.stage(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), make_latents, self._latents_facts(records))
         path, sources = out / f"{s.concept}.safetensors", (PROMPT_FILE, CRITICAL, LATENTS)
@@ -224,7 +224,7 @@ class Recipe:
         report: Report,
     ) -> tuple[Tensor, Tensor]:
         s = self.settings
-        seen = material.fitting_material(self.model, records, s.unlearn_at, s.seed)
+        seen = material.fitting_material(self.model, records, s.unlearn_at, s.seed, s.passes_of)
         if self.model.source is not None:
             models.release_encoders(self.model)
         return train.fit(self.model, critical, seen, s, start, lambda entry: report(entry["step"] + 1, s.fit))

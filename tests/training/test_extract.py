@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from saferope_core import BENIGN, PADDING, SUBJECT, UNSAFE, WORDS, unsafe_basis
 from saferope_training.flux.attach import listening
-from saferope_training.flux.models import Text, encode, noise, seeded_noise, text_tokens, velocity
+from saferope_training.flux.models import Text, encode, noise, seeded_noise, text_tokens, velocity, with_cache
 from saferope_training.making import extract
+from saferope_training.making.material import fitting_material, make_latents
 from saferope_training.prompts import side
 
 TIMES = (1.0, 0.8, 0.5)
@@ -158,3 +163,44 @@ def test_text_picks_prompts():
     text = Text(torch.arange(6.0).view(3, 2, 1), torch.arange(3.0)[:, None])
     picked = text.pick(torch.tensor([2, 0]))
     assert picked.pooled[:, 0].tolist() == [2, 0] and picked.states[0, 0, 0] == 4
+
+
+def batches_of(model, act):
+    """How many prompts went through the transformer at once, in each pass of `act()`; and what it returned."""
+    sizes = []
+    handle = model.transformer.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    try:
+        return sizes, act()
+    finally:
+        handle.remove()
+
+
+def test_every_stage_obeys_passes_of(tmp_path, model, records, statistics):
+    extracted, few = batches_of(model, lambda: extract.extract(model, records, TIMES, 10_000, 0, passes_of=2))
+    torch.testing.assert_close(few.met["k"], statistics.met["k"], rtol=0.02, atol=0.02 * statistics.met["k"].max())
+    assert few.vectors[UNSAFE, SUBJECT].sample["k"].shape == statistics.vectors[UNSAFE, SUBJECT].sample["k"].shape
+    made, _ = batches_of(model, lambda: make_latents(model, records, TIMES, 0, tmp_path / "a", passes_of=2))
+    fitted, _ = batches_of(model, lambda: fitting_material(model, records, TIMES, 0, passes_of=2))
+    assert max(extracted) == max(made) == max(fitted) == 2
+    whole, _ = batches_of(model, lambda: make_latents(model, records, TIMES, 0, tmp_path / "b"))
+    assert max(whole) > 2, "control"
+
+
+def test_encoders_are_gone_while_heads_are_listened_to(tmp_path, model, records):
+    """Where they can be loaded again, and their embeddings lie in the cache."""
+    pipe = copy.copy(model.pipe)
+    encoders = pipe.text_encoder, pipe.text_encoder_2
+    cached = replace(with_cache(model, tmp_path), pipe=pipe, source=SimpleNamespace(load=lambda: encoders))
+    seen = []
+    handle = model.transformer.register_forward_pre_hook(
+        lambda *_: seen.append((pipe.text_encoder, pipe.text_encoder_2))
+    )
+    extract.extract(cached, records, TIMES, 100, 0)
+    assert seen and set(seen) == {(None, None)}
+    pipe.text_encoder, pipe.text_encoder_2 = encoders
+    seen.clear()
+    extract.extract(replace(cached, cache=None), records, TIMES, 100, 0)
+    handle.remove()
+    assert set(seen) == {encoders}, "control: without a cache they stay"

@@ -90,6 +90,14 @@ def test_flux_dev_trains_on_a_consumer_card():
     assert memory.Plan(whole, encoders, 0, 0, 0).peak > 24 * memory.GIB, "negative control: not without quantisation"
 
 
+def test_flux_dev_is_listened_to_on_a_small_card():
+    """The goal, counted: 10 GiB at 512 x 512 in NF4, a prompt at a time. The sums alone are 2 GiB and more."""
+    weights = memory.transformer_bytes(FLUX_DEV, "nf4", torch.bfloat16)
+    one, many = (memory.gathering_bytes(FLUX_DEV, 512, 32 * 32, batch, torch.bfloat16) for batch in (1, 48))
+    assert memory.Plan(weights, 0, 170_000_000, 0, 0, one).peak < 10 * memory.GIB and one > 2 * memory.GIB
+    assert memory.Plan(weights, 0, 170_000_000, 0, 0, many).peak > 16 * memory.GIB, "control: 48 at a time"
+
+
 FEW = ["--unsafe-prompts", "6", "--benign-prompts", "8", "--timesteps", "1", "--reservoir", "64"]
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from saferope_core import BLOCK_TYPES, CriticalHeads
 from saferope_training.flux import quantise
 from saferope_training.flux.identity import fingerprint, plain_tensors
-from saferope_training.flux.loading import load_model
+from saferope_training.flux.loading import config_of, load_model
 from saferope_training.flux.models import encode, noise, velocity
 from saferope_training.flux.plausible import gains
-from saferope_training.making import material, train
+from saferope_training.making import material, memory, train
 from saferope_training.prompts import tiny_world_prompts
 from saferope_training.settings import Settings
 from tinyworld import model as tiny
@@ -165,3 +165,11 @@ def test_a_missing_library_is_told(folder, monkeypatch, library, kind):
     monkeypatch.setattr(quantise, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"pip install {library}"):
         load_model(str(folder), quantise=kind)
+
+
+def test_the_plan_counts_a_gguf_file_as_it_is(folder, gguf_file):
+    settings = Settings(model=str(gguf_file), encoders=str(folder), resolution=96)
+    weights = memory.plan_for(settings, "cpu", training=False).weights
+    assert weights == gguf_file.stat().st_size
+    whole = memory.transformer_bytes(config_of(str(gguf_file), str(folder)), None, torch.bfloat16)
+    assert weights < 0.7 * whole, "control: as bf16 weights it would be twice as much"
