@@ -61,16 +61,44 @@ class Reservoir:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.items: Tensor | None = None
-        self.keys = torch.empty(0)
+        self._held: Tensor | None = None  # as many items as there are keys, and room for more
+        self._keys, self._came = torch.empty(0), torch.empty(0, dtype=torch.long)  # of the items; when they came
+        self._offered = 0
+
+    @property
+    def keys(self) -> Tensor:
+        """Of the items that stayed, in the order in which they came."""
+        return self._keys[self._came.argsort()]
+
+    @property
+    def items(self) -> Tensor | None:
+        """Those that stayed, in the order in which they came; None where none was offered."""
+        return None if self._held is None else self._held[self._came.argsort()]
 
     def add(self, x: Tensor, keys: Tensor) -> None:
-        """Offers the items x [n, ...] with random keys [n]; the smallest keys stay."""
-        self.keys = torch.cat([self.keys, keys])
-        self.items = x.clone() if self.items is None else torch.cat([self.items, x])
-        if len(self.keys) > self.capacity:
-            kept = self.keys.argsort()[: self.capacity].sort().values
-            self.keys, self.items = self.keys[kept], self.items[kept]
+        """Offers the items x [n, ...] with random keys [n]; the smallest keys stay. A full sample is written in place:
+        what stays is not copied.
+        """
+        came = torch.arange(self._offered, self._offered + len(keys))
+        self._offered += len(keys)
+        room = self.capacity - len(self._keys)
+        self._append(x[:room], keys[:room], came[:room])
+        kept = torch.cat([self._keys, keys[room:]]).argsort()[: self.capacity]
+        new = kept[kept >= self.capacity] - self.capacity + room
+        if self._held is not None and len(new):
+            gone = torch.ones(self.capacity, dtype=torch.bool)
+            gone[kept[kept < self.capacity]] = False
+            self._held[gone], self._keys[gone], self._came[gone] = x[new], keys[new], came[new]
+
+    def _append(self, x: Tensor, keys: Tensor, came: Tensor) -> None:
+        first, last = len(self._keys), len(self._keys) + len(keys)
+        if self._held is None or last > len(self._held):
+            larger = x.new_empty(min(self.capacity, max(last, 2 * first)), *x.shape[1:])
+            if self._held is not None:
+                larger[:first] = self._held[:first]
+            self._held = larger
+        self._held[first:last] = x
+        self._keys, self._came = torch.cat([self._keys, keys]), torch.cat([self._came, came])
 
 
 class Collector:

@@ -47,6 +47,19 @@ def test_reservoir_is_bounded_uniform_and_repeatable():
     assert kept[0].mean() == pytest.approx(1499.5, abs=200)
 
 
+@pytest.mark.parametrize("sizes", [[70] * 9, [1, 299, 330], [630], [300, 330]])
+def test_reservoir_keeps_the_smallest_keys_where_they_are(sizes):
+    stream, keys = torch.arange(630.0)[:, None], torch.rand(630)
+    reservoir, places = Reservoir(300), set()
+    for chunk, own in zip(stream.split(sizes), keys.split(sizes), strict=True):
+        reservoir.add(chunk, own)
+        if len(reservoir.keys) == 300:
+            places.add(reservoir._held.data_ptr())
+    smallest = keys.argsort()[:300].sort().values
+    assert torch.equal(reservoir.items, stream[smallest]) and torch.equal(reservoir.keys, keys[smallest])
+    assert len(places) == 1, "a full sample is not copied"
+
+
 def test_kinds_part_the_tokens():
     used = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]).bool()
     subject = torch.tensor([[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
