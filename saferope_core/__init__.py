@@ -26,7 +26,7 @@ from .maths.risk import (
 )
 from .maths.rotation import bounded, exact, fold, planes, rotate_by_generator, skew, turn, wide
 from .maths.subspace import GramSum, contrast, contrastive_basis, extended, orthonormal, relative_basis, unsafe_basis
-from .measure.before import require_known, require_vectors, unknown_parts, unknown_words
+from .measure.before import require_known, require_vectors, require_widths, unknown_parts, unknown_words
 from .measure.generators import fixed_generators, random_generators
 from .measure.heads import CriticalHeads, HeadTable, Ranks, critical_heads, histogram, read_heads
 from .measure.statistics import (
@@ -130,6 +130,7 @@ __all__ = [
     "require_known",
     "require_names",
     "require_vectors",
+    "require_widths",
     "restricted",
     "rotate_by_generator",
     "saturated",

@@ -54,6 +54,21 @@ def own_device(name: str) -> str:
     return f"cuda:{_state().local_process_index}" if name == "cuda" and count() > 1 else name
 
 
+def require_device(name: str) -> None:
+    """ValueError where this machine, or its PyTorch, has no such device."""
+    try:
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("a device without memory")
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        gpus = torch.cuda.device_count()
+        here = "cpu" + (", cuda" if gpus else "") + "".join(f", cuda:{number}" for number in range(gpus))
+        raise ValueError(
+            f"device {name!r}: got none here ({why}), expected one of {here}; name one with --device, or install a "
+            "PyTorch that knows it"
+        ) from None
+
+
 def wait() -> None:
     """Returns when all processes have come here."""
     if count() > 1:

@@ -13,6 +13,9 @@ LATENTS, TRAIN, CALIBRATE, HARDEN = "latents", "train", "calibrate", "harden"
 # What `saferope evaluate --suite` compares; see saferope_benchmark.suites
 SUITES = ("tinyworld", "quick", "paper-flux", "ablations", "crossed", "positions", "rotations", "dial")
 
+_LARGEST_SEED = 2**62  # seeds of single prompts are sums with it, and torch takes 63 bits
+_PATCH = 16  # pixels of an image token
+
 
 def _choice(stages: str, default: object, help: str, decides: bool = True) -> Any:  # a Field, where a type is declared
     return field(default=default, metadata={"help": help, "stages": tuple(stages.split()), "decides": decides})
@@ -189,6 +192,11 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            numbers = [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, float)]
+            _require(all(map(math.isfinite, numbers)), entry.name, value, "finite numbers")
+        self._require_used()
         _require(self.basis in ("svd", "contrastive"), "basis", self.basis, "svd or contrastive")
         _require(self.gate in ("calibrated", "fixed"), "gate", self.gate, "calibrated or fixed")
         for name in ("acts_on", "acts_on_image"):
@@ -236,8 +244,36 @@ class Settings:
             _require(good, name, times, "falling numbers in (0, 1]")
         _require(self.unlearn_at[0] == 1, "unlearn_at", self.unlearn_at, "1 (pure noise) as its first time")
         _require(self.unlearn_scale > 0, "unlearn_scale", self.unlearn_scale, "a number above 0")
+        for name in ("learning_rate", "preserve_weight", "text_init", "image_init"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(-1 <= self.similarity <= 1, "similarity", self.similarity, "a cosine, from -1 to 1")
+        _require(0 <= self.seed <= _LARGEST_SEED, "seed", self.seed, f"a number from 0 to {_LARGEST_SEED}")
+        good = self.resolution is None or (self.resolution > 0 and self.resolution % _PATCH == 0)
+        _require(good, "resolution", self.resolution, f"a multiple of {_PATCH} pixels")
         for name in ("unsafe_prompts", "benign_prompts", "reservoir", "steps", "phase", "batch"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+    def _require_used(self) -> None:
+        """ValueError for a setting that nothing would read beside the others."""
+        presets = self.unsafe is None and (self.model != "tinyworld" or self.benign is not None)
+        _require(
+            not self.subjects or self.unsafe is not None,
+            "subjects",
+            self.subjects,
+            "none without --unsafe FILE: they are looked for in a file's prompts, and others mark their own",
+        )
+        _require(
+            self.images is None or self.benign is not None,
+            "images",
+            self.images,
+            "none without --benign FILE, whose captions' pictures they are",
+        )
+        _require(
+            self.similarity_model is None or presets,
+            "similarity_model",
+            self.similarity_model,
+            "none but with a preset, whose subjects it chooses among",
+        )
 
 
 HELP = {entry.name: entry.metadata["help"] for entry in fields(Settings)}

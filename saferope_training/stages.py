@@ -56,7 +56,7 @@ class Workplace:
         """
         processes.wait()
         inputs = self.inputs(name, sources, facts)
-        record = self._record()
+        record = self.record()
         reason = self._stale(record.get(name), inputs, products)
         processes.wait()  # all have looked before one of them writes
         if reason is not None:
@@ -66,7 +66,7 @@ class Workplace:
             make(lambda done, total: self.progress(name, done, total))
             processes.wait()
             entry = {INPUTS: sha256_of(inputs), **self._digests(products), MADE_FROM: inputs}
-            self._write({**self._record(), name: entry})
+            self._write({**self.record(), name: entry})
         self.progress(name, 1, 1)
 
     def fresh(self, name: str, sources: Sequence[str], products: Sequence[str], facts: Facts | None = None) -> bool:
@@ -74,7 +74,12 @@ class Workplace:
 
         Tensors that are not as they were left are made again; prompts and tables may be edited.
         """
-        return self._stale(self._record().get(name), self.inputs(name, sources, facts), products) is None
+        return self._stale(self.record().get(name), self.inputs(name, sources, facts), products) is None
+
+    def changes(self, name: str, sources: Sequence[str], facts: Facts | None = None) -> str | None:
+        """Which inputs of a stage are others than when it was made, in words; None where none is, or none is known."""
+        entry = self.record().get(name)
+        return _changes(entry, self.inputs(name, sources, facts)) if isinstance(entry, dict) else None
 
     def inputs(self, name: str, sources: Sequence[str], facts: Facts | None = None) -> dict[str, object]:
         """All that decides the products of a stage, for JSON.
@@ -92,9 +97,9 @@ class Workplace:
         if entry is None:
             return ""
         known = dict(entry) if isinstance(entry, dict) else {INPUTS: entry}  # alone: as earlier versions wrote it
-        before = known.pop(MADE_FROM, None)
-        if known.get(INPUTS) != sha256_of(inputs):
-            return _changes(before, inputs)
+        if changed := _changes(known, inputs):
+            return changed
+        known.pop(MADE_FROM, None)
         if lost := [product for product in products if not (self.out / product).is_file()]:
             return f"{', '.join(lost)} is gone"
         return None if known == {INPUTS: known[INPUTS], **self._digests(products)} else "its tensors are damaged"
@@ -103,7 +108,8 @@ class Workplace:
         """sha256 of the products that nobody edits."""
         return {product: sha256(self.out / product) for product in products if product.endswith(TENSORS)}
 
-    def _record(self) -> dict:
+    def record(self) -> dict:
+        """By stage, a digest of its inputs and products, and its inputs."""
         try:
             return dict(json.loads((self.out / RECORD).read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError):  # none yet, or cut off: then everything is made again
@@ -114,8 +120,11 @@ class Workplace:
             write_text(self.out / RECORD, json.dumps(record, indent=2) + "\n")
 
 
-def _changes(before: object, now: dict) -> str:
-    """Which inputs are others than before, in words."""
+def _changes(entry: dict, now: dict) -> str | None:
+    """Which inputs are others than those of an entry of the record, in words; None where none is."""
+    if entry.get(INPUTS) == sha256_of(now):
+        return None
+    before = entry.get(MADE_FROM)
     if not isinstance(before, dict):
         return "an earlier version of saferope made it, which did not note all that it was made from"
     old, new = _flat(before), _flat(now)

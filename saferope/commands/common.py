@@ -150,8 +150,10 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def load(settings: Settings, device: str) -> Model:
     """The model that the settings name."""
+    from saferope_training import processes
     from saferope_training.flux.loading import load_model
 
+    processes.require_device(device)
     return load_model(settings.model, device, settings.quantise, settings.encoders, settings.resolution)
 
 

@@ -68,7 +68,7 @@ def train(
     from saferope_training.making.hardened import hardened
 
     with (
-        _recipe(settings, out, device, training=True) as recipe,
+        _recipe(settings, out, device, training=True, goal=TRAIN) as recipe,
         _losses(out / "tensorboard" if tensorboard else None) as tell,
     ):
         path = hardened(recipe, tell) if settings.harden else recipe.train(tell)
@@ -78,26 +78,33 @@ def train(
 @command(*BEFORE_HEADS, HEADS, CALIBRATE, acts_on="qk")
 def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
     """Make a concept file in a tenth of the time: extraction, a fixed turn, a short fit. From prompts, no pictures."""
-    with _recipe(settings, out, device, training=settings.fit > 0 and settings.generator == "fixed") as recipe:
+    training = settings.fit > 0 and settings.generator == "fixed"
+    with _recipe(settings, out, device, training) as recipe:
         path = recipe.calibrate()
     say(f"concept file: {path}")
 
 
 @contextmanager
-def _recipe(settings: Settings, out: Path, device: str, training: bool = False) -> Iterator[Recipe]:
-    """The recipe of a loaded model, with progress bars. Before it loads, its memory plan is printed."""
+def _recipe(settings: Settings, out: Path, device: str, training: bool = False, goal: str = "") -> Iterator[Recipe]:
+    """The recipe of a loaded model, with progress bars.
+
+    Before it loads, settings are checked, prompts are made, and its memory plan is printed.
+    """
     from saferope_training import processes
-    from saferope_training.making import memory
+    from saferope_training.making import checks, memory
     from saferope_training.making.recipe import Recipe
     from saferope_training.stages import alone
 
     device = processes.own_device(device)
-    plan = memory.plan_for(settings, device, training)
-    if processes.is_main():
-        doubt = memory.doubt(plan, device)
-        say("\n".join(plan.lines() + ([f"warning: {doubt}"] if doubt else [])), err=True)
-    with memory.running_out(plan, device), alone(out), progress_bars() as progress:
-        yield Recipe(load(settings, device), settings, out, progress)
+    checks.require_settings(settings, device)
+    with alone(out):
+        Recipe(None, settings, out, goal=goal).prompts()
+        plan = memory.plan_for(settings, device, training)
+        if processes.is_main():
+            doubt = memory.doubt(plan, device)
+            say("\n".join(plan.lines() + ([f"warning: {doubt}"] if doubt else [])), err=True)
+        with memory.running_out(plan, device), progress_bars() as progress:
+            yield Recipe(load(settings, device), settings, out, progress, goal=goal)
 
 
 @contextmanager

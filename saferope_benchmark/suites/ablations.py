@@ -3,6 +3,7 @@ variants of a concept from the same statistics."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -78,7 +79,11 @@ def _branch(base: Path, place: Path) -> None:
         part = place.with_name(f".{place.name}.partial")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        for name in (PROMPT_FILE, STATISTICS, RECORD):
+        for name in (PROMPT_FILE, RECORD):
             shutil.copy(base / name, part)
+        try:  # a stage replaces its products and never writes into them, so all variants may share the one file
+            os.link(base / STATISTICS, part / STATISTICS)
+        except OSError:  # a file system without links
+            shutil.copy(base / STATISTICS, part)
         part.rename(place)
     processes.wait()

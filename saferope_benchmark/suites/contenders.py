@@ -26,8 +26,13 @@ Files = Callable[[str], Mapping[str, Path]]  # a concept -> names of methods and
 
 
 def settings_for(model: Model, slug: str, **changes) -> Settings:
-    """The defaults for a concept, with the prompts of the world that the model paints."""
-    return Settings(concept=slug, model=TINYWORLD if model.tiny else model.name, **changes)
+    """The defaults for a concept, with the prompts of the world that the model paints.
+
+    A real model trains a prompt at a time and recomputes its blocks: less memory, and the same file but for last bits.
+    """
+    if model.tiny:
+        return Settings(concept=slug, model=TINYWORLD, **changes)
+    return Settings(concept=slug, model=model.name, passes_of=1, checkpointing=True, **changes)
 
 
 def by_calibration(settings: Settings) -> Settings:

@@ -48,15 +48,22 @@ def require_known(text: str, subject: Span, parts: Sequence[Span]) -> None:
         )
 
 
+def require_widths(ranks: Ranks, head_dim: int) -> None:
+    """Raises ValueError where a head of so many dimensions has no room for subspaces of these ranks."""
+    for name, width in (("text", ranks.risk + ranks.outside), ("image", ranks.image_risk + ranks.outside)):
+        if width > head_dim:
+            raise ValueError(
+                f"ranks: got {width} dimensions for {name} tokens, expected at most a head's {head_dim}; lower them"
+            )
+
+
 def require_vectors(counts: dict[tuple[str, str], int], looks: int, ranks: Ranks, head_dim: int) -> None:
     """Raises ValueError where subspaces of these ranks cannot be read from so many tokens.
 
     `counts`: the tokens of all prompts by side and kind, as `token_kinds` parts them. `looks`: how often each is looked
     at.
     """
-    for name, width in (("text", ranks.risk + ranks.outside), ("image", ranks.image_risk + ranks.outside)):
-        if width > head_dim:
-            raise ValueError(f"ranks: got {width} dimensions for {name} tokens, expected at most a head's {head_dim}")
+    require_widths(ranks, head_dim)
     for kind, rank in ((PADDING, ranks.padding), (WORDS, ranks.words)):
         for side in (UNSAFE, BENIGN):
             if rank and not counts[side, kind]:

@@ -85,13 +85,18 @@ def load_model(
     return _assemble(name, rest, transformer, resolution)
 
 
+def is_here(name: str) -> bool:
+    """Whether the hub need not be asked for a model of this name: it is here, or nowhere."""
+    return Path(name).exists() or not _HUB_ID.fullmatch(name)
+
+
 def find_folder(name: str, transformer: bool) -> Path:
     """The local folder of a diffusers FLUX.1 pipeline, found good: `name` itself, or the hub's.
 
     `transformer`: whether its transformer is wanted too. OSError where the hub cannot be asked, ValueError else.
     """
     folder = Path(name)
-    if not folder.exists() and _HUB_ID.fullmatch(name):
+    if not is_here(name):
         folder = fetch(name, transformer)
     if not (folder / INDEX).is_file():
         raise ValueError(

@@ -29,33 +29,33 @@ def require_kind(kind: str) -> None:
 
 def require_library(library: str, what: str) -> None:
     """ValueError that says how to get the library where it is not installed."""
-    if find_spec(library) is None:
+    if find_spec(library.replace("-", "_")) is None:
+        raise ValueError(f"{what}: got no {library} installed, expected it; run `pip install {library}`")
+
+
+def require_usable(kind: str, device: str) -> None:
+    """ValueError where the kind is unknown, its library missing or the device not one that it can load to."""
+    require_kind(kind)
+    require_library(_LIBRARY[kind], f"quantisation {kind!r}")
+    if _LIBRARY[kind] == "bitsandbytes" and torch.device(device).type == "cpu":
         raise ValueError(
-            f"{what}: got no {library} installed, expected it; run `pip install {library}` "
-            "(or install saferope with its extra `quantise`)"
+            f"quantisation {kind!r}: got device 'cpu', expected a GPU: diffusers loads bitsandbytes weights there "
+            "only; name one with --device, or take torchao-int8"
         )
 
 
 def quantisation_config(kind: str, device: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig:
     """diffusers' configuration of one of KINDS; `dtype` is what the model computes in.
 
-    ValueError where the kind is unknown, its library missing or the device not one that it can load to.
+    ValueError where it is not usable.
     """
-    require_kind(kind)
-    require_library(_LIBRARY[kind], f"quantisation {kind!r}")
-    if _LIBRARY[kind] == "bitsandbytes":
-        return _bitsandbytes(kind, device, dtype)
-    return _torchao(kind)
+    require_usable(kind, device)
+    return _bitsandbytes(kind, dtype) if _LIBRARY[kind] == "bitsandbytes" else _torchao(kind)
 
 
-def _bitsandbytes(kind: str, device: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _bitsandbytes(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     from diffusers import BitsAndBytesConfig
 
-    if device == "cpu":
-        raise ValueError(
-            f"quantisation {kind!r}: got device 'cpu', expected a GPU: diffusers loads bitsandbytes weights there "
-            "only; name one with --device, or take torchao-int8"
-        )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     # normal floats with scales quantised once more: QLoRA (arXiv 2305.14314), section 3

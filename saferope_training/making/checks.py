@@ -5,16 +5,45 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from saferope_core import BENIGN, UNSAFE, require_known, require_names, require_vectors, unknown_parts, unknown_words
+from saferope_core import (
+    BENIGN,
+    FLUX1,
+    UNSAFE,
+    require_known,
+    require_names,
+    require_vectors,
+    require_widths,
+    unknown_parts,
+    unknown_words,
+)
 
 from .. import processes
+from ..flux import loading
 from ..flux.models import Model, text_tokens
 from ..flux.pipelines import asked
+from ..flux.quantise import require_library, require_usable
 from ..prompts import PromptRecord, side
 from ..settings import Settings
 from .heads import ranks_of
 
 _SHOWN = 5  # words in a warning
+
+
+def require_settings(settings: Settings, device: str) -> None:
+    """Raises ValueError where these settings could make no concept on this machine. Loads and fetches nothing; OSError
+    where a file cannot be read.
+    """
+    processes.require_device(device)
+    require_names(settings.concept, settings.concept.capitalize(), settings.concept)
+    require_widths(ranks_of(settings), FLUX1.head_dim)
+    if settings.quantise is not None:
+        require_usable(settings.quantise, device)
+    if settings.model.endswith(".gguf"):
+        require_library("gguf", f"model {settings.model!r}")
+    if loading.is_here(settings.model):
+        loading.config_of(settings.model, settings.encoders)
+    if settings.similarity_model is not None:
+        require_library("sentence-transformers", "subject filter")
 
 
 def require(model: Model, records: Sequence[PromptRecord], settings: Settings) -> None:

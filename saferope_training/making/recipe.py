@@ -66,9 +66,11 @@ class Recipe:
 
     ValueError where another process, or another Recipe of this one, is at work in the folder.
 
-    `model` may be None for `prompts` alone. `more` prompts follow those of the settings. Beside the products lie
-    `config.json`, the settings and versions of the last command, and `stages.json`, with all that each product was made
-    from.
+    `model` may be None for `prompts` alone. `more` prompts follow those of the settings. `goal` is TRAIN where the
+    stages are run for it: for any other they raise ValueError rather than replace what a training here rests on.
+
+    Beside a concept file lie its settings and versions (`config.json`, for calibration `<concept>.<generator>.json`),
+    and `stages.json`, with all that each product was made from.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Recipe:
         out: Path,
         progress: Progress = lambda *_: None,
         more: Sequence[PromptRecord] = (),
+        goal: str = "",
     ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if model is not None and model.source is not None:
@@ -85,13 +88,13 @@ class Recipe:
             model = models.with_cache(model, out / EMBEDDINGS)
         self._model, self.settings, self.out, self._more = model, settings, out, tuple(more)
         self.place = Workplace(out, settings, progress)
+        self._goal = goal
         self.known: dict[str, Any] = facts(model) if model is not None else {}
         weights = self.known.get("transformer", "")
         self.config = {"settings": asdict(settings), "model_sha256": weights, "versions": versions()}
         with alone(out, within=True):
             if processes.is_main():
                 sweep(out / EMBEDDINGS)
-                write_text(out / CONFIG, json.dumps(self.config, indent=2) + "\n")
 
     @property
     def model(self) -> Model:
@@ -111,7 +114,7 @@ class Recipe:
         named = [Path(name) for name in (self.settings.unsafe, self.settings.benign) if name]
         sources = [str(path.absolute()) for path in named]
         more = {"more": sha256_of([asdict(record) for record in self._more])} if self._more else {}
-        self.place.stage(PROMPTS, sources, (PROMPT_FILE,), make, {**origins(self.settings), **more})
+        self._stage(PROMPTS, sources, (PROMPT_FILE,), make, {**origins(self.settings), **more})
         return prompts.read_prompts(self.out / PROMPT_FILE)
 
     @_alone
@@ -127,7 +130,7 @@ class Recipe:
             if processes.is_main():
                 extract.save_statistics(self.out / STATISTICS, statistics)
 
-        self.place.stage(EXTRACT, (PROMPT_FILE,), (STATISTICS,), make, self.facts(EXTRACT))
+        self._stage(EXTRACT, (PROMPT_FILE,), (STATISTICS,), make, self.facts(EXTRACT))
         return records
 
     @_alone
@@ -135,8 +138,31 @@ class Recipe:
         """The safety-critical heads, their bases and gates, as tensors, table and map; returns the prompts."""
         records = self.extract(training)
         products, needs = (CRITICAL, TABLE, MAP), self.facts(HEADS)
-        self.place.stage(HEADS, (STATISTICS,), products, lambda report: self._read_heads(), needs)
+        self._stage(HEADS, (STATISTICS,), products, lambda report: self._read_heads(), needs)
         return records
+
+    def _stage(
+        self,
+        name: str,
+        sources: Sequence[str],
+        products: Sequence[str],
+        make: Callable[[Report], None],
+        facts: Facts,
+    ) -> None:
+        """A stage that training shares with others. ValueError where they would take from it what its work rests on."""
+        trained = TRAIN in self.place.record() or (self.out / STATE).is_file()
+        changed = self.place.changes(name, sources, facts) if trained and self._goal != TRAIN else None
+        if changed:
+            raise ValueError(
+                f"{self.out}: got other inputs of the {name} than training had here ({changed}), expected the same, "
+                "since its prompts and statistics would be replaced; give the same options, or name another --out"
+            )
+        self.place.stage(name, sources, products, make, facts)
+
+    def _note(self, name: str) -> None:
+        """Writes down the settings and versions of a file that is made."""
+        if processes.is_main():
+            write_text(self.out / name, json.dumps(self.config, indent=2) + "\n")
 
     def _read_heads(self) -> None:
         if not processes.is_main():
@@ -152,7 +178,9 @@ class Recipe:
     @_alone
     def train(self, tell: Teller = lambda entry: None) -> Path:
         """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry."""
+        self._goal = TRAIN
         s, out, records = self.settings, self.out, self.heads(training=True)
+        self._note(CONFIG)
 
         def make_latents(report: Report) -> None:
             material.make_latents(self.model, records, s.unlearn_at, s.seed, out / LATENTS, report, s.passes_of)
@@ -202,6 +230,7 @@ class Recipe:
         """
         s, out, records = self.settings, self.out, self.heads()
         path = out / f"{s.concept}.{s.generator}.safetensors"
+        self._note(path.with_suffix(".json").name)
 
         def make(report: Report) -> None:
             critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)

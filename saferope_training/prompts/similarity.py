@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..flux.quantise import require_library
+
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # 23 M parameters; runs on a CPU
 
 
@@ -13,12 +15,9 @@ def similarities(subjects: Sequence[str], seeds: Sequence[str], model: str = MOD
     `model` is a sentence-transformers folder or hub id. OSError or ValueError where there is none; ImportError's
     place is taken by a ValueError that says what to install.
     """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ValueError(
-            "subject filter: got no sentence-transformers installed; run `pip install sentence-transformers`"
-        ) from None
+    require_library("sentence-transformers", "subject filter")
+    from sentence_transformers import SentenceTransformer
+
     safe = {"use_safetensors": True}  # its own modules' weights are read as tensors alone in any format
     encoder = SentenceTransformer(model, device="cpu", trust_remote_code=False, model_kwargs=safe)
     subject, seed = (

@@ -30,7 +30,7 @@ from saferope.commands.common import told as in_a_line
 from saferope_core import load_concepts
 from saferope_training.flux.encoders import EmbeddingCache
 from saferope_training.making.recipe import Recipe
-from saferope_training.settings import Settings
+from saferope_training.settings import TRAIN, Settings
 from saferope_training.stages import LOCK, RECORD, alone, save_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -151,12 +151,12 @@ def test_a_recipe_called_from_python_locks_its_folder_as_well(folder, stage):
             for work in (getattr(idle, stage), lambda: Recipe(None, idle.settings, folder)):
                 refused.append(str(threads.submit(work).exception()))
 
-    idle = Recipe(None, Settings(), folder)
+    idle = Recipe(None, Settings(), folder, goal=TRAIN)
     with alone(folder):
-        Recipe(None, Settings(), folder, second).prompts()  # whoever has locked it may go on
+        Recipe(None, Settings(), folder, second, goal=TRAIN).prompts()  # whoever has locked it may go on
     assert len(refused) >= 2 and all("another saferope works in, expected one at a time" in told for told in refused)
     refused.clear()
-    Recipe(None, Settings(), folder, second).prompts()
+    Recipe(None, Settings(), folder, second, goal=TRAIN).prompts()
     assert len(refused) >= 2 and all("another saferope works in, expected one at a time" in told for told in refused)
     assert {name: data for name, data in contents(folder).items() if name in SHARDS} == {n: before[n] for n in SHARDS}
     assert idle.prompts(), "control: once it is free, it is free"

@@ -6,6 +6,7 @@ import builtins
 import io
 import os
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -135,8 +136,10 @@ def test_cached_files_count_as_free(monkeypatch):
 class Full:
     """A Recipe that needs more bytes than a machine has addresses for."""
 
-    def __init__(self, *_) -> None:
-        torch.empty(2**60, dtype=torch.uint8)
+    def __init__(self, model, *_, **__) -> None:
+        self.prompts = list
+        if model is not None:
+            torch.empty(2**60, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("what", ["the machine's", "Python's", "a GPU's", "a loader's"])
@@ -145,7 +148,9 @@ def test_memory_that_runs_out_is_told_in_words(monkeypatch, tmp_path, what):
     errors["a loader's"] = ValueError("model 'x': cannot be loaded (CUDA out of memory); fetch it again")
     errors["a loader's"].__cause__ = errors["a GPU's"]
 
-    def recipe_of(*_):
+    def recipe_of(model, *_, **__):
+        if model is None:
+            return SimpleNamespace(prompts=list)
         raise errors[what]
 
     monkeypatch.setattr(recipe, "Recipe", Full if what == "the machine's" else recipe_of)
@@ -158,7 +163,7 @@ def test_memory_that_runs_out_is_told_in_words(monkeypatch, tmp_path, what):
 
 
 def test_other_errors_are_no_lack_of_memory(monkeypatch, tmp_path):
-    def recipe_of(*_):
+    def recipe_of(*_, **__):
         raise RuntimeError("shapes")
 
     monkeypatch.setattr(recipe, "Recipe", recipe_of)

@@ -122,6 +122,7 @@ def inputs(settings: Settings, model, out: Path) -> dict[str, dict]:
     """What every stage would be made from, with the files that lie in the folder."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workplace, "changes", lambda *_: None)
         patch.setattr(Workplace, "stage", lambda place, name, sources, _products, _make, facts=None: found.update(
             {name: place.inputs(name, sources, facts)}
         ))  # fmt: skip
@@ -141,7 +142,9 @@ def walk(base, files, finished):
 
     def decided(name: str) -> set[str]:
         other = str(files / others[name]) if name in others else CHANGED[name]
-        needs = {"sharing": {"image_rank": 0}, "gate": {"relative_rank": 0}}.get(name, {})
+        needs = {"sharing": {"image_rank": 0}, "gate": {"relative_rank": 0}, "similarity_model": {"unsafe": None}}.get(
+            name, {}
+        )
         first = inputs(replace(base, **needs), model, finished) if needs else before
         settings = replace(base, **{name: other}, **needs)
         now = inputs(settings, loaded(settings) if name in OF_THE_MODEL else model, finished)

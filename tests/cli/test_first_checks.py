@@ -1,0 +1,172 @@
+"""All that can be known of a command is told before a model is loaded; documented commands pass."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from saferope import cli
+from saferope_benchmark.suites.contenders import settings_for
+from saferope_training import processes
+from saferope_training.flux import loading, quantise
+from saferope_training.making import checks, memory
+from saferope_training.making.recipe import CONFIG, PROMPT_FILE, STATISTICS, Recipe
+from saferope_training.settings import Settings
+from tests.cli.test_docs import ROOT, commands
+from tests.training.test_loading import DEV_CONFIG
+
+DEV, SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
+GPU = 24 * memory.GIB
+
+
+class Loaded(Exception):
+    """A model was asked for."""
+
+
+@pytest.fixture
+def at_rest(monkeypatch, tmp_path):
+    """A function that runs a command in an empty folder, in which to ask for a model raises Loaded."""
+
+    def load_model(*_):
+        raise Loaded
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: CliRunner().invoke(cli.app, list(words))
+
+
+WRONG = {
+    "train Heart": "expected small letters, digits and hyphens",
+    "train star --device cuda:99": "device 'cuda:99': got none here",
+    "train star --device warp": "device 'warp': got none here",
+    "train star --device meta": "device 'meta': got none here (a device without memory)",
+    "calibrate star --device cuda:99": "name one with --device",
+    "train star --learning-rate nan": "'learning_rate': got nan, expected finite numbers",
+    "train star --strengths 1,inf": "'strengths': got (1.0, inf), expected finite numbers",
+    "train star --learning-rate -1": "'learning_rate': got -1.0, expected at least 0",
+    "train star --rank 1000": "got 1022 dimensions for text tokens, expected at most a head's 128; lower them",
+    "train star --seed -1": "'seed': got -1, expected a number from 0",
+    "train star --resolution 500": "'resolution': got 500, expected a multiple of 16",
+    "train star --similarity 2": "'similarity': got 2.0, expected a cosine",
+    "train star --quantise nf5": "quantisation: got 'nf5', expected one of",
+    "train star --quantise nf4": "got device 'cpu', expected a GPU",
+    "train star --subjects pentagram": "'subjects': got ('pentagram',), expected none without --unsafe FILE",
+    "train star --images pictures": "'images': got 'pictures', expected none without --benign FILE",
+    "train star --similarity-model x": "'similarity_model': got 'x', expected none but with a preset",
+    "train heart": "concept 'heart' is not in the tiny world",
+    f"train heart --model {DEV}": "got no prompts for it, expected a file (--unsafe) or one of the presets",
+    "train star --unsafe none.txt": "none.txt: got no such file or folder",
+    f"train nudity --model {DEV} --unsafe-prompts 1000000": "got 1000000, expected at most",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_mistakes_are_told_before_anything_starts(at_rest, words):
+    result = at_rest(*shlex.split(words), "--out", "x")
+    told = " ".join(result.output.split())
+    assert result.exit_code == 2 and WRONG[words] in told, (told, result.exception)
+    assert "transformer, frozen" not in told, "not even planned"
+
+
+def test_a_command_without_mistakes_asks_for_the_model(at_rest):
+    assert isinstance(at_rest("train", "star", "--out", "x").exception, Loaded)
+
+
+@pytest.mark.parametrize("kind, library", [("nf4", "bitsandbytes"), ("torchao-int8", "torchao")])
+def test_missing_libraries_are_told_first(at_rest, monkeypatch, kind, library):
+    monkeypatch.setattr(processes, "require_device", lambda name: None)
+    asked = ["train", "star", "--out", "x", "--device", "cuda", "--quantise", kind]
+    with monkeypatch.context() as patch:
+        patch.setattr(quantise, "find_spec", lambda name: None if name == library else 1)
+        told = at_rest(*asked)
+    assert told.exit_code == 2 and f"pip install {library}" in told.output
+    checks.require_settings(Settings(quantise=kind), "cuda")  # negative control: both are installed here
+
+
+def test_every_number_of_the_settings_is_finite():
+    for name, value in vars(Settings()).items():
+        if isinstance(value, float):
+            with pytest.raises(ValueError, match=f"'{name}': got nan, expected finite"):
+                replace(Settings(), **{name: math.nan})
+
+
+def test_no_command_replaces_what_a_training_rests_on(model, settings, tmp_path):
+    few = replace(settings, unsafe_prompts=6, benign_prompts=6, steps=2)
+    trained = Recipe(model, few, tmp_path).train()
+    names = (PROMPT_FILE, STATISTICS, CONFIG, trained.name)
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    for other in (replace(few, benign_prompts=5), replace(few, timesteps=(1.0,)), replace(few, rank=2)):
+        for stage in ("heads", "calibrate"):
+            with pytest.raises(ValueError, match=r"than training had here \(.* was .* and is .*\), expected the same"):
+                getattr(Recipe(model, other, tmp_path), stage)()
+    Recipe(model, replace(few, acts_on="qk", fit=0), tmp_path).calibrate()
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    assert json.loads((tmp_path / "star.fixed.json").read_text())["settings"]["acts_on"] == "qk"
+    Recipe(model, replace(few, benign_prompts=5), tmp_path).train()  # training itself may
+    assert (tmp_path / PROMPT_FILE).read_bytes() != before[PROMPT_FILE], "negative control"
+
+
+@pytest.fixture
+def real(at_rest, monkeypatch, tmp_path):
+    """FLUX.1's real sizes and a GPU of 24 GB, as `at_rest` sees them; the files that the pages name."""
+    for name in ("captions_val2017.json", "captions.json"):
+        images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(200)]
+        captions = [{"image_id": n, "caption": f"a quiet street, number {n}"} for n in range(200)]
+        (tmp_path / name).write_text(json.dumps({"images": images, "annotations": captions}))
+    for folder in ("val2017", "folder"):
+        (tmp_path / folder).mkdir()
+        for n in range(200):
+            (tmp_path / folder / f"{n}.jpg").touch()
+    config = {DEV: DEV_CONFIG, SCHNELL: {**DEV_CONFIG, "guidance_embeds": False}}
+    monkeypatch.setattr(loading, "config_of", lambda name, encoders: config[name])
+    monkeypatch.setattr(loading, "outline", lambda *_: (512, 32, 9 * memory.GIB, memory.GIB // 6))
+    monkeypatch.setattr(processes, "require_device", lambda name: None)
+    monkeypatch.setattr(memory, "available", lambda device: GPU)
+    return at_rest
+
+
+FLUX_COMMANDS = [
+    words
+    for page in ("reproducing-the-paper.md", "training.md")
+    for words in commands((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    if DEV in words or SCHNELL in words
+]
+
+
+@pytest.mark.parametrize("words", FLUX_COMMANDS, ids=lambda words: "_".join(words[:4]))
+def test_commands_for_flux_pass_every_check_and_fit_their_card(real, words):
+    result = real(*words)
+    assert isinstance(result.exception, Loaded), result.output
+    assert "it may run out" not in result.output, result.output
+    if words[0] == "train":
+        whole = [word for word in words if word not in ("--quantise", "nf4")]
+        assert "it may run out" in real(*whole).output, "negative control: in bf16 it does not fit"
+
+
+def test_the_ablations_of_a_real_model_fit_a_card(real, monkeypatch):
+    """Batches of 24 prompts at once kept hundreds of GiB."""
+    from types import SimpleNamespace
+
+    chosen = settings_for(SimpleNamespace(tiny=False, name=DEV), "nudity")
+    plan = memory.plan_for(replace(chosen, quantise="nf4"), "cuda", training=True)
+    assert plan.peak < GPU
+    at_once = memory.plan_for(replace(chosen, quantise="nf4", passes_of=0, checkpointing=False), "cuda", training=True)
+    assert at_once.peak > 5 * GPU, "negative control"
+
+
+def test_commands_of_one_folder_share_their_prompts():
+    """Those that name the same --out have the same settings of the first stages."""
+    shared: dict[str, set] = {}
+    for words in FLUX_COMMANDS:
+        if words[0] in ("train", "calibrate", "heads"):
+            out = words[words.index("--out") + 1]
+            named = [re.sub("^--", "", word) for word in words]
+            chosen = {name: words[named.index(name) + 1] for name in ("benign", "images") if name in named}
+            shared.setdefault(out, set()).add(tuple(sorted(chosen.items())))
+    assert shared and all(len(kinds) == 1 for kinds in shared.values()), shared
