@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..saferope_core import MAX_CONCEPTS, STREAMS, Concept, Protection, overlap, strength_notes, taken_apart, undone
+from ..saferope_core import MAX_CONCEPTS, STREAMS, Concept, Protection, overlap, strength_notes, undone
 from .draw.charts import heat_map
 from .inputs import ConceptType
 
@@ -39,12 +39,6 @@ class CombineConcepts(io.ComfyNode):
                     ),
                     tooltip=f"1 to {MOST} inputs, applied in this order, with {MAX_CONCEPTS} concepts at most.",
                 ),
-                io.Boolean.Input(
-                    "orthogonalise",
-                    default=False,
-                    tooltip="Take out of each concept the part that earlier concepts share with it, so that their "
-                    "order does not matter. The shared part stays with the earlier concept.",
-                ),
             ],
             outputs=[
                 ConceptType.Output("concept", tooltip="All of them, for SafeRoPE Apply."),
@@ -56,28 +50,24 @@ class CombineConcepts(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concepts: dict[str, Any], orthogonalise: bool = False) -> io.NodeOutput:
+    def execute(cls, concepts: dict[str, Any]) -> io.NodeOutput:
         found = [concept for name in concepts for concept in concepts[name]]
         if not 1 <= len(found) <= MAX_CONCEPTS:
             raise ValueError(
                 f"These inputs hold {len(found)} concepts, expected 1 to {MAX_CONCEPTS}, as many as a concept file may "
                 "hold. Take inputs away."
             )
-        found, tell = distinct(found), _teller(len(found), orthogonalise)
+        found, tell = distinct(found), _teller(len(found))
         values = overlaps(found, tell)
-        if orthogonalise:
-            found = taken_apart(found, tell)
         names = [concept.name for concept in found]
         numbers = len(names) <= NUMBERED
         picture = heat_map(values.amax(0), names, names, "Overlap of concepts", "overlap", numbers=numbers)
-        return io.NodeOutput(found, report(found, values, orthogonalise), picture)
+        return io.NodeOutput(found, report(found, values), picture)
 
 
-def _teller(count: int, orthogonalise: bool) -> Callable[[], None]:
-    """To be called for every pair, and for every concept that is taken apart from others: shows progress, and ends
-    where ComfyUI is told to stop, with its own exception.
-    """
-    bar = comfy.utils.ProgressBar(count * (count - 1) // 2 + (count if orthogonalise else 0))
+def _teller(count: int) -> Callable[[], None]:
+    """To be called for every pair: shows progress, and ends where ComfyUI is told to stop, with its own exception."""
+    bar = comfy.utils.ProgressBar(count * (count - 1) // 2)
 
     def tell() -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -111,7 +101,7 @@ def overlaps(concepts: list[Concept], tell: Callable[[], None] = lambda: None) -
     return values
 
 
-def report(concepts: list[Concept], values: Tensor, orthogonalise: bool) -> str:
+def report(concepts: list[Concept], values: Tensor) -> str:
     """A line for each concept, each pair, and each strength that does not act as it is; values [2, n, n]:
     `overlaps`."""
     lines = [f"{concept.name}: {len(concept.heads)} heads, strength {concept.strength:g}" for concept in concepts]
@@ -121,6 +111,4 @@ def report(concepts: list[Concept], values: Tensor, orthogonalise: bool) -> str:
         lines.append(f"{concepts[first].name} / {concepts[second].name}: overlap {share}")
     lines += strength_notes(concepts, [concept.strength for concept in concepts])
     lines += undone([Protection(concepts, concepts[0].geometry)])
-    if orthogonalise and len(concepts) > 1:
-        lines.append("taken apart: what a pair shared, for text and for image tokens, is left to the earlier one")
     return "\n".join(lines)

@@ -13,13 +13,13 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from saferope_core import Concept, Protection, parse_blocks, restricted, taken_apart
+from saferope_core import Concept, Protection, parse_blocks, restricted
 from saferope_core.concept.concept_file import MAX_BYTES, parse_concepts
 from saferope_core.concept.untrusted import read_whole
 from saferope_core.run.effect import LEAST_TURN, moved
 from workflow_lint.effect import File, Files
 
-__all__ = ["in_folder", "rotations", "scaled", "taken_apart", "turned"]
+__all__ = ["in_folder", "rotations", "scaled", "turned"]
 
 
 def in_folder(folder: Path) -> Files:

@@ -9,7 +9,7 @@ from .concept.concept import Concept, require_names
 from .concept.concept_file import MAX_CONCEPTS, ConceptFileError, load_concepts, save_concepts, sha256
 from .concept.families import FAMILIES, Family, titles
 from .concept.geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
-from .concept.merge import Overlap, orthogonalised, overlap, taken_apart
+from .concept.merge import Overlap, overlap
 from .concept.selection import STREAM_CHOICES, parse_blocks, restricted
 from .concept.stream import NAMES, ROLES, STREAMS, Roles, Stream, stream_of, tensors_of
 from .concept.strength import held_strengths, strength_notes
@@ -118,7 +118,6 @@ __all__ = [
     "load_concepts",
     "moved",
     "omissions",
-    "orthogonalised",
     "orthonormal",
     "overlap",
     "parse_blocks",
@@ -141,7 +140,6 @@ __all__ = [
     "skew",
     "stream_of",
     "strength_notes",
-    "taken_apart",
     "tensors_of",
     "titles",
     "token_kinds",

@@ -142,8 +142,7 @@ class Concepts:
         return self._loaded(node, stops)
 
     def _combined(self, node: Node, stops: list[str], depth: int) -> list[Part]:
-        """All concepts of a Combine, in their order. Taken apart,
-        what is left of each is known by their files alone."""
+        """All concepts of a Combine, in their order. 0.1.0 could take them apart, and then hardly protected."""
         names = [name for name in node.inputs if name != "orthogonalise"]
         if names != [f"concepts.concept{i}" for i in range(min(len(names), MOST_COMBINED))]:
             stops.append(f"Combine {node.id} has inputs in a row that ComfyUI does not make: they cannot be verified")
@@ -152,15 +151,8 @@ class Concepts:
         apart = Reader(self.graph, node, stops).value("orthogonalise", False)
         if apart is False or len(parts) < 2 or stops:
             return parts
-        if not all(part.file for part in parts):
-            stops.append(f"Combine {node.id} takes concepts apart (orthogonalise): what is left of each {UNSEEN}")
-            return []
-        try:
-            left = iter(parts[0].file.effect.taken_apart([concept for part in parts for concept in part.concepts]))
-        except ValueError as error:
-            stops.append(f"Combine {node.id} cannot take its concepts apart ({error})")
-            return []
-        return [replace(part, concepts=tuple(next(left) for _ in part.concepts)) for part in parts]
+        stops.append(f"Combine {node.id} takes concepts apart (orthogonalise): what is left of each {UNSEEN}")
+        return []
 
     def _loaded(self, node: Node, stops: list[str]) -> list[Part]:
         told: list[str] = []

@@ -14,15 +14,10 @@ Concept, Rotations = Any, Any  # opaque; a concept has a `strength`
 
 
 class Effect(Protocol):
-    """The effect of concepts, as an Apply, a Load and a Combine node have it."""
+    """The effect of concepts, as an Apply and a Load node have it."""
 
     def scaled(self, concepts: Sequence[Concept], strength: float) -> list[Concept]:
         """The concepts with the strength of a Load node."""
-
-    def taken_apart(self, concepts: Sequence[Concept]) -> list[Concept]:
-        """The concepts as the option *orthogonalise* of a Combine node leaves them. ValueError where the node would
-        stop.
-        """
 
     def rotations(
         self, concepts: Sequence[Concept], strength: float, threshold: float | None, blocks: str, streams: str

@@ -39,9 +39,6 @@ def inspect(
 def merge(
     files: Annotated[list[str], typer.Argument(help="Concept files, each FILE or FILE:STRENGTH, in order of use.")],
     out: Annotated[Path, typer.Option(help="The file to write.")],
-    orthogonalise: Annotated[
-        bool, typer.Option(help="Take out of each concept what earlier ones share, so that they commute exactly.")
-    ] = False,
     half: Half = False,
 ) -> None:
     """Pack concepts into one file, and report how much they overlap."""
@@ -50,7 +47,7 @@ def merge(
 
     import torch
 
-    from saferope_core import STREAMS, overlap, save_concepts, taken_apart
+    from saferope_core import STREAMS, overlap, save_concepts
     from saferope_core.concept.concept_file import require_together
 
     concepts = [replace(c, strength=c.strength * s) for c, s in zip(*read_concepts(files), strict=True)]
@@ -60,8 +57,6 @@ def merge(
         found = overlap(first, second)
         streams = ", ".join(f"{stream} {found.of(stream):.3f}" for stream in STREAMS)
         say(f"  {first.slug} / {second.slug}: {found.most:.3f} ({streams}) in {len(found.heads)} shared heads")
-    if orthogonalise:
-        concepts = taken_apart(concepts)
     save_concepts(out, concepts, dtype=torch.float16 if half else torch.float32)
     say(f"concept file: {out}")
 

@@ -1,4 +1,4 @@
-"""Several concepts at once: how much they overlap, and how to make a later one leave an earlier one alone.
+"""Several concepts at once: how much they overlap.
 
 Two rotations commute where the spaces they turn in are orthogonal; elsewhere the order in which they are applied
 matters. Text and image tokens are different vectors, and a concept may turn each kind in spaces of its own: whatever is
@@ -10,17 +10,13 @@ Axes: N heads of a concept, n heads that both turn, D head dimension, R + S widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..maths.subspace import orthonormal
 from .concept import Concept
-from .stream import ROLES, STREAMS, Roles
-
-LEAST_LEFT = 0.1  # singular value: of a direction of which less than this is left, nothing should be made up
+from .stream import ROLES, STREAMS
 
 
 @dataclass(frozen=True)
@@ -61,76 +57,6 @@ def overlap(first: Concept, second: Concept) -> Overlap:
                 rows.append(here)
     heads = first.heads[torch.cat(rows).unique()] if rows else first.heads[:0]
     return Overlap(first.slug, second.slug, heads, shared)
-
-
-def orthogonalised(later: Concept, *earlier: Concept) -> Concept:
-    """`later` without the directions that its spaces share with the spaces of `earlier`, so that it commutes with each.
-
-    For every stream and role, in heads where both turn such vectors, each basis B becomes the nearest orthonormal one
-    to (I − E Eᵀ) B, E being all earlier ones' bases side by side; these have to be orthogonal to each other. Generators
-    and gates stay. It then protects a little less from the shared part, which the earlier concept still covers. A
-    `later` that turns image tokens in its text bases gets bases of their own for them, with the same gates, if the two
-    now differ. Raises ValueError where geometries differ, and where a direction of `later` lies almost wholly in the
-    others' spaces.
-    """
-    for each in earlier:
-        later.geometry.require(each.geometry, f"concept {each.slug!r}")
-    free = {stream: Roles(*(_freed(later, earlier, stream, role) for role in ROLES)) for stream in STREAMS}
-    text, image, turns = replace(later.text, basis=free["text"]), later.image, later.moving("image")
-    if image is not None and image.basis is not None:
-        image = replace(image, basis=free["image"])
-    elif image is not None and not all(
-        torch.equal(free["image"][role][turns], free["text"][role][turns]) for role in later.acts("image")
-    ):
-        image = replace(image, basis=free["image"], gate=later.text.gate, full=later.text.full)
-    return replace(later, text=text, image=image, source="")
-
-
-def taken_apart(concepts: Sequence[Concept], tell: Callable[[], None] = lambda: None) -> list[Concept]:
-    """Each without the directions that it shares with the concepts before it: `orthogonalised`. `tell` is called for
-    every one.
-    """
-    result: list[Concept] = []
-    for concept in concepts:
-        tell()
-        result.append(orthogonalised(concept, *result))
-    return result
-
-
-def _freed(later: Concept, earlier: Sequence[Concept], stream: str, role: str) -> Tensor:
-    """The basis [N, D, R + S] of `later` for a stream and role, free of the spaces that earlier ones turn there."""
-    basis, others, slugs = later.basis(role, stream), [], []
-    for each in earlier:
-        here, there = _common(later, each, stream, role)
-        if len(here):
-            others.append((here, each.basis(role, stream)[there]))
-            slugs.append(each.slug)
-    if not others:
-        return basis
-    touched = torch.cat([here for here, _ in others]).unique()
-    left = _projected(basis.double(), others)
-    gram = left[touched].mT @ left[touched]
-    values, vectors = torch.linalg.eigh(gram)
-    if values.min() < LEAST_LEFT**2:
-        raise ValueError(
-            f"concept {later.slug!r}: a direction of it lies almost wholly in the space of "
-            f"{', '.join(map(repr, slugs[:4]))} for {stream} tokens, expected at least {LEAST_LEFT:g} of each outside "
-            "it; merge without orthogonalising, or make one concept of them"
-        )
-    # the polar factor by its Gram matrix: no value of it is small, and an SVD takes fifty times as long
-    left[touched] = left[touched] @ (vectors * values.rsqrt()[:, None]) @ vectors.mT
-    # it stays in the span of `left`, but for rounding
-    left = _projected(left, others)
-    return basis.index_copy(0, touched, orthonormal(left[touched]).to(basis.dtype))
-
-
-def _projected(basis: Tensor, others: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """(I − E Eᵀ) B, one of the others after the other; each is rows of the basis and E [rows, D, *] there."""
-    result = basis.clone()
-    for here, other in others:
-        wide = other.double()
-        result[here] -= wide @ (wide.mT @ result[here])
-    return result
 
 
 def _mean_squared_cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from saferope_core import (
     Protection,
     Ranks,
     load_concepts,
-    orthogonalised,
     overlap,
     read_heads,
     save_concepts,
@@ -103,13 +102,11 @@ def test_a_concept_of_other_key_heads_is_refused(make_concept):
         Protection([concept], replace(GROUPED, key_heads=3))
 
 
-def test_concepts_that_share_a_key_head_are_taken_apart(make_concept):
+def test_concepts_that_share_a_key_head_overlap_there(make_concept):
     """They turn no query head in common."""
     first, second = (make_concept(slug, 4, (row,), GROUPED) for slug, row in (("one", ROWS[0]), ("two", ROWS[1])))
     assert set(overlap(first, second).shared) == {("text", "k"), ("image", "k")}
-    apart = orthogonalised(second, first)
-    assert overlap(first, apart).most < 1e-6 < 1e-2 < overlap(first, second).most
-    assert torch.equal(apart.basis("q"), second.basis("q"))
+    assert overlap(first, second).most > 1e-2
 
 
 def test_heads_are_read_with_keys_of_their_own_number():

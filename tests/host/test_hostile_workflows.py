@@ -61,7 +61,7 @@ def good(
     return {
         "1": node("SafeRoPE_TinyWorld"),
         "2": node("SafeRoPE_LoadConcept", concept=concept, strength=1.0, sha256=""),
-        "3": node("SafeRoPE_CombineConcepts", **{"concepts.concept0": ["2", 0]}, orthogonalise=False),
+        "3": node("SafeRoPE_CombineConcepts", **{"concepts.concept0": ["2", 0]}),
         "4": node("SafeRoPE_Apply", model=["1", 0], concept=["3", 0], strength=strength),
         "5": node("CLIPTextEncode", clip=["1", 1], text=text),
         "6": node("EmptySD3LatentImage", width=96, height=96, batch_size=1),
@@ -310,7 +310,7 @@ def test_a_thousand_concepts(server):
     assert "unexpected keyword argument 'concepts.concept32'" in said, "the host's own words: its Autogrow ends there"
     for i in range(32):
         graph[f"c{i}"] = node("SafeRoPE_LoadConcept", concept="star.safetensors", strength=i / 32, sha256="")
-    graph["3"]["inputs"] = {f"concepts.concept{i}": [f"c{i}", 0] for i in range(32)} | {"orthogonalise": False}
+    graph["3"]["inputs"] = {f"concepts.concept{i}": [f"c{i}", 0] for i in range(32)}
     assert posted(server, graph) is None, "32 it takes"
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -108,9 +107,6 @@ def test_the_file_s_digest_stays_with_the_concept(node_classes, make_concept, co
     digest = load.execute("star.safetensors")[1].split()[1]
     both = node_classes["SafeRoPE_CombineConcepts"].execute({"a": star, "b": star})[0]
     assert [each.source for each in both] == [digest, digest] and both[1].slug != both[0].slug
-    one, two = replace(make_concept(), source=digest), replace(make_concept(slug="swirl", seed=1), source=digest)
-    apart = core.orthogonalised(two, one)
-    assert apart.source == "", "it is no longer the file's"
 
 
 WAYS = {

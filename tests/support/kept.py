@@ -70,14 +70,10 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def merged(one: core.Concept, other: core.Concept) -> dict[str, object]:
-    """Overlaps, and the refusal to take apart two concepts that share a direction."""
-    try:
-        refused = f"none: {core.orthogonalised(other, one).slug}"
-    except ValueError as error:
-        refused = str(error)
+    """Overlaps."""
     found = core.overlap(one, other)
     overlaps = [found.of(stream) for stream in ("text", "image")]
-    return {"overlap": overlaps, "refused": refused}
+    return {"overlap": overlaps}
 
 
 def parts(found: core.Concept) -> dict[str, object]:

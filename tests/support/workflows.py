@@ -54,7 +54,7 @@ TAKEN = {
 }
 WIDGETS = {
     "SafeRoPE_LoadConcept": {"concept": STAR, "strength": 1.0, "sha256": ""},
-    "SafeRoPE_CombineConcepts": {"orthogonalise": False},
+    "SafeRoPE_CombineConcepts": {"orthogonalise": False},  # of 0.1.0
     "SafeRoPE_Apply": {
         "strength": 1.0,
         "gate": "as calibrated",

@@ -69,11 +69,8 @@ def test_merge_packs_with_strengths_and_reports_overlap(star, tmp_path):
     assert f"star / moon: {overlap(concept, flat.changed(concept, slug='moon', **other)).most:.3f}" in told
     both = load_concepts(tmp_path / "both.safetensors")
     assert [(each.slug, each.strength) for each in both] == [("star", 0.5), ("moon", 1.0)]
-    arguments = ("merge", star, tmp_path / "moon.safetensors", "--orthogonalise", "--half")
-    run(*arguments, "--out", tmp_path / "free.safetensors")
-    free = load_concepts(tmp_path / "free.safetensors")
-    assert overlap(*free).most < 1e-5 < overlap(*both).most
-    assert (tmp_path / "free.safetensors").stat().st_size < 0.7 * (tmp_path / "both.safetensors").stat().st_size
+    run("merge", star, tmp_path / "moon.safetensors", "--half", "--out", tmp_path / "half.safetensors")
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.7 * (tmp_path / "both.safetensors").stat().st_size
 
 
 def test_merge_refuses_the_same_concept_twice(star, tmp_path):

@@ -38,24 +38,6 @@ def never(concept, gate=1.0):
     )
 
 
-def decoy(concept, factor=1e-4):
-    """Spaces that hold nearly all of the concept's own, and turn next to nothing: taken apart, it has other directions
-    left.
-    """
-    aside = 0.15  # of each direction; below 0.1 Combine refuses
-    names = [
-        name
-        for name in ("basis_q", "basis_k", "basis_image_q", "basis_image_k")
-        if flat.field(concept, name) is not None
-    ]
-    changed = {}
-    for name in names:
-        basis = flat.field(concept, name)
-        outside = torch.linalg.qr(basis, mode="complete").Q[..., basis.shape[-1] : 2 * basis.shape[-1]]
-        changed[name] = (1 - aside**2) ** 0.5 * basis + aside * outside
-    return zeroed(flat.changed(concept, **changed), factor)
-
-
 def half(concept):
     """The generators of half of the heads are zero."""
     some = (torch.arange(len(concept.heads)) % 2)[:, None, None].float()
@@ -85,8 +67,6 @@ MADE = {
     "tiny": lambda concept: zeroed(concept, 1e-4),
     "strength-0": lambda concept: flat.changed(concept, strength=0.0),
     "inverse": lambda concept: flat.changed(zeroed(concept, -1.0), slug="inverse"),
-    "decoy": lambda concept: flat.changed(decoy(concept), slug="decoy"),
-    "idle-decoy": lambda concept: flat.changed(decoy(concept, 0.0), slug="decoy"),
     "nearly-inverse": lambda concept: flat.changed(zeroed(concept, -0.9), slug="inverse"),
     "inside": inside,
     "inside-inverse": lambda concept: inside(concept, -1.0),
@@ -199,20 +179,11 @@ def test_what_is_left_beside_another_concept_is_for_the_one_who_requires_it(tmp_
     assert audit(tmp_path, prompt, "--concepts", folder, *both)[0] == 0
 
 
-def test_what_a_decoy_takes_away_is_seen(tmp_path, folder):
-    """The shared part is left to the decoy, which turns next to nothing; not taken apart, star turns as ever.
-
-    One whose generators are zero takes nothing.
-    """
-    code, told = audit(tmp_path, combined(folder, "decoy.safetensors", STAR, apart=True), "--concepts", folder)
-    assert code == 1 and "turn nothing" in told
-    assert audit(tmp_path, combined(folder, "decoy.safetensors", STAR), "--concepts", folder)[0] == 0
-    idle = combined(folder, "idle-decoy.safetensors", STAR, apart=True)
-    code, told = audit(tmp_path, idle, "--concepts", folder, "--json")
-    star = json.loads(told)[0]["protections"][0]["concepts"][1]
-    assert code == 0 and star["turns_in_heads"] == [12, 12]
-    code, told = audit(tmp_path, combined(folder, STAR, "sub/star2.safetensors", apart=True), "--concepts", folder)
-    assert code == 1 and "cannot take its concepts apart" in told, "ComfyUI stops there"
+def test_concepts_that_an_older_version_took_apart_are_not_verified(tmp_path, folder):
+    """The option left little of the later concept: of the bundled star or swirl, none of the protection."""
+    code, told = audit(tmp_path, combined(folder, "bundled.safetensors", STAR, apart=True), "--concepts", folder)
+    assert code == 1 and "takes concepts apart (orthogonalise)" in told
+    assert audit(tmp_path, combined(folder, "bundled.safetensors", STAR), "--concepts", folder)[0] == 0, "control"
 
 
 @pytest.mark.parametrize(
