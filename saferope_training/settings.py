@@ -68,8 +68,8 @@ class Settings:
     )
     similarity: float = _choice("prompts", 0.4, "Least cosine similarity, -1 to 1, of a subject to a seed word.")
     images: str | None = _choice("prompts", None, "Folder of the benign captions' pictures (COCO layout).")
-    unsafe_prompts: int = _choice("prompts", 96, "Prompts that show the concept, for statistics and training.")
-    benign_prompts: int = _choice("prompts", 192, "Prompts that do not, for statistics and training.")
+    unsafe_prompts: int = _choice("prompts", 96, "Prompts that show the concept; of a file at most so many, drawn.")
+    benign_prompts: int = _choice("prompts", 192, "Prompts that do not; of a file at most so many, drawn.")
     timesteps: tuple[float, ...] = _choice(
         "extract", (1.0, 0.8, 0.5), "Where on the sampling trajectory q and k are collected; 1 is pure noise."
     )

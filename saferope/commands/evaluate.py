@@ -38,12 +38,18 @@ def evaluate(
     unsafe: Annotated[
         int | None,
         typer.Option(
-            help="Pictures that ask for the concept (64; a suite's own); in the tiny world as many with held-out words."
+            "--unsafe-count",
+            "--unsafe",
+            help="Pictures that ask for the concept (64; a suite's own); in the tiny world as many of held-out words.",
         ),
     ] = None,
     benign: Annotated[
         int | None,
-        typer.Option(help="Benign pictures (128; a suite's own); in the tiny world half as many of near neighbours."),
+        typer.Option(
+            "--benign-count",
+            "--benign",
+            help="Benign pictures (128; a suite's own); in the tiny world half as many of near neighbours.",
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help=f"Prompts painted together; {_BATCH}, FLUX {_FLUX_BATCH}.")] = None,
     suite: Annotated[

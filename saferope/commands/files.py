@@ -82,7 +82,7 @@ def convert(
 @command()
 def card(
     file: File,
-    license: Annotated[str, typer.Option(help="SPDX name of the licence that you give the file.")] = "apache-2.0",
+    license: Annotated[str, typer.Option(help="SPDX name of the licence that you give the file, such as cc0-1.0.")],
 ) -> None:
     """Write a model card beside a concept file: provenance, sha256, head map, and its evaluation where there is one."""
     from saferope_core import load_concepts

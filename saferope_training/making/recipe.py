@@ -17,10 +17,12 @@ from saferope_core import Concept, CriticalHeads, critical_heads, read_heads, sa
 from saferope_core.concept.files import require_no_link, sweep, write_text
 
 from .. import plots, processes, prompts
+from ..console import say
 from ..flux import models
 from ..flux.identity import facts
 from ..flux.models import Model
 from ..prompts import PromptRecord
+from ..prompts.doubts import doubts
 from ..prompts.instead import stand_ins
 from ..prompts.sources import origins, prompts_for
 from ..settings import CALIBRATE, EXTRACT, HEADS, PROMPTS, TRAIN, Settings
@@ -109,6 +111,9 @@ class Recipe:
         def make(report: Report) -> None:
             records = [*prompts_for(self.settings), *self._more]
             if processes.is_main():
+                own = {prompts.UNSAFE: self.settings.unsafe, prompts.BENIGN: self.settings.benign}
+                for doubt in doubts(records, [name for name, file in own.items() if file]):
+                    say(f"warning: prompts: {doubt}", err=True)
                 prompts.write_prompts(self.out / PROMPT_FILE, records)
 
         named = [Path(name) for name in (self.settings.unsafe, self.settings.benign) if name]

@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import processes
+from ..console import say
 from . import UNSAFE, PromptRecord
 from .formats import FORMATS, Entry, entries
 from .subjects import find_subject
 
+_TOLD = 10  # prompts of an error
+
 
 def read_file(
-    path: Path, side: str, subjects: Sequence[str] = (), images: Path | None = None, count: int | None = None
+    path: Path,
+    side: str,
+    subjects: Sequence[str] = (),
+    images: Path | None = None,
+    count: int | None = None,
+    seed: int | None = None,
 ) -> list[PromptRecord]:
     """The first `count` prompts of a file, all of them if None; on the unsafe side with the first subject's span.
 
-    `images`: the folder of the captions' pictures. ValueError names the file, the line and what was expected; also
-    where a file has too few prompts, no subject stands in one, or a picture is not there.
+    With a `seed` at most `count`, drawn from all and in the file's order; fewer than there are is told. `images`: the
+    folder of the captions' pictures. ValueError names the file, the line and what was expected; also where a file has
+    too few prompts, no subject stands in some, or a picture is not there.
     """
     found = [entry for entry in entries(path) if entry.record is None or entry.record.side == side]
     if not found:
         raise ValueError(f"{path}: got no {side} prompt, expected at least one; formats: {FORMATS}")
-    if count is not None and len(found) < count:
+    if count is not None and seed is not None:
+        found = _drawn(path, side, found, count, seed)
+    elif count is not None and len(found) < count:
         raise ValueError(f"{path}: got {len(found)} {side} prompts, expected {count}; ask for fewer or add some")
-    return [entry.record or _record(path, side, entry, subjects, images) for entry in found[:count]]
+    spans = _marked(path, found[:count], subjects) if side == UNSAFE else {}
+    records = [entry.record or _record(side, entry, spans.get(entry), images) for entry in found[:count]]
+    if images is not None and not any(record.image for record in records):
+        raise ValueError(
+            f"{path}: got no {side} prompt with a picture, expected names of files in {images}; name COCO's captions, "
+            "or leave --images out"
+        )
+    return records
+
+
+def _drawn(path: Path, side: str, found: Sequence[Entry], count: int, seed: int) -> list[Entry]:
+    """At most `count` of the entries, drawn, in their order."""
+    if len(found) <= count:
+        return list(found)
+    if processes.is_main():
+        say(
+            f"{path}: of {len(found)} {side} prompts {count} are used, drawn by the seed; --{side}-prompts "
+            f"{len(found)} takes all",
+            err=True,
+        )
+    return [found[place] for place in sorted(random.Random(seed).sample(range(len(found)), count))]
 
 
 def read_texts(path: Path) -> list[str]:
@@ -31,8 +64,7 @@ def read_texts(path: Path) -> list[str]:
     return [entry.text for entry in entries(path)]
 
 
-def _record(path: Path, side: str, entry: Entry, subjects: Sequence[str], images: Path | None) -> PromptRecord:
-    span = _marked(path, entry, subjects) if side == UNSAFE else None
+def _record(side: str, entry: Entry, span: tuple[int, int] | None, images: Path | None) -> PromptRecord:
     image = str(_inside(images, entry, entry.image)) if images and entry.image else None
     try:
         return PromptRecord(side, entry.text, span, image=image)
@@ -40,17 +72,19 @@ def _record(path: Path, side: str, entry: Entry, subjects: Sequence[str], images
         raise ValueError(f"{entry.where}: {error}") from None
 
 
-def _marked(path: Path, entry: Entry, subjects: Sequence[str]) -> tuple[int, int]:
-    """Where the concept's word stands."""
-    if not subjects:
+def _marked(path: Path, found: Sequence[Entry], subjects: Sequence[str]) -> dict[Entry, tuple[int, int]]:
+    """Where the concept's word stands in the entries that do not say so. All without one are told at once."""
+    asked = [entry for entry in found if entry.record is None]
+    if asked and not subjects:
         raise ValueError(f"{path}: got no subjects, expected the words that name the concept; give --subjects A,B")
-    span = find_subject(entry.text, subjects)
-    if span is None:
-        raise ValueError(
-            f"{entry.where}: none of {', '.join(subjects)} stands in the prompt {entry.text!r}, expected one; add its "
-            "word to --subjects, or take the prompt out"
-        )
-    return span
+    spans = {entry: find_subject(entry.text, subjects) for entry in asked}
+    lost = [entry for entry, span in spans.items() if span is None]
+    if lost:
+        lines = [f"{entry.where}: none of {', '.join(subjects)} stands in the prompt {entry.text!r}" for entry in lost]
+        more = f", nor in {len(lost) - _TOLD} more" if len(lost) > _TOLD else ""
+        told = "\n".join(lines[:_TOLD])
+        raise ValueError(f"{told}{more}, expected one; add its word to --subjects, or take the prompt out")
+    return {entry: span for entry, span in spans.items() if span is not None}
 
 
 def _inside(folder: Path, entry: Entry, image: str) -> Path:

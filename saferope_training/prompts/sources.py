@@ -53,7 +53,9 @@ def origins(settings: Settings) -> dict[str, str]:
 
 def _unsafe(settings: Settings) -> list[PromptRecord]:
     if settings.unsafe is not None:
-        records = read_file(Path(settings.unsafe), UNSAFE, settings.subjects, count=settings.unsafe_prompts)
+        records = read_file(
+            Path(settings.unsafe), UNSAFE, settings.subjects, None, settings.unsafe_prompts, settings.seed
+        )
         return [record if record.instead is not None else with_instead([record], [""])[0] for record in records]
     if settings.concept not in presets.names():
         raise ValueError(
@@ -69,7 +71,8 @@ def _unsafe(settings: Settings) -> list[PromptRecord]:
 def _benign(settings: Settings) -> list[PromptRecord]:
     if settings.benign is not None:
         images = Path(settings.images) if settings.images else None
-        return read_file(Path(settings.benign), BENIGN, images=images, count=settings.benign_prompts)
+        seed = settings.seed + _BENIGN_SEED
+        return read_file(Path(settings.benign), BENIGN, (), images, settings.benign_prompts, seed)
     return _product(settings, presets.BENIGN, BENIGN, settings.benign_prompts, settings.seed + _BENIGN_SEED)
 
 

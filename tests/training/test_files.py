@@ -99,12 +99,12 @@ def test_card_has_provenance_and_the_evaluation(star):
         assert part in text
     assert (star.parent / "star.evaluation.md").read_text().strip() in text and "star shown, unsafe" in text
     report_of(star, file_sha256="0" * 64)
-    run("card", star)
+    run("card", star, "--license", "apache-2.0")
     assert "Not evaluated as it is: `saferope evaluate star.safetensors`" in star.with_suffix(".md").read_text()
 
 
 def test_the_command_of_a_card_runs(star, monkeypatch):
-    run("card", star)
+    run("card", star, "--license", "apache-2.0")
     (command,) = re.findall(r"`(saferope generate [^`]+)`", star.with_suffix(".md").read_text())
     monkeypatch.chdir(star.parent)
     run(*shlex.split(command.replace("MODEL", "tinyworld"))[1:], "--steps", "1")
@@ -126,14 +126,14 @@ def test_what_is_no_report_is_not_told_in_a_card(star, change):
         text.replace('"protected": 0.0', f'"protected": {numbers.get(change)}') if change in numbers else change
     )
     assert path.read_text() != text
-    told = run("card", star, code=2)
+    told = run("card", star, "--license", "apache-2.0", code=2)
     assert "star.evaluation.json" in told and "secret" not in told and not star.with_suffix(".md").exists()
 
 
 def test_a_report_s_own_words_stay_words(star):
     rows = [Pair("x | <img src=y>\n# z", 1, 0.5, 0.5, unit="\x1b[2J")]
     report_of(star, rows=rows, model="[a](http://b)")
-    run("card", star)
+    run("card", star, "--license", "apache-2.0")
     text = star.with_suffix(".md").read_text()
     assert (
         "<img" not in text.replace("\\<img", "") and "\n# z" not in text and "\x1b" not in text and "[a](" not in text
@@ -294,7 +294,7 @@ def test_a_file_s_own_words_stay_words(star):
         star, [flat.changed(concept, name="[a](http://b)", description="x\n# y", training={"versions": evil})]
     )
     assert "\x1b" not in CliRunner().invoke(cli.app, ["inspect", str(star)]).output
-    run("card", star)
+    run("card", star, "--license", "apache-2.0")
     text = next(star.parent.glob("*.md")).read_text(encoding="utf-8")
     assert (
         "\x1b" not in text and "<img" not in text.replace("\\<img", "") and "](http" not in text.replace("\\](http", "")
@@ -317,7 +317,7 @@ NAMES = [
 def test_a_file_s_name_is_words_in_a_card(star):
     path = star.with_name("a](x) `b` <i>.safetensors")
     star.rename(path)
-    run("card", path)
+    run("card", path, "--license", "apache-2.0")
     text = path.with_suffix(".md").read_text(encoding="utf-8")
     assert "](a%5D%28x%29%20%60b%60%20%3Ci%3E.star.heads.png)" in text and "``a](x) `b` <i>" in text
     assert path.with_name(f"{path.stem}.star.heads.png").is_file()

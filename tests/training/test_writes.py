@@ -60,7 +60,7 @@ def test_a_card_is_written_over_links(tmp_path, trap):
     folder, names = tmp_path / "theirs", ("star.star.heads.png", "star.md")
     trap(folder, names)
     (folder / STAR.name).write_bytes(STAR.read_bytes())
-    result = CliRunner().invoke(cli.app, ["card", str(folder / STAR.name)])
+    result = CliRunner().invoke(cli.app, ["card", str(folder / STAR.name), "--license", "apache-2.0"])
     assert result.exit_code == 0, result.output
     assert replaced(folder, names)
 
