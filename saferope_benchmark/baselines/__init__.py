@@ -5,7 +5,7 @@ as tensors, and within `applied(model, state, strength)` `saferope_benchmark.sam
 Strength 0 or an empty state is the model itself. All are written from their papers' formulas.
 """
 
-from . import des, erase_anything, esd, nag, rand, safree, sld, uce
+from . import adavd, des, erase_anything, esd, gem, nag, oce, rand, safree, sld, uce
 
 BASELINES = {
     "esd": esd,
@@ -16,4 +16,7 @@ BASELINES = {
     "rand": rand,
     "nag": nag,
     "safree": safree,
+    "oce": oce,
+    "gem": gem,
+    "adavd": adavd,
 }

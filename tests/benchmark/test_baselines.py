@@ -12,7 +12,21 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
-from saferope_benchmark.baselines import BASELINES, des, erase_anything, esd, lora, nag, rand, safree, sld, uce
+from saferope_benchmark.baselines import (
+    BASELINES,
+    adavd,
+    des,
+    erase_anything,
+    esd,
+    gem,
+    lora,
+    nag,
+    oce,
+    rand,
+    safree,
+    sld,
+    uce,
+)
 from saferope_benchmark.baselines.task import task_of
 from saferope_benchmark.baselines.teacher import erased, erasing_lessons, trajectories
 from saferope_benchmark.sample import sample
@@ -22,7 +36,7 @@ from saferope_training.flux.models import encode, seeded_noise, velocity
 from saferope_training.prompts import tiny_world_prompts
 from saferope_training.stages import save_tensors
 
-TRAINED = (esd, erase_anything, des)
+TRAINED = (esd, erase_anything, des, gem)
 TEXTS = ["a red star in the center on a white background", "a blue ring in the top on a black background"]
 
 
@@ -32,7 +46,7 @@ def few(monkeypatch, settings):
     for module in TRAINED:
         monkeypatch.setattr(module, "STEPS", 4)
         monkeypatch.setattr(module, "BATCH", 4)
-    for module in (esd, erase_anything):
+    for module in (esd, erase_anything, gem):
         monkeypatch.setattr(module, "PROMPTS", 4)
     monkeypatch.setattr(rand, "Settings", lambda **_: replace(settings, generator="random"))
 
@@ -317,3 +331,70 @@ def test_adapter_off_is_the_frozen_model(quick, task, few):
         assert not torch.equal(velocity(quick, x, t, text, autocast=False), base)
         with erase_anything.without_adapter(quick):
             assert torch.equal(velocity(quick, x, t, text, autocast=False), base)
+
+
+def test_oce_turns_the_concept_away_and_keeps_lengths_and_angles():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q
+    energy = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.1, 0.1], dtype=torch.float64)
+    kept = basis @ energy.diag() @ basis.T
+    concept, anchor = basis[:, 6:7], basis[:, 7:8]
+    turn = oce.rotation(kept, concept, anchor, 1.0).double()
+    torch.testing.assert_close(turn @ turn.T, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(turn @ basis[:, :6], basis[:, :6], rtol=0, atol=1e-6)
+    assert (concept.T @ turn @ concept).item() < -0.99, "where it was weak in what is kept, it turns round"
+    assert torch.linalg.det(turn) > 0.99 and (anchor.T @ turn @ anchor).item() < -0.99, "with what is kept least"
+    weak = oce.rotation(kept, concept, anchor, 0.05).double()
+    torch.testing.assert_close(weak, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-6)  # negative control
+    within = oce.rotation(kept, concept, concept, 1.0).double()
+    torch.testing.assert_close(within, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-6)  # in the anchor's space
+
+
+def test_oce_s_rotation_is_the_best_of_all():
+    """tr(Q^T M) is at its largest: no other rotation is better."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(20, 6, generator=generator, dtype=torch.float64)
+    kept = x.T @ x / 20
+    concept, anchor = torch.linalg.qr(torch.randn(6, 3, generator=generator, dtype=torch.float64)).Q.split([2, 1], 1)
+    matrix = kept - 2.0 * concept @ (concept.T - concept.T @ anchor @ anchor.T)
+    best = torch.trace(oce.rotation(kept, concept, anchor, 2.0).double().T @ matrix)
+    others = torch.linalg.qr(torch.randn(500, 6, 6, generator=generator, dtype=torch.float64)).Q
+    others[..., -1] *= torch.linalg.det(others).sign()[:, None]
+    assert (torch.einsum("nij,ij->n", others, matrix) < best).all()
+    assert torch.trace(matrix) < best - 0.1, "negative control: to change nothing is worse"
+
+
+def test_gem_s_hinge_is_still_where_the_anchor_is_nearer():
+    wanted, unwanted = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    assert gem.early(torch.arange(28)) == 10 and gem.early(torch.arange(2)) == 1
+    for share, expected in ((0.0, 0.0), (0.4, 0.0), (0.75, 0.5), (1.0, 1.0)):
+        learned = (wanted + share * (unwanted - wanted)).requires_grad_()
+        loss = gem.hinge(learned, wanted, unwanted)
+        assert loss.item() == pytest.approx(expected, abs=1e-5)
+        loss.sum().backward()
+        assert learned.grad.isfinite().all() and bool(learned.grad.any()) == (expected > 0)
+
+
+def test_adavd_takes_out_what_is_like_the_concept():
+    direction = torch.eye(4)[0]
+    like, unlike = torch.tensor([[3.0, 0.1, 0, 0]]), torch.tensor([[0.2, 1.0, 1.0, 0]])
+    threshold = torch.tensor([0.5])
+    torch.testing.assert_close(adavd.decomposed(like, direction, threshold, 1.0), torch.tensor([[0.0, 0.1, 0, 0]]))
+    torch.testing.assert_close(adavd.decomposed(like, direction, threshold, 2.0), torch.tensor([[-3.0, 0.1, 0, 0]]))
+    torch.testing.assert_close(adavd.decomposed(unlike, direction, threshold, 2.0), unlike)  # negative control
+
+
+def test_adavd_s_shift_opens_for_the_concept_s_words_alone(task):
+    """On the embedded model, of other prompts than it was fitted to."""
+    model = replace(load_model("tinyworld"), steps=4)
+    state = adavd.fit(model, task, 0)
+    test = task_of(tiny_world_prompts("star", unsafe=6, benign=6, seed=5))
+    open_for = []
+    for records in (test.unsafe, test.benign):
+        values = adavd._values(model, encode(model, [record.text for record in records]), 7)
+        shares = []
+        for name, met in values.items():
+            cosine = torch.nn.functional.normalize(met, dim=-1).mul(state[f"{name}.direction"]).sum(-1)
+            shares.append((cosine > state[f"{name}.threshold"]).float().mean().item())
+        open_for.append(sum(shares) / len(shares))
+    assert open_for[0] > 2 * open_for[1] and open_for[1] < 0.05
