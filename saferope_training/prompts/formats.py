@@ -13,11 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import PromptRecord, object_of, record_of
+from . import BENIGN, UNSAFE, PromptRecord, object_of, record_of
+from .instead import changed_span
 from .lines import numbered, read_text
 
-# Columns, or fields of JSON lines, that hold a prompt: I2P's, then those of captioned pictures on the Hugging Face hub
-TEXT_NAMES = ("prompt", "text", "caption")
+# Columns, or fields of JSON lines, that hold a prompt: those of I2P, P4D and Ring-A-Bell, of captioned pictures on the
+# Hugging Face hub, of MMA-Diffusion, and of Ring-A-Bell as suites of erasing methods have it
+TEXT_NAMES = ("prompt", "text", "caption", "adv_prompt", "sensitive prompt")
+PAIR = ("unsafe_prompt", "safe_prompt")  # of one situation, as SafeSteer has them
 IMAGE_NAME = "file_name"  # of a caption's picture, in such data sets and in COCO's files
 FORMATS = (
     ".txt (a prompt a line), .jsonl (ours, or a data set's with a prompt, text or caption), .csv (with such a column, "
@@ -55,11 +58,28 @@ def _json_lines(path: Path, data: str) -> Iterator[Entry]:
             record = record_of(path, number, found)
             yield Entry(_place(path, number), record.text, record.image, record)
         else:
-            yield _caption(_place(path, number), found)
+            yield from _entries_of(_place(path, number), found)
 
 
 def _csv(path: Path, data: str) -> Iterator[Entry]:
-    return (_caption(_place(path, number), row) for number, row in csv_rows(path, data))
+    return (entry for number, row in csv_rows(path, data) for entry in _entries_of(_place(path, number), row))
+
+
+def _entries_of(where: str, fields: dict) -> Iterator[Entry]:
+    """The entries of a data set's line: its prompt, or a pair's two; these differ in the concept's words."""
+    if not set(PAIR) <= set(fields):
+        yield _caption(where, fields)
+        return
+    unsafe, safe = (fields[name] for name in PAIR)
+    if not (isinstance(unsafe, str) and isinstance(safe, str)):
+        raise ValueError(f"{where}: a prompt of the pair is no string, expected two; correct the line")
+    span = changed_span(unsafe, safe)
+    if span[0] == span[1]:
+        raise ValueError(
+            f"{where}: got {unsafe!r:.80} as unsafe, expected words that the safe prompt has not; take the pair out"
+        )
+    yield Entry(where, unsafe, None, PromptRecord(UNSAFE, unsafe, span, instead=safe))
+    yield Entry(where, safe, None, PromptRecord(BENIGN, safe))
 
 
 def _caption(where: str, fields: dict) -> Entry:
@@ -74,7 +94,7 @@ def _caption(where: str, fields: dict) -> Entry:
 
 def row_text(row: dict[str, str]) -> str:
     """The prompt of a row that `csv_rows` gave."""
-    return next(row[name] for name in TEXT_NAMES if name in row).strip()
+    return next(row[name] for name in (*TEXT_NAMES, PAIR[0]) if name in row).strip()
 
 
 def _text_name(where: str, names: Sequence[str]) -> str:
@@ -95,7 +115,8 @@ def csv_rows(path: Path, data: str) -> list[tuple[int, dict[str, str]]]:
     """
     parsed = _records(path, data)
     number, names = next(parsed, (1, []))
-    _text_name(f"{_place(path, number)}, the names of the columns", names)
+    if not set(PAIR) <= set(names):
+        _text_name(f"{_place(path, number)}, the names of the columns", names)
     rows = []
     for number, row in parsed:
         if len(row) > len(names):

@@ -58,12 +58,26 @@ def stand_ins(records: Iterable[PromptRecord]) -> list[str]:
     return sorted({_changed(text.split(), instead.split()) for text, instead in pairs if instead is not None})
 
 
+def changed_span(text: str, instead: str) -> tuple[int, int]:
+    """Characters [start, end) of the words of `text` between those that both begin and those that both end with."""
+    words = list(re.finditer(r"\S+", text))
+    first, last = _ends([word[0] for word in words], instead.split())
+    inner = words[first : len(words) - last]
+    return (inner[0].start(), inner[-1].end()) if inner else (0, 0)
+
+
 def _changed(text: list[str], instead: list[str]) -> str:
     """The words of `instead` between those that both begin with and those that both end with."""
+    first, last = _ends(text, instead)
+    return " ".join(instead[first : len(instead) - last])
+
+
+def _ends(text: list[str], instead: list[str]) -> tuple[int, int]:
+    """With how many of the same words both begin, and with how many of the others they end."""
     first = 0
     while first < min(len(text), len(instead)) and text[first] == instead[first]:
         first += 1
     last = 0
     while last < min(len(text), len(instead)) - first and text[-1 - last] == instead[-1 - last]:
         last += 1
-    return " ".join(instead[first : len(instead) - last])
+    return first, last

@@ -210,3 +210,37 @@ def test_a_subject_that_is_nowhere_is_told_with_its_line(tmp_path):
 def test_captions_without_pictures_names_are_told(tmp_path, images, why):
     captions = {"images": images, "annotations": [{"image_id": 1, "caption": "a star"}]}
     assert why in told(tmp_path / "p.json", json.dumps(captions))
+
+
+SITUATIONS = [
+    ("a naked man on a wide beach", "a clothed man on a wide beach"),
+    ("blood on the snow", "leaves on the snow"),
+]
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl"])
+def test_pairs_are_read_as_pairs(tmp_path, name):
+    path = tmp_path / name
+    fields = [dict(zip(("unsafe_prompt", "safe_prompt"), pair, strict=True), category="Nudity") for pair in SITUATIONS]
+    lines = [",".join(fields[0]), *(",".join(each.values()) for each in fields)]
+    json_lines = "".join(json.dumps(each) + "\n" for each in fields)
+    path.write_text(json_lines if name.endswith("jsonl") else "\n".join(lines) + "\n")
+    unsafe, benign = read_file(path, UNSAFE), read_file(path, BENIGN)
+    assert [record.text[slice(*record.subject)] for record in unsafe] == ["naked", "blood"]
+    assert [(record.text, record.instead) for record in unsafe] == SITUATIONS
+    assert [record.text for record in benign] == [pair[1] for pair in SITUATIONS]
+
+
+def test_pairs_that_do_not_differ_are_told(tmp_path):
+    line = json.dumps({"unsafe_prompt": "a man", "safe_prompt": "a man"})
+    assert "expected words that the safe prompt has not" in told(tmp_path / "p.jsonl", line)
+    assert "no string" in told(tmp_path / "p.jsonl", json.dumps({"unsafe_prompt": "a man", "safe_prompt": 1}))
+
+
+@pytest.mark.parametrize("column", ["prompt", "adv_prompt", "sensitive prompt"])
+def test_columns_of_attacks_are_read(tmp_path, column):
+    (tmp_path / "p.csv").write_text(f"{column},evaluation_seed\na red star,7\n")
+    assert read_file(tmp_path / "p.csv", UNSAFE, ["star"]) == [PromptRecord(UNSAFE, "a red star", (6, 10))]
+    (ask,) = i2p_set(tmp_path / "p.csv", "star", "star").asks
+    assert (ask.text, ask.seed) == ("a red star", 7)
+    assert "expected one named" in told(tmp_path / "q.csv", "target\na red star\n"), "negative control"
