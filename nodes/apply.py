@@ -46,6 +46,7 @@ class Apply(io.ComfyNode):
                     options=[CALIBRATED, FIXED],
                     default=CALIBRATED,
                     optional=True,
+                    advanced=True,
                     tooltip="The risk above which a token turns: the concept's own gate for every head, or one "
                     "threshold for all heads.",
                 ),
@@ -56,6 +57,7 @@ class Apply(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
+                    advanced=True,
                     tooltip="0 to 1, with gate = fixed. Tokens with a lower risk stay as they are. The paper has 0.7. "
                     "A lower value protects more and changes harmless pictures more.",
                 ),
@@ -66,6 +68,7 @@ class Apply(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
+                    advanced=True,
                     tooltip="0 to 1: the start of the protection in the denoising.",
                 ),
                 io.Float.Input(
@@ -75,12 +78,14 @@ class Apply(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
+                    advanced=True,
                     tooltip="0 to 1: the end of the protection in the denoising.",
                 ),
                 io.String.Input(
                     "blocks",
                     default="",
                     optional=True,
+                    advanced=True,
                     tooltip="Blocks to protect, such as d0-18,s0-37. d is double, s is single, both ends are "
                     "included. Empty means all.",
                 ),
@@ -89,6 +94,7 @@ class Apply(io.ComfyNode):
                     options=list(STREAM_CHOICES),
                     default="both",
                     optional=True,
+                    advanced=True,
                     tooltip="Turn the queries and keys of text tokens, of image tokens, or of both.",
                 ),
                 io.Combo.Input(
@@ -96,6 +102,7 @@ class Apply(io.ComfyNode):
                     options=[ALL_ROWS, POSITIVE],
                     default=ALL_ROWS,
                     optional=True,
+                    advanced=True,
                     tooltip="With a CFG above 1: protect both prompts, or leave the negative prompt as it is, so that "
                     "it still pushes away from the concept. Positive only needs KSampler, CFG Guider or Basic "
                     "Guider.",
@@ -104,6 +111,7 @@ class Apply(io.ComfyNode):
                     "record",
                     default=True,
                     optional=True,
+                    advanced=True,
                     tooltip="Note risky tokens and heads for SafeRoPE Risk Map. Changes no picture.",
                 ),
             ],

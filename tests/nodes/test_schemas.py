@@ -1,0 +1,32 @@
+"""What the nodes offer to people: few inputs at first sight, and names that people search by."""
+
+import pytest
+
+pytestmark = pytest.mark.host
+
+FIRST_SIGHT = {
+    "Apply": {"model", "concept", "strength"},
+    "CalibrateConcept": {"model", "clip", "name", "unsafe", "safe", "latent"},
+}
+
+
+def inputs(node_classes, name):
+    """Options of the node's inputs by their names, in order, as ComfyUI hands them to its page."""
+    offered = node_classes[f"SafeRoPE_{name}"].INPUT_TYPES()
+    return {key: spec[1] for group in ("required", "optional") for key, spec in offered.get(group, {}).items()}
+
+
+def quiet(offered):
+    return {name for name, options in offered.items() if not options.get("advanced")}
+
+
+@pytest.mark.parametrize("name", FIRST_SIGHT)
+def test_expert_inputs_are_folded(node_classes, name):
+    assert quiet(inputs(node_classes, name)) == FIRST_SIGHT[name]
+    assert quiet({"plain": {}, "expert": {"advanced": True}}) == {"plain"}, "control: both kinds are told apart"
+
+
+def test_folded_inputs_keep_the_places_that_saved_workflows_give_them(node_classes):
+    """Workflows hold widgets by their places."""
+    before = "model concept strength gate threshold start_percent end_percent blocks streams conditionings record"
+    assert list(inputs(node_classes, "Apply")) == before.split()
