@@ -10,7 +10,7 @@ from ..saferope_core import STREAM_CHOICES, THRESHOLD, Concept
 from .host.network import flux_geometry
 from .host.protect import chosen, protect, require_room, warn
 from .host.recorder import RecorderType
-from .inputs import STRENGTH_MAX, ConceptType, require_range
+from .inputs import SEARCHED, STRENGTH_MAX, ConceptType, require_range
 
 CALIBRATED, FIXED = "as calibrated", "fixed"
 ALL_ROWS, POSITIVE = "all", "positive only"
@@ -26,7 +26,7 @@ class Apply(io.ComfyNode):
             description="Suppresses a concept in a model. Turns risky queries and keys inside safety-critical "
             "attention heads. Prompts without the concept keep their pictures. Chain several nodes for "
             "several files.",
-            search_aliases=["safety", "unlearn concept", "erase concept", "safe generation", "nsfw", "saferope"],
+            search_aliases=[*SEARCHED, "unlearn concept", "erase concept", "safe generation"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A model of the concept's family and geometry: FLUX, Qwen-Image, Z-Image and more."

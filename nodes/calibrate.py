@@ -36,7 +36,7 @@ from .draw.concept_pictures import head_map
 from .host.gather import gather, looks_of
 from .host.network import flux_geometry
 from .host.prompts import Prompt, read_prompts, require_enough
-from .inputs import Choices, ConceptType, choices_from, settings
+from .inputs import SEARCHED, Choices, ConceptType, choices_from, settings
 
 # The trainer's defaults (saferope_training/settings.py), where the node does not ask.
 PADDING_RANK, WORDS_RANK, IMAGE_RANK, REACH = 5, 5, 8, 8
@@ -60,7 +60,7 @@ class CalibrateConcept(io.ComfyNode):
             category="SafeRoPE",
             description="Makes a concept from prompts in minutes, with the loaded model and CLIP. Needs no training "
             "and no pictures. Save the concept with SafeRoPE Save Concept, use it with SafeRoPE Apply.",
-            search_aliases=["make concept", "training free", "unlearn concept", "new concept", "saferope"],
+            search_aliases=[*SEARCHED, "make concept", "training free", "unlearn concept", "new concept"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to protect, without SafeRoPE Apply."),
                 io.Clip.Input("clip", tooltip="Its own text encoders."),

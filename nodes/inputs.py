@@ -13,6 +13,9 @@ from comfy_api.latest import io
 
 ConceptType = io.Custom("SAFEROPE_CONCEPT")  # list[Concept]
 STRENGTH_MAX = 2.0
+# Words that people search nodes by, in English, Chinese and Japanese; 安全 is both
+SEARCHED = ["saferope", "censor", "protect", "nude", "gore", "style", "block", "filter", "safety", "nsfw"]
+SEARCHED += ["安全", "色情", "裸", "审查", "ヌード", "検閲"]
 
 TURNED = ("k", "q", "qk")
 RANGES = {

@@ -12,7 +12,7 @@ from ..saferope_core import Concept, effect_of, load_concepts
 from ..saferope_core import sha256 as file_sha256
 from .draw.concept_pictures import introduced
 from .host.files import FOLDER, find, require_pin
-from .inputs import STRENGTH_MAX, ConceptType, require_range
+from .inputs import SEARCHED, STRENGTH_MAX, ConceptType, require_range
 
 
 def describe(concepts: list[Concept], digest: str) -> str:
@@ -43,7 +43,7 @@ class LoadConcept(io.ComfyNode):
             display_name="SafeRoPE Load Concept",
             category="SafeRoPE",
             description="Reads a concept file for SafeRoPE Apply.",
-            search_aliases=["safety", "unlearn concept", "erase concept", "remove nudity", "saferope"],
+            search_aliases=[*SEARCHED, "unlearn concept", "erase concept", "remove nudity"],
             inputs=[
                 io.Combo.Input(
                     "concept",

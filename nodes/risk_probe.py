@@ -16,7 +16,7 @@ from .host.network import flux_geometry
 from .host.patch import AttentionPatch, patched
 from .host.recorder import Record, Recorder
 from .host.risk import FLAG_ABOVE, NO_TEXT, comparable, heads_picture, listed, report, words_picture
-from .inputs import ConceptType, require_range
+from .inputs import SEARCHED, ConceptType, require_range
 
 REPORT, REFUSE = "report", "stop with an error"
 SCHEDULE = 20  # steps of the sampling whose first ones are taken
@@ -75,7 +75,7 @@ class RiskProbe(io.ComfyNode):
             category="SafeRoPE",
             description="Measures the risk of a prompt before anything is painted, with one pass of the model. Branch "
             "on the result, log it, or refuse the prompt.",
-            search_aliases=["safety checker", "prompt filter", "nsfw detector", "moderation", "saferope"],
+            search_aliases=[*SEARCHED, "safety checker", "prompt filter", "nsfw detector", "moderation"],
             inputs=[
                 io.Model.Input(
                     "model",

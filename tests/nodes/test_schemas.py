@@ -30,3 +30,13 @@ def test_folded_inputs_keep_the_places_that_saved_workflows_give_them(node_class
     """Workflows hold widgets by their places."""
     before = "model concept strength gate threshold start_percent end_percent blocks streams conditionings record"
     assert list(inputs(node_classes, "Apply")) == before.split()
+
+
+WORDS = "censor protect nude gore style block filter safety nsfw 安全 色情 裸 审查 ヌード 検閲".split()
+
+
+@pytest.mark.parametrize("name", ["LoadConcept", "Apply", "CalibrateConcept", "RiskProbe"])
+def test_nodes_are_found_in_three_languages(node_classes, name):
+    aliases = node_classes[f"SafeRoPE_{name}"].GET_NODE_INFO_V1()["search_aliases"]
+    assert [word for word in WORDS if word not in aliases] == []
+    assert len(aliases) == len(set(aliases)) and "upscale" not in aliases
