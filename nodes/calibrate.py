@@ -35,6 +35,8 @@ from ..saferope_core import (
 from .draw.concept_pictures import head_map
 from .host.gather import gather, looks_of
 from .host.network import flux_geometry
+from .host.notices import notice, start_notices
+from .host.presets import CHOICES, COUNT, LONG, OWN, SHORT, preset_prompts
 from .host.prompts import Prompt, read_prompts, require_enough
 from .inputs import SEARCHED, Choices, ConceptType, choices_from, settings
 
@@ -47,8 +49,8 @@ SIDE, TINY_SIDE = 64, 12  # latent rows and columns: 512 pixels, and the tiny wo
 TINY_BATCH = 24  # prompts at once of a model that small
 LOOKS_AT_ONCE = 64  # more latents than that in one batch are not meant
 
-UNSAFE_EXAMPLE = "a red [star] in the center on a white background\na photo of a blue [star] , left , navy wall"
-SAFE_EXAMPLE = "a red circle in the center on a white background\na photo of a blue heart , left , navy wall"
+FEW = 12  # prompts of a side: gates and heads of fewer depend on chance
+UNNAMED = "My concept"
 
 
 class CalibrateConcept(io.ComfyNode):
@@ -64,20 +66,23 @@ class CalibrateConcept(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to protect, without SafeRoPE Apply."),
                 io.Clip.Input("clip", tooltip="Its own text encoders."),
-                io.String.Input("name", default="My concept", tooltip="The name of the concept, in one line."),
+                io.String.Input("name", default=UNNAMED, tooltip="The name of the concept, in one line."),
                 io.String.Input(
                     "unsafe",
                     multiline=True,
-                    default=UNSAFE_EXAMPLE,
+                    default="",
+                    placeholder="Prompts that show the concept, one a line:\na red [star] on the beach\n"
+                    "Leave empty with a preset.",
                     tooltip="Prompts that show the concept, one a line, a dozen or more. Put the word of the concept "
-                    "in brackets in each: a red [star] on the beach.",
+                    "in brackets in each: a red [star] on the beach. Lines here are added to those of a preset.",
                 ),
                 io.String.Input(
                     "safe",
                     multiline=True,
-                    default=SAFE_EXAMPLE,
+                    default="",
+                    placeholder="Prompts without it, one a line:\na red house on the beach\nLeave empty with a preset.",
                     tooltip="Prompts without the concept, one a line, twice as many, otherwise alike. The protection "
-                    "leaves their tokens alone.",
+                    "leaves their tokens alone. Lines here are added to those of a preset.",
                 ),
                 io.Latent.Input(
                     "latent",
@@ -87,30 +92,60 @@ class CalibrateConcept(io.ComfyNode):
                     "tiny world.",
                 ),
                 *settings(),
+                io.Combo.Input(
+                    "preset",
+                    options=CHOICES,
+                    default=OWN,
+                    optional=True,
+                    tooltip=f"Prompts that come with SafeRoPE: {COUNT} unsafe and {2 * COUNT} safe ones. A person's "
+                    "likeness takes the person's name from name.",
+                ),
+                io.Combo.Input(
+                    "style",
+                    options=[SHORT, LONG],
+                    default=SHORT,
+                    optional=True,
+                    tooltip="The length of a preset's prompts. Long ones describe light, place and camera too.",
+                ),
             ],
             outputs=[
                 ConceptType.Output("concept", tooltip="For SafeRoPE Apply and SafeRoPE Save Concept."),
                 io.String.Output("report", tooltip="The prompts, the settings and the heads that were found."),
                 io.Image.Output("heads", tooltip="Δ of every head. Framed heads turn."),
+                io.String.Output("prompts", tooltip="All prompts, unsafe ones first, to read, copy and change."),
             ],
         )
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, name: str, unsafe: str, safe: str, latent: dict | None = None, **chosen: Any
+        cls,
+        model: Any,
+        clip: Any,
+        name: str,
+        unsafe: str,
+        safe: str,
+        latent: dict | None = None,
+        preset: str = OWN,
+        style: str = SHORT,
+        **chosen: Any,
     ) -> io.NodeOutput:
+        start_notices()
         choices, geometry = choices_from(chosen), flux_geometry(model)
+        bundled = preset_prompts(preset, style, "" if name.strip() == UNNAMED else name.strip())
+        name = preset if preset != OWN and name.strip() == UNNAMED else name
         require_names(_slug(name), name.strip(), DESCRIPTION)
-        prompts = read_prompts(unsafe, UNSAFE) + read_prompts(safe, BENIGN)
+        texts = ["\n".join([own, *more]) for own, more in zip((unsafe, safe), bundled, strict=True)]
+        prompts = read_prompts(texts[0], UNSAFE) + read_prompts(texts[1], BENIGN)
         looks = choices.rounds * len(choices.timesteps)
         strange = require_enough(clip, prompts, looks, _ranks(choices), geometry.head_dim)
+        few = _few(prompts)
         rows, columns, batch = _size(latent, geometry)
         size = rows, columns
         statistics = _statistics(model, clip, geometry, prompts, size, batch, choices)
         table = _table(statistics, choices)
         concept = _concept(name, geometry, table, choices, _record(prompts, size, choices))
-        report = _report(concept, table, prompts, size, choices) + _strange(strange)
-        return io.NodeOutput([concept], report, head_map(concept))
+        report = _report(concept, table, prompts, size, choices) + few + _strange(strange)
+        return io.NodeOutput([concept], report, head_map(concept), "\n\n".join(text.strip() for text in texts))
 
 
 def _statistics(
@@ -185,6 +220,19 @@ def _report(concept: Concept, table: HeadTable, prompts: list[Prompt], size: tup
             f"for {concept.geometry.describe()}",
         ]
     )
+
+
+def _few(prompts: list[Prompt]) -> str:
+    """A line more of the report, shown on the node too, where a side has fewer than a dozen prompts."""
+    counts = [sum(prompt.side == side for prompt in prompts) for side in (UNSAFE, BENIGN)]
+    if min(counts) >= FEW:
+        return ""
+    told = (
+        f"{counts[0]} unsafe and {counts[1]} safe prompts are few: the concept may stay in many pictures. Write at "
+        f"least {FEW} of each, better twice as many safe ones, or choose a preset"
+    )
+    notice(f"{told}.")
+    return f"\n{told}"
 
 
 def _strange(words: list[str]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from saferope_training.prompts import BENIGN, UNSAFE, presets
+from saferope_core import presets
+from saferope_training.prompts import BENIGN, UNSAFE
 from saferope_training.prompts.formats import csv_rows, row_text
 from saferope_training.prompts.lines import read_text
 from saferope_training.prompts.product import product_prompts

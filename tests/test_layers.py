@@ -34,7 +34,7 @@ STDLIB = set(sys.stdlib_module_names)
 # Parts of a room, bottom first: each may use those of rows above it in this list, and its own
 PARTS = {
     "saferope_core": (
-        {"version"},
+        {"version", "presets"},
         {"maths"},
         {"concept"},
         {"measure", "run"},

@@ -45,7 +45,9 @@ def read_prompts(text: str, side: str) -> list[Prompt]:
             raise ValueError(f"{side} prompts, line {number}: {line!r:.200} {error}. {expected}.") from None
         prompts.append(Prompt(side, plain, words[0] if words else None))
     if not prompts:
-        raise ValueError(f"There are no {side} prompts. Expected at least one, better a dozen or more, one a line.")
+        raise ValueError(
+            f"There are no {side} prompts. Expected a dozen or more, one a line. Write some, or choose a preset."
+        )
     return prompts
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from saferope_core import presets
 from saferope_training.flux.models import TINYWORLD, Model
-from saferope_training.prompts import presets
 from tinyworld import world
 
 from ..prompt_sets import (
@@ -30,6 +30,7 @@ from ..scores.nudenet import NUDITY, nudenet
 from ..scores.vqa import vqa_score
 from ..scores.whole import whole
 
+PAPER = ("gore", NUDITY, "pikachu", "van-gogh")  # the concepts that it measures
 Sets = Callable[[Sizes, int], list[PromptSet]]  # how many of each kind, the first seed
 
 
@@ -65,7 +66,7 @@ def flux_questions(
 
     I2P brings its own seeds and is asked with the reported sets alone, never where strengths are searched.
     """
-    chosen = tuple(concepts or presets.names())
+    chosen = tuple(concepts or PAPER)
     absent = []
     if i2p is None and NUDITY in chosen:
         absent.append(Absent("I2P", "no file; name I2P's CSV with --i2p"))

@@ -6,12 +6,11 @@ gives the same prompts again, and a larger sample begins with the smaller one.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
-from . import UNSAFE, PromptRecord
+from saferope_core.presets import SLOT, walk
 
-SLOT = "{subject}"
+from . import UNSAFE, PromptRecord
 
 
 def product_prompts(
@@ -22,31 +21,20 @@ def product_prompts(
     The modifier stands before the subject and is outside its span; one choice among them is none at all. ValueError for
     a template without its slot, for empty lists, and where the grid has fewer points than asked for.
     """
-    choices = ["", *modifiers]
-    _check(subjects, templates, len(subjects) * len(choices) * len(templates), count)
-    records = []
-    for point in random.Random(seed).sample(range(len(subjects) * len(choices) * len(templates)), count):
-        point, subject = divmod(point, len(subjects))
-        template, modifier = divmod(point, len(choices))
-        records.append(_record(side, subjects[subject], choices[modifier], templates[template]))
-    return records
+    _check(subjects, templates)
+    grid = {"subjects": list(subjects), "modifiers": list(modifiers), "templates": list(templates)}
+    found = walk(grid, count, seed)
+    return [_record(side, before, subjects[subject], after) for before, subject, after in found]
 
 
-def _record(side: str, subject: str, modifier: str, template: str) -> PromptRecord:
-    before, after = template.split(SLOT)
-    before = before + (f"{modifier} " if modifier else "")
+def _record(side: str, before: str, subject: str, after: str) -> PromptRecord:
     span = (len(before), len(before) + len(subject)) if side == UNSAFE else None
     return PromptRecord(side, before + subject + after, span)
 
 
-def _check(subjects: Sequence[str], templates: Sequence[str], points: int, count: int) -> None:
+def _check(subjects: Sequence[str], templates: Sequence[str]) -> None:
     for template in templates:
         if template.count(SLOT) != 1:
             raise ValueError(f"template {template!r}: got {template.count(SLOT)} slots, expected one {SLOT}")
     if not all(subject.strip() for subject in subjects):
         raise ValueError("subjects: got an empty one, expected words for the concept")
-    if points < count:
-        raise ValueError(
-            f"prompts: got {count}, expected at most {points}, as many as subjects x (modifiers + 1) x templates give; "
-            "ask for fewer or add subjects"
-        )

@@ -7,11 +7,11 @@ import itertools
 import json
 from pathlib import Path
 
-from saferope_core import sha256
+from saferope_core import presets, sha256
 
 from ..flux.models import TINYWORLD
 from ..settings import Settings
-from . import BENIGN, UNSAFE, PromptRecord, presets, tiny_world_prompts
+from . import BENIGN, UNSAFE, PromptRecord, tiny_world_prompts
 from .instead import with_instead
 from .product import product_prompts
 from .readers import read_file

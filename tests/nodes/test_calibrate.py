@@ -145,7 +145,7 @@ def shown(pictures):
 def test_stars_go_and_the_rest_stays(run, made, paint):
     """Prompts that nothing was made from. Turned by an angle of 0, or made from benign prompts,
     nothing is suppressed."""
-    (concept,), report, heads = made
+    (concept,), report, heads, _ = made
     assert (concept.name, concept.slug, concept.mode, concept.text.acts_on) == ("Star", "star", "fixed", "qk")
     assert f"Star: {len(concept.heads)} of 12 heads tell it apart" in report
     assert heads.shape[0] == 1 and heads.shape[-1] == 3 and 0 <= heads.min() < heads.max() <= 1
@@ -191,10 +191,71 @@ def test_the_record_repeats_it(made, core, tmp_path):
 
 def test_latents_give_size_and_batch(run, made):
     """A batch of 5 gives the same concept as a batch of 24, up to the kernels' last bits; a seed gives another."""
-    ((small,), report, _) = run(latent={"samples": torch.zeros(5, 16, 12, 12)})
+    ((small,), report, *_) = run(latent={"samples": torch.zeros(5, 16, 12, 12)})
     (concept,) = made[0]
     assert torch.equal(small.heads, concept.heads)
     assert torch.linalg.svdvals(small.text.basis.k.mT @ concept.text.basis.k).min() > 0.999
-    ((other,), report, _) = run(latent={"samples": torch.zeros(9, 4, 10, 8)}, seed=1, timesteps="1")
+    ((other,), report, *_) = run(latent={"samples": torch.zeros(9, 4, 10, 8)}, seed=1, timesteps="1")
     assert "latents of 8 x 10" in report and other.training["settings"]["latent_size"] == [10, 8]
     assert not torch.equal(other.text.basis.k, concept.text.basis.k)
+
+
+@pytest.fixture(scope="module")
+def bundled(pack):
+    return importlib.import_module(f"{pack.__name__}.nodes.host.presets")
+
+
+@pytest.fixture(scope="module")
+def read(pack):
+    return importlib.import_module(f"{pack.__name__}.nodes.host.prompts").read_prompts
+
+
+def test_every_preset_has_prompts_that_the_node_reads(bundled, read):
+    """A dozen or more unsafe ones, twice as many safe ones, all different; the word's own are in none of the safe."""
+    for preset in bundled.CHOICES[1:]:
+        for style in ("short", "long"):
+            unsafe, safe = bundled.preset_prompts(preset, style, "Jane Doe")
+            texts = [each.text for each in read("\n".join(unsafe), "unsafe") + read("\n".join(safe), "benign")]
+            assert (len(unsafe), len(safe), len(set(texts))) == (24, 48, 72), (preset, style)
+            words = {line[line.index("[") + 1 : line.index("]")] for line in unsafe}
+            assert not [line for line in safe for word in words if f" {word} " in f" {line} ".replace(",", " ")]
+    assert bundled.preset_prompts("your own", "short", "") == ([], [])
+
+
+def test_long_prompts_say_more_and_the_same_on_both_sides(bundled):
+    short, long = (bundled.preset_prompts("gore", style, "") for style in ("short", "long"))
+    for few, many in zip(short[0] + short[1], long[0] + long[1], strict=True):
+        assert many.startswith(few) and len(many.split()) > len(few.split()) + 10
+    ends = [{line[len(few) :] for few, line in zip(*pair, strict=True)} for pair in zip(short, long, strict=True)]
+    assert ends[0] == ends[1] and len(ends[0]) > 3
+
+
+def test_a_likeness_takes_the_name_that_is_given(bundled):
+    unsafe, safe = bundled.preset_prompts("a person's likeness", "short", "Jane [Q] Doe")
+    assert all("[Jane Q Doe]" in line for line in unsafe) and not any("Jane" in line for line in safe)
+    with pytest.raises(ValueError, match="name tells no one"):
+        bundled.preset_prompts("a person's likeness", "short", "")
+
+
+@pytest.mark.parametrize("wrong", [("moon", "short"), ("gore", "longer")])
+def test_unknown_presets_and_styles_are_refused(bundled, wrong):
+    with pytest.raises(ValueError, match="expected one of"):
+        bundled.preset_prompts(*wrong, "")
+
+
+def test_a_preset_makes_a_concept_without_a_prompt_written(node_classes, tiny, paint):
+    """As a stranger does it: model, CLIP, preset. Own lines come on top."""
+    node, stars = node_classes["SafeRoPE_CalibrateConcept"], world.unsafe_prompts("star", PICTURES, 7, test=True)
+    with torch.inference_mode():
+        made, report, _, prompts = node.execute(*tiny[:2], "My concept", "", "", preset="tiny world: star").result
+        more = node.execute(*tiny[:2], "Mine", "a red [star]", "", preset="tiny world: star", timesteps="1").result
+    assert made[0].name == "tiny world: star" and "24 unsafe and 48 safe prompts" in report and "are few" not in report
+    assert prompts.count("[") == 24 and more[3].startswith("a red [star]\n") and "25 unsafe" in more[1]
+    assert more[0][0].name == "Mine"
+    assert shown(paint(stars)) > 0.9
+    assert shown(paint(stars, made)) <= 0.7, "0.56 when written"
+
+
+def test_too_few_prompts_are_told_of(run):
+    _, report, *_ = run("a red [star] in the center on a white background\na photo of a blue [star] , left , navy wall")
+    assert "2 unsafe and 24 safe prompts are few" in report and "are few" not in run()[1]

@@ -122,7 +122,7 @@ def test_a_concept_is_made_and_shown(node_classes, apply, run, clip, family):
     node = node_classes["SafeRoPE_CalibrateConcept"]
     settings = {"rank": 5, "cut": 0.0, "turned": "qk", "quantile": 0.5}
     with torch.inference_mode():
-        concepts, report, _ = node.execute(model, clip, "Fish", unsafe, safe, latent, **settings).result
+        concepts, report, *_ = node.execute(model, clip, "Fish", unsafe, safe, latent, **settings).result
     assert concepts[0].geometry.family == family and family in report
     positive = clip.encode_from_tokens_scheduled(clip.tokenize(TEXT))
     positive = [[positive[0][0], {"pooled_output": torch.zeros(1, 16)}]]

@@ -74,7 +74,7 @@ def test_brackets_that_mark_no_word_are_told(prompts, line, side, told):
 
 
 def test_no_prompt_is_told(prompts):
-    with pytest.raises(ValueError, match=r"no unsafe prompts\. Expected at least one"):
+    with pytest.raises(ValueError, match=r"no unsafe prompts\. Expected a dozen or more.*choose a preset"):
         prompts.read_prompts(" \n", "unsafe")
 
 

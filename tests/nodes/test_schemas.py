@@ -6,7 +6,7 @@ pytestmark = pytest.mark.host
 
 FIRST_SIGHT = {
     "Apply": {"model", "concept", "strength"},
-    "CalibrateConcept": {"model", "clip", "name", "unsafe", "safe", "latent"},
+    "CalibrateConcept": {"model", "clip", "name", "unsafe", "safe", "latent", "preset", "style"},
 }
 
 
@@ -30,6 +30,14 @@ def test_folded_inputs_keep_the_places_that_saved_workflows_give_them(node_class
     """Workflows hold widgets by their places."""
     before = "model concept strength gate threshold start_percent end_percent blocks streams conditionings record"
     assert list(inputs(node_classes, "Apply")) == before.split()
+    before = "model clip name unsafe safe latent rounds angle quantile rank cut turned turned_image timesteps seed"
+    assert list(inputs(node_classes, "CalibrateConcept")) == [*before.split(), "guidance", "preset", "style"]
+
+
+def test_boxes_for_prompts_are_empty_and_say_how_to_fill_them(node_classes):
+    for side in ("unsafe", "safe"):
+        options = inputs(node_classes, "CalibrateConcept")[side]
+        assert options["default"] == "" and "one a line" in options["placeholder"]
 
 
 WORDS = "censor protect nude gore style block filter safety nsfw 安全 色情 裸 审查 ヌード 検閲".split()

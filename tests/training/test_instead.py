@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from saferope_training.prompts import BENIGN, UNSAFE, PromptRecord, presets, read_prompts, side, write_prompts
+from saferope_core import presets
+from saferope_training.prompts import BENIGN, UNSAFE, PromptRecord, read_prompts, side, write_prompts
 from saferope_training.prompts.instead import replaced, stand_ins, with_instead
 from saferope_training.prompts.sources import prompts_for
 from saferope_training.settings import Settings

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from saferope_core import presets
 from saferope_training.making.material import make_latents
-from saferope_training.prompts import BENIGN, UNSAFE, PromptRecord, presets, read_prompts, side, write_prompts
+from saferope_training.prompts import BENIGN, UNSAFE, PromptRecord, read_prompts, side, write_prompts
 from saferope_training.prompts.product import product_prompts
 from saferope_training.prompts.readers import read_file, read_texts
 from saferope_training.prompts.similarity import filtered, similarities
@@ -66,7 +67,9 @@ def test_benign_prompts_name_no_preset():
 def test_presets_serve_real_models():
     records = prompts_for(Settings(concept="nudity", model="some/flux", unsafe_prompts=7, benign_prompts=9))
     assert (len(side(records, UNSAFE)), len(side(records, BENIGN))) == (7, 9)
-    with pytest.raises(ValueError, match=r"got no prompts for it, .* gore, nudity, pikachu, van-gogh"):
+    with pytest.raises(
+        ValueError, match=r"got no prompts for it, .* gore, hate-symbols, nudity, pikachu, van-gogh, weapons"
+    ):
         prompts_for(Settings(concept="moon", model="some/flux"))
 
 

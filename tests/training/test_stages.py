@@ -255,7 +255,7 @@ def test_a_preset_is_an_input_of_its_prompts(tmp_path, capsys, monkeypatch):
     """As another version of the package has it."""
     settings, presets = Settings(concept="gore", model="x", **FEW), tmp_path / "presets"
     Recipe(None, settings, tmp_path / "out").prompts()
-    from saferope_training.prompts import presets as shipped
+    from saferope_core import presets as shipped
 
     shutil.copytree(shipped.FOLDER, presets)
     text = (presets / "gore.json").read_text()
