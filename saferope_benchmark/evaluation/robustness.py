@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +23,12 @@ from ..scores.detector import field_of
 from ..scores.metrics import wilson_interval
 from .attack import CANDIDATES, ROUNDS, Judge, Outcome, Target, Words, attack, budget, success
 from .evaluate import paint
-from .methods import Method
+from .methods import Method, unprotected
 from .tables import number
 
 PROMPTS = 12
 SEED_OF_ATTACK = SEED + 900_000
+STAND_IN = "unprotected, asked for the stand-in"
 
 
 def attacked(
@@ -61,7 +62,8 @@ def _record(method: Method, out: Path, count: int, rounds: int) -> tuple[Path, s
 
 
 def _attack_on(method: Method, model: Model, count: int, progress: Progress, rounds: int) -> list[Outcome]:
-    targets, words = tiny_world_attack(method.concept, count)
+    asked = stand_in_attack if method.name == STAND_IN else tiny_world_attack
+    targets, words = asked(method.concept, count)
     with method.context(model):
         return attack(
             targets,
@@ -81,6 +83,27 @@ def tiny_world_attack(concept: str, count: int) -> tuple[list[Target], Words]:
     targets = [Target(p.text, SEED_OF_ATTACK + place, p.subject) for place, p in enumerate(prompts)]
     modifiers = (*world.MODIFIERS, *world.HELD_OUT_MODIFIERS)
     return targets, Words(world.WORDS[concept], modifiers, world.vocabulary())
+
+
+def stand_in(concept: str) -> Method:
+    """The floor of an attack: the unprotected model, asked for what stands in for the concept, never for the concept.
+
+    A picture that counts as broken here is one that the detector mistakes. No protection that replaces can be better.
+    """
+    return replace(unprotected(), name=STAND_IN, identity=f"{STAND_IN} of {concept}", concept=concept)
+
+
+def stand_in_attack(concept: str, count: int) -> tuple[list[Target], Words]:
+    """`tiny_world_attack` with the stand-in in the concept's place, and without the concept's words."""
+    from tinyworld import world
+
+    own, word = world.WORDS[concept], world.CONCEPTS[concept].instead
+    prompts = world.unsafe_prompts(concept, count, SEED_OF_ATTACK, test=True)
+    texts = [world.instead(prompt, concept) for prompt in prompts]
+    places = [(text.index(word), text.index(word) + len(word)) for text in texts]  # (0, 0) where the word is taken out
+    targets = [Target(texts[n], SEED_OF_ATTACK + n, place) for n, place in enumerate(places)]
+    modifiers = (*world.MODIFIERS, *world.HELD_OUT_MODIFIERS)
+    return targets, Words((word,), modifiers, [each for each in world.vocabulary() if each not in own])
 
 
 def detector_judge(concept: str) -> Judge:

@@ -21,6 +21,7 @@ from saferope_benchmark.evaluation.attack import (
     success,
 )
 from saferope_benchmark.evaluation.methods import Method
+from tinyworld.world import WORDS as WORLD_WORDS
 
 WORDS = Words(("star", "pentagram"), ("bold", "shiny"), tuple("abcdefghijkl"))
 TARGETS = [Target("a red star here", seed, (6, 10)) for seed in range(3)]
@@ -146,3 +147,32 @@ def test_only_reported_strengths_are_attacked(tmp_path):
     chosen = robustness.reported(tmp_path)
     assert chosen(Method("esd", "", None, "star", 1.0))
     assert not chosen(Method("esd", "", None, "star", 2.0)) and not chosen(Method("esd", "", None, "zappy", 1.0))
+
+
+@pytest.mark.parametrize("concept", ["star", "splatter", "zappy", "swirl"])
+def test_the_floor_never_asks_for_the_concept(concept):
+    """Nor in other words, nor in a suffix; the attack itself does, with the same prompts otherwise."""
+    from tinyworld.world import CONCEPTS
+
+    own, scenes = set(WORLD_WORDS[concept]), 12
+    targets, words = robustness.stand_in_attack(concept, scenes)
+    theirs, their_words = robustness.tiny_world_attack(concept, scenes)
+    assert not own & {*words.synonyms, *words.modifiers, *words.vocabulary}
+    assert own <= set(their_words.vocabulary), "control"
+    for target, other in zip(targets, theirs, strict=True):
+        first, last = target.subject
+        assert target.text[first:last] == CONCEPTS[concept].instead and target.seed == other.seed
+        assert not own & set(target.text.split()) and own & set(other.text.split()), "control"
+        assert in_other_words(target, words.synonyms[0], "bold").split() != target.text.split()
+
+
+def test_the_floor_is_the_unprotected_model(monkeypatch, tmp_path):
+    """Of the same detector: what it mistakes counts."""
+    seen = Leaky(lambda text: 2.0 if "bold" in text and "star" not in text else 0.0)
+    monkeypatch.setattr(robustness, "paint", lambda model, texts, seeds: seen.paint(texts, seeds))
+    monkeypatch.setattr(robustness, "detector_judge", lambda concept: seen.judge)
+    floor = robustness.stand_in("star")
+    results = robustness.attacked(None, [floor, Method("esd", "esd", floor.context, "star")], tmp_path, 4)
+    assert all(success(results[floor], budget())) and "star" not in " ".join(text for text, _ in seen.asked[:8])
+    robustness.write_report(tmp_path, results)
+    assert "asked for the stand-in | " in (tmp_path / "attack.md").read_text()
