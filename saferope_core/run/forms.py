@@ -83,31 +83,37 @@ def turn_packed(
     """`result` (x, or a copy of it) with the span's tokens turned by a form of PACKED; a copy, unless x is `own`."""
     result = x.clone() if result is x and not own else result
     tokens = result[:, :, slice(*span)]
-    if form == "fused":
-        _turn_fused(tokens, plan, told)
-    else:
-        scales = turn_plain(tokens, plan)
-        if told is not None and scales:
-            for concept, heads, passed in plan.asked(torch.stack(scales).ne(0)):
-                told.saw(concept, heads, passed)
+    counts = None if told is None else told.seen.room(_asked(plan), told.stream, tokens)
+    heads = told is not None and told.seen.wants_heads(told.stream)
+    passed = _fused(tokens, plan, counts, heads) if form == "fused" else _plain(tokens, plan, counts)
+    if told is not None and heads and passed is not None:
+        for concept, turning, seen in plan.asked(passed):
+            told.seen.saw_heads(concept, told.row, told.of(turning), seen)
     return result
 
 
-def _turn_fused(tokens: Tensor, plan: Packed, told: Told | None) -> None:
-    """One kernel, which counts for `told` as well."""
+def _asked(plan: Packed) -> tuple[tuple[int, int], ...]:
+    return tuple((concept, len(heads)) for concept, heads, _ in plan.gates)
+
+
+def _fused(tokens: Tensor, plan: Packed, counts: Tensor | None, heads: bool) -> Tensor | None:
+    """Turns, adds to `counts`, and returns which heads turn which tokens, bool [B, H, L, C], where that is asked."""
     from .fused import turn_fused
 
-    counts = passed = None
-    if told is not None:
-        gates = tuple((concept, len(heads)) for concept, heads, _ in plan.gates)
-        counts = told.seen.room(gates, told.stream, tokens)
-        if told.seen.wants_heads(told.stream):
-            shape = tokens.shape[0], len(plan.heads), tokens.shape[2], len(gates)
-            passed = torch.empty(shape, dtype=torch.uint8, device=tokens.device)
+    shape = tokens.shape[0], len(plan.heads), tokens.shape[2], plan.cut.shape[1]
+    passed = torch.empty(shape, dtype=torch.uint8, device=tokens.device) if heads else None
     turn_fused(tokens, plan, counts, passed)
-    if told is not None and passed is not None:
-        for concept, heads, seen in plan.asked(passed.view(torch.bool)):
-            told.seen.saw_heads(concept, told.row, told.of(heads), seen)
+    return None if passed is None else passed.view(torch.bool)
+
+
+def _plain(tokens: Tensor, plan: Packed, counts: Tensor | None) -> Tensor | None:
+    """As `_fused`."""
+    scales = turn_plain(tokens, plan)
+    if counts is None or not scales:
+        return None
+    passed = (torch.stack(scales) if len(scales) > 1 else scales[0][None]).ne(0)
+    counts.add_(passed.sum(1, dtype=counts.dtype).movedim(-1, 0))
+    return passed
 
 
 def turn_exact(form: Form, x: Tensor, result: Tensor, plan: Plan, span: Span, told: Told | None, own: bool) -> Tensor:

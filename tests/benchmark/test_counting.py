@@ -52,3 +52,10 @@ def test_the_count_sees_copies_and_the_recorder():
     assert [each.name for each in recorded.image + recorded.text] == ["turn", "turn"], "told by the same kernel"
     part = count("fused", FLUX, Size(critical=1 / 3, **TRAINED))
     assert part.total(lambda each: each.bytes) == pytest.approx(fused.total(lambda each: each.bytes) / 3, rel=0.01)
+
+
+@pytest.mark.parametrize("concepts", [1, 3])
+def test_the_recorder_costs_the_plain_form_three_kernels(concepts):
+    size = Size(concepts=concepts, **TRAINED)
+    bare, recorded = (count("plain", FLUX, size, recorded=each) for each in (False, True))
+    assert [each.name for each in recorded.image[len(bare.image) :]] == ["ne", "sum", "add_"]
