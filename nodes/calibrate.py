@@ -214,10 +214,11 @@ def _report(concept: Concept, table: HeadTable, prompts: list[Prompt], size: tup
             f"{concept.name}: {len(concept.heads)} of {table.critical.numel()} heads tell it apart (Δ at least "
             f"{choices.cut:g})",
             f"heads by Δ: {histogram(table.discrimination)}",
-            f"from {counts[0]} unsafe and {counts[1]} safe prompts, {choices.rounds} noises each, at times "
+            f"from {counts[0]} unsafe and {counts[1]} safe prompts, {choices.rounds} "
+            f"{'noise' if choices.rounds == 1 else 'noises'} each, at times "
             f"{', '.join(f'{t:g}' for t in choices.timesteps)}, latents of {size[1]} x {size[0]}",
             f"risk in {concept.rank} dimensions, turned by {choices.angle:g} rad at risk 1",
-            f"for {concept.geometry.describe()}",
+            f"for {concept.geometry.title()}",
         ]
     )
 

@@ -46,7 +46,7 @@ def describe(concept: Concept) -> str:
     made, versions = concept.training.get("settings", {}), concept.training.get("versions", {})
     lines = [
         *introduced(concept),
-        f"for {concept.geometry.describe()}",
+        f"for {concept.geometry.title()}",
         f"risk in {concept.rank} of {concept.geometry.head_dim} dimensions, {concept.reach} more to turn into",
         f"turns {concept.acts('text')} of text and {concept.acts('image')} of image tokens, strength "
         f"{concept.strength:g}",

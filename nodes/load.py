@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..saferope_core import Concept, effect_of, load_concepts
 from ..saferope_core import sha256 as file_sha256
 from .draw.concept_pictures import introduced
-from .host.files import FOLDER, find, require_pin
+from .host.files import FOLDER, find, named, require_pin
 from .inputs import SEARCHED, STRENGTH_MAX, ConceptType, require_range
 
 
@@ -29,7 +29,7 @@ def _describe(concept: Concept) -> str:
         *introduced(concept),
         f"{len(concept.heads)} safety-critical heads, rank {concept.rank}, acts on {concept.text.acts_on}, "
         f"{concept.mode} generator, strength {concept.strength:g}",
-        f"for {concept.geometry.describe()}",
+        f"for {concept.geometry.title()}",
         f"by itself it {effect_of(concept)}",
     ]
     return "\n".join(lines)
@@ -66,7 +66,8 @@ class LoadConcept(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="If given, the file must have this sha256: the 64 digits at the start of this node's "
-                    "description. With it a shared workflow uses no other file of this name.",
+                    "description, with or without `sha256:` before them. With it a shared workflow uses no "
+                    "other file of this name.",
                 ),
             ],
             outputs=[
@@ -78,15 +79,19 @@ class LoadConcept(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, concept: str, **_: Any) -> str:
         """The content decides: a file replaced under its old name is read again."""
-        return file_sha256(find(concept))
+        path = find(concept)
+        with named(concept, path):
+            return file_sha256(path)
 
     @classmethod
     def execute(cls, concept: str, strength: float = 1.0, sha256: str = "") -> io.NodeOutput:
         require_range("strength", strength, 0.0, STRENGTH_MAX)
         path = find(concept)
-        digest = file_sha256(path)
-        require_pin(concept, digest, sha256)
-        concepts = [replace(each, strength=each.strength * strength) for each in load_concepts(path)]
-        if file_sha256(path) != digest:
+        with named(concept, path):
+            digest = file_sha256(path)
+            require_pin(concept, digest, sha256)
+            concepts = [replace(each, strength=each.strength * strength) for each in load_concepts(path)]
+            changed = file_sha256(path) != digest
+        if changed:
             raise ValueError(f"Concept file {concept!r} changed while it was read. Queue again.")
         return io.NodeOutput(concepts, describe(concepts, digest))

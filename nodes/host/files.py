@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import folder_paths
+
+from ...saferope_core import ConceptFileError
+from ...saferope_core.concept.untrusted import printable
 
 FOLDER = "saferope"  # models/saferope, output/saferope and `saferope:` in extra_model_paths.yaml
 EXTENSIONS = {".safetensors"}  # never a pickle; an empty set would list every file
@@ -27,15 +32,28 @@ def find(name: str) -> str:
     path = folder_paths.get_full_path(FOLDER, name) if name in listed else None
     if path is None:
         raise FileNotFoundError(
-            f"Concept file {name!r} was not found. Expected one of {listed}, the .safetensors files in "
-            f"{folder_paths.get_folder_paths(FOLDER)}. Put the file into the first of these folders and press R."
+            f"Concept file {name!r} was not found. Expected one of {listed}. Put the file into models/{FOLDER} and "
+            "press R, or choose another."
         )
     return path
 
 
+@contextmanager
+def named(name: str, path: str) -> Iterator[None]:
+    """While a concept file is read: errors tell its listed name, never where it lies on the server."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"Concept file {name!r} cannot be read: {error.strerror or 'it is no plain file'}.") from None
+    except ConceptFileError as error:
+        told = str(error).removeprefix(f"{printable(path)}: ").replace(printable(path), name)
+        raise ConceptFileError(f"Concept file {name!r} cannot be used: {told}") from None
+
+
 def require_pin(name: str, digest: str, pin: str) -> None:
-    """Raises ValueError unless the pin is empty or the file's sha256, in any case and with spaces around it."""
-    if pin.strip() and pin.strip().lower() != digest:
+    """Raises ValueError unless the pin is empty or the sha256, in any case, with or without `sha256:` before it."""
+    wanted = pin.strip().lower().removeprefix("sha256").lstrip(": ")
+    if pin.strip() and wanted != digest:
         raise ValueError(
             f"Concept file {name!r} has the sha256 {digest}, expected {pin.strip()[:80]!r}. It is another file than "
             "the one this workflow was made with: fetch that one, or clear the field if you trust this one."

@@ -91,6 +91,10 @@ class Geometry:
             f" x {self.heads} heads{'' if self.group == 1 else f' ({self.key_heads} of keys)'} x {self.head_dim}"
         )
 
+    def title(self) -> str:
+        """What people call the model, where that is known; else `describe()`."""
+        return {FLUX1: "FLUX.1", TINY_WORLD: "the tiny world"}.get(self) or self.describe()
+
     def require(self, other: Geometry, what: str) -> None:
         """Raise ValueError unless `other`, the geometry of `what`, is this one.
 
@@ -98,9 +102,10 @@ class Geometry:
         """
         if other != self:
             raise ValueError(
-                f"{what} was made for {other.describe()}, but the model is {self.describe()}."
+                f"{what} was made for {other.title()}, but the model is {self.title()}."
                 f" Use a model of the first kind, or a concept trained for the second."
             )
 
 
 FLUX1 = Geometry(double_blocks=19, single_blocks=38, heads=24, head_dim=128)  # FLUX.1 dev and schnell
+TINY_WORLD = Geometry(double_blocks=2, single_blocks=4, heads=2, head_dim=128)  # the model that comes with SafeRoPE

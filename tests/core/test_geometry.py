@@ -38,7 +38,7 @@ def test_row_refuses_what_the_model_does_not_have(block, message):
 def test_require_names_both_geometries():
     SMALL.require(Geometry(2, 4, 2, 128), "concept 'star'")
     with pytest.raises(
-        ValueError, match=r"concept 'star' was made for flux: 19 .* the model is flux: 2 .* Use a model"
+        ValueError, match=r"concept 'star' was made for FLUX\.1, .* the model is the tiny world\. Use a model"
     ):
         SMALL.require(FLUX1, "concept 'star'")
     with pytest.raises(ValueError, match="made for chroma: 2 double"):
@@ -74,3 +74,10 @@ def test_impossible_geometries_are_refused(numbers, message):
 def test_the_largest_known_models_are_taken(numbers):
     """Qwen-Image, FLUX.2-dev, Krea 2, Ideogram 4; and the limits themselves."""
     assert Geometry(*numbers).blocks == numbers[0] + numbers[1]
+
+
+def test_known_models_have_names():
+    tiny = Geometry(2, 4, 2, 128)
+    assert (FLUX1.title(), tiny.title()) == ("FLUX.1", "the tiny world")
+    other = Geometry(19, 38, 24, 128, family="chroma")
+    assert other.title() == other.describe(), "the same numbers in another family are another model"

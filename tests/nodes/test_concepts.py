@@ -36,7 +36,7 @@ def test_reads_a_file(node, star, concept):
     assert (
         "concept star: star\n  | random\n" in text
         and "4 safety-critical heads" in text
-        and concept.geometry.describe() in text
+        and concept.geometry.title() in text
     )
 
 
@@ -67,10 +67,27 @@ def test_any_other_name_is_refused(node, star, name):
         node.execute(name)
 
 
-def test_a_broken_file_is_refused_with_its_path(node, star):
+def test_a_broken_file_is_refused_by_its_name(node, star, core):
+    """Clients of a server learn no folder of it."""
     star.write_bytes(star.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"star\.safetensors: .*damaged or cut short"):
+    with pytest.raises(ValueError, match=r"^Concept file 'star\.safetensors' cannot be used: .*damaged or cut") as told:
         node.execute("star.safetensors")
+    assert str(star.parent) not in str(told.value)
+    with pytest.raises(ValueError, match=r"damaged") as whole:
+        core.load_concepts(star)
+    assert str(star.parent) in str(whole.value), "control: the command line tells the path"
+    with pytest.raises(FileNotFoundError) as told:
+        node.execute("gone.safetensors")
+    assert str(star.parent) not in str(told.value)
+
+
+@pytest.mark.parametrize("form", ["{}", "sha256:{}", " SHA256 {} ", "sha256: {}"])
+def test_a_pin_may_say_what_it_is(node, star, core, form):
+    digest = core.sha256(star)
+    assert node.execute("star.safetensors", sha256=form.format(digest)).args[0]
+    for wrong in (form.format("0" * 64), "sha256:", form.format(digest[:-1])):
+        with pytest.raises(ValueError, match="has the sha256"):
+            node.execute("star.safetensors", sha256=wrong)
 
 
 def test_the_content_decides_whether_it_is_read_again(node, star, core, make_concept):
