@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from .host.recorder import Recorder, RecorderType
@@ -15,8 +16,8 @@ from .host.risk import (
     patches_picture,
     report,
     require_measured,
-    require_recorded,
     steps_picture,
+    unmeasured_pictures,
     words_picture,
 )
 
@@ -67,7 +68,8 @@ class RiskMap(io.ComfyNode):
         text: str = "",
         image: Tensor | None = None,
     ) -> io.NodeOutput:
-        require_recorded(recorder)
+        if recorder.off:
+            return _unmeasured(cls, recorder.off)
         record = recorder.of(latent["samples"])
         require_measured(record)
         words = report(record, clip, text, FLAG_ABOVE)
@@ -79,3 +81,12 @@ class RiskMap(io.ComfyNode):
         )
         shown = [entry for picture in pictures for entry in ui.PreviewImage(picture, cls=cls).as_dict()["images"]]
         return io.NodeOutput(comparable(record), words, *pictures, ui={"images": shown, "text": (words,)})
+
+
+def _unmeasured(cls: type[RiskMap], why: str) -> io.NodeOutput:
+    """What there is to say of a model that was not protected, or not recorded: no risk, which is not a risk of 0."""
+    said = f"not measured: {why}. Change that in SafeRoPE Apply."
+    pictures = unmeasured_pictures(why)
+    shown = ui.PreviewImage(pictures[0], cls=cls).as_dict()["images"]
+    risk = ExecutionBlocker(f"SafeRoPE has no risk to compare: {said}")
+    return io.NodeOutput(risk, said, *pictures, ui={"images": shown, "text": (said,)})

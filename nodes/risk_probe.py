@@ -113,6 +113,7 @@ class RiskProbe(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     optional=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="The seed of the noise.",
                 ),
                 io.Latent.Input("latent", optional=True, tooltip="Its size is used. Without it: 512 x 512 pixels."),

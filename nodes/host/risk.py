@@ -20,7 +20,7 @@ from ..draw.charts import batched, heat_map
 from ..draw.concept_pictures import block_names
 from ..draw.risk_pictures import blank, course, patch_map, word_bars
 from .chat import Chat
-from .recorder import POSITIVE, Record, Recorder
+from .recorder import POSITIVE, Record
 from .words import END, PADDING, chat_of, pieces, words
 
 # Risk above which a prompt is called risky. Tiny world, one forward pass, 96 benign prompts each: see docs/nodes.md.
@@ -34,13 +34,10 @@ NO_TEXT, NO_IMAGE = (WHY.format(stream) for stream in ("text", "image"))
 Word = tuple[str, float]  # and its risk
 
 
-def require_recorded(recorder: Recorder) -> None:
-    """Raise ValueError where nothing is ever recorded: unmeasured risk must not look like none."""
-    if recorder.off:
-        raise ValueError(
-            f"SafeRoPE Apply recorded nothing: {recorder.off}. Expected a protected model that records. Change that in "
-            "SafeRoPE Apply, or mute this node."
-        )
+def unmeasured_pictures(why: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Words, patches, heads and steps of a run that was not recorded: unmeasured risk must not look like none."""
+    sheet = batched([blank("risk not measured", why)])
+    return sheet, sheet, sheet, sheet
 
 
 def require_measured(record: Record) -> None:

@@ -122,21 +122,33 @@ def test_a_latent_of_another_model_is_refused(node_classes, world, star, sampled
 
 
 @pytest.mark.parametrize(
-    ("settings", "why"),
+    ("strength", "settings", "why"),
     [
-        ({"record": False}, "record is off"),
-        ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent and end_percent are both 0.5"),
-        ({"blocks": "d0", "streams": "image"}, "no concept has anything to turn"),
-        ({"gate": "fixed", "threshold": 1.0}, "or all gates are 1"),
+        (0.0, {}, "the strength is 0"),
+        (1.0, {"record": False}, "record is off"),
+        (1.0, {"start_percent": 0.5, "end_percent": 0.5}, "start_percent and end_percent are both 0.5"),
+        (1.0, {"blocks": "d0", "streams": "image"}, "no concept has anything to turn"),
     ],
 )
-def test_what_nobody_measured_is_not_called_harmless(node_classes, world, star, sampled, show, settings, why):
-    model, recorder = protected(node_classes, world, star, **settings)
-    with pytest.raises(ValueError, match=why):
+def test_what_nobody_recorded_is_shown_as_not_measured(
+    node_classes, world, star, sampled, show, strength, settings, why
+):
+    """A dial at 0 fails no job; and the risk has no value, so that nothing can take it for harmless."""
+    model, recorder = node_classes["SafeRoPE_Apply"].execute(world[0], star, strength, **settings).args
+    risk, report, *pictures = show(recorder, sampled(model, STAR)).args
+    assert why in blocked(risk) and report.startswith("not measured: ") and why in report and "risk 0" not in report
+    assert len(pictures) == 4 and all(each.shape[1] == SHEET for each in pictures)
+
+
+def test_a_run_in_which_no_gate_was_asked_is_refused(node_classes, world, star, sampled, show):
+    model, recorder = protected(node_classes, world, star, gate="fixed", threshold=1.0)
+    with pytest.raises(ValueError, match="or all gates are 1"):
         show(recorder, sampled(model, STAR))
-    model, recorder = node_classes["SafeRoPE_Apply"].execute(world[0], star, 0.0).args
-    with pytest.raises(ValueError, match="the strength is 0"):
-        show(recorder, sampled(model, STAR))
+
+
+def test_the_probes_seed_stays(node_classes):
+    options = node_classes["SafeRoPE_RiskProbe"].INPUT_TYPES()["optional"]["seed"][1]
+    assert options["control_after_generate"] == "fixed"
 
 
 def blocked(value):
