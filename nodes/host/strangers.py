@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import comfy.k_diffusion.sampling
-import comfy.ldm.flux.layers
+import comfy.ldm.common_dit
 import comfy.ldm.flux.math
-import comfy.ldm.flux.model
+import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.sample
 import comfy.samplers
@@ -24,8 +24,12 @@ from .network import changes_in_place
 KNOWN = {"comfy", "comfy_extras", "comfy_api", "comfy_execution", "nodes", "execution", "latent_preview", "torch"}
 KNOWN |= {"numpy", "tqdm", "einops", "torchsde", "scipy", "", *sys.stdlib_module_names} - {"__main__"}
 OURS = str(__package__).rsplit(".", 2)[0] + "."
-SHARED = (comfy.samplers, comfy.sample, comfy.ldm.flux.layers, comfy.ldm.flux.math, comfy.k_diffusion.sampling)
-CLASSES = (comfy.samplers.CFGGuider, comfy.samplers.KSAMPLER, comfy.model_base.BaseModel, comfy.ldm.flux.model.Flux)
+KNOWN |= {"xformers", "sageattention", "sageattn3", "flash_attn"}  # ComfyUI's own attention takes them where they are
+SHARED = (
+    *(comfy.samplers, comfy.sample, comfy.k_diffusion.sampling),
+    *(comfy.ldm.flux.math, comfy.ldm.common_dit, comfy.ldm.modules.attention),
+)
+CLASSES = (comfy.samplers.CFGGuider, comfy.samplers.KSAMPLER, comfy.model_base.BaseModel)
 DEEPEST = 8  # of nested dicts and lists in model_options
 
 
@@ -37,9 +41,8 @@ def strangers(guider: Any, sampler: Any, arguments: Iterable[Any], options: Iter
     things = [guider, sampler, *vars(guider).values(), *vars(sampler).values(), *arguments, *options]
     things += [getattr(patcher, name, {}) for name in ("model_options", "object_patches", "wrappers", "callbacks")]
     things += [getattr(patcher, name, {}) for name in ("injections", "attachments", "additional_models")]
-    things += [
-        value for holder in (*SHARED, *CLASSES) for value in vars(holder).values() if hasattr(value, "__globals__")
-    ]
+    holders = (*SHARED, *CLASSES, *_written(patcher.model.diffusion_model))
+    things += [value for holder in holders for value in vars(holder).values() if hasattr(value, "__globals__")]
     found = {home for thing in things for each in _leaves(thing) if _strange(home := home_of(each))}
     return sorted(found) + [told.split(": ")[0] for told in changes_in_place(patcher.model.diffusion_model)]
 
@@ -49,6 +52,13 @@ def hooked(options: dict) -> dict:
     return {key: options[key] for key in ("patches", "patches_replace", "wrappers", "callbacks") if key in options} | {
         "override": options.get("optimized_attention_override")
     }
+
+
+def _written(network: torch.nn.Module) -> set[Any]:
+    """ComfyUI's classes that a network is made of, and the modules that they are written in."""
+    classes = {base for kind in {type(each) for each in network.modules()} for base in kind.__mro__}
+    own = {each for each in classes if each.__module__.startswith("comfy.ldm.")}
+    return own | {sys.modules[each.__module__] for each in own if each.__module__ in sys.modules}
 
 
 def home_of(thing: Any) -> str:

@@ -22,8 +22,6 @@ def init(
     renew: Annotated[bool, typer.Option(help="A new signer by the same authority: trust in it stays.")] = False,
 ) -> None:
     """Make a local authority and a signing key in your own folder, for SafeRoPE Save Image."""
-    import os
-
     from saferope_core.concept.files import write_bytes
     from saferope_credentials import folder, init_keys
     from saferope_credentials.keys import AUTHORITY, AUTHORITY_KEY, CONFIG, PRIVATE
@@ -34,8 +32,7 @@ def init(
     old = ((home / AUTHORITY).read_bytes(), (home / AUTHORITY_KEY).read_bytes()) if renew else None
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     for file, data in init_keys(name, old).items():
-        write_bytes(home / file, data)
-        os.chmod(home / file, 0o600 if file in PRIVATE else 0o644)
+        write_bytes(home / file, data, private=file in PRIVATE)
     say(f"Wrote keys to {home}. Give {home / AUTHORITY} to whoever is to trust your pictures. Give no other file away.")
 
 

@@ -33,9 +33,12 @@ def placed(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file as `placed` does, on the disk itself before it is moved."""
-    with placed(path) as new, open(new, "xb") as file:
+def write_bytes(path: str | os.PathLike, data: bytes, private: bool = False) -> None:
+    """Writes a file as `placed` does, on the disk itself before it is moved.
+
+    private: no other user may ever open it (0600 from its first byte on).
+    """
+    with placed(path) as new, open(new, "xb", opener=_closed if private else None) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -70,6 +73,10 @@ def require_no_link(root: Path, folder: Path) -> None:
             return
         if part.is_symlink():
             raise ValueError(f"{part}: got a link, expected a folder of its own in {root}; remove the link")
+
+
+def _closed(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _without_following(path: str, flags: int) -> int:

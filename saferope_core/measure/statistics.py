@@ -77,8 +77,10 @@ class Reservoir:
 
     def add(self, x: Tensor, keys: Tensor) -> None:
         """Offers the items x [n, ...] with random keys [n]; the smallest keys stay. A full sample is written in place:
-        what stays is not copied.
+        what stays is not copied. ValueError where there are not as many items as keys.
         """
+        if len(x) != len(keys):
+            raise ValueError(f"a sample of vectors: got {len(x)} items and {len(keys)} keys, expected as many of both")
         came = torch.arange(self._offered, self._offered + len(keys))
         self._offered += len(keys)
         room = self.capacity - len(self._keys)
@@ -168,7 +170,7 @@ class Visit:
         # random, but the same for a token whoever sees it
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.spread = max(1, image_tokens // IMAGE_TOKENS)
-        self.seen = len(range(0, image_tokens, self.spread))
+        self.image_tokens, self.seen = image_tokens, len(range(0, image_tokens, self.spread))
         self.text_length = next(iter(kinds.values())).shape[1]
         self.keys = torch.empty(0)
 
@@ -191,7 +193,8 @@ class Visit:
                     keys = self.keys[:, self.seen :][mask]
                     collectors[self.side, kind].add(role, row, tokens[mask.to(x.device)], keys)
         if image[0] < image[1]:
-            tokens = x[:, :, image[0] : image[1] : self.spread].transpose(1, 2).flatten(0, 1)
+            last = image[0] + self.image_tokens  # behind it a network may have padding of its own
+            tokens = x[:, :, image[0] : last : self.spread].transpose(1, 2).flatten(0, 1)
             collectors[self.side, IMAGE].add(role, row, tokens, self.keys[:, : self.seen].flatten())
         other = ROLES[1 - ROLES.index(role)]
         for first, last, step in ((*text, 1), (*image, self.spread)):

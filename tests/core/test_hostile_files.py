@@ -18,6 +18,7 @@ from dev.comfyui import ROOT
 from saferope_core import ConceptFileError, load_concepts, sha256
 from saferope_core.concept import untrusted
 from saferope_core.concept.concept_file import parse_concepts
+from saferope_core.concept.files import write_bytes
 from tests.support.hostile import apart, seeds, spoilt, together
 from tests.support.oracle import check
 
@@ -241,3 +242,22 @@ def test_bombs_take_work_and_memory_of_their_size(tmp_path, good):
         assert int(calls) <= CALLS * Path(name).stat().st_size, name
         assert int(grown) <= 3 * Path(name).stat().st_size + 64 * 2**20, name
     assert any(told == "read" for _, told, *_ in lines), "control: some reach the end"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
+@pytest.mark.parametrize("private", [True, False])
+def test_a_private_file_is_closed_from_its_first_byte_on(tmp_path, monkeypatch, private):
+    modes, sync = [], os.fsync
+
+    def watched(number):
+        modes.append(os.fstat(number).st_mode & 0o777)
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    before = os.umask(0)
+    try:
+        write_bytes(tmp_path / "key.pem", b"key", private)
+    finally:
+        os.umask(before)
+    modes.append((tmp_path / "key.pem").stat().st_mode & 0o777)
+    assert modes == ([0o600] * 2 if private else [0o666] * 2)

@@ -114,3 +114,13 @@ def test_met_is_of_the_other_role():
     visit.listen(x, 3 * x, "q", "single", 0, (0, 1), (1, 2))
     met = gathering.statistics().met
     assert met["k"][1].unique().tolist() == [18.0] and not met["q"].any()  # two tokens of 3 * 3
+
+
+def test_items_and_keys_that_do_not_fit_are_refused():
+    """Padding of a network that came as image tokens had no keys, and shifted those of the next prompt."""
+    for count in (15, 17):
+        with pytest.raises(ValueError, match=f"got 16 items and {count} keys"):
+            Reservoir(300).add(torch.zeros(16, 2), torch.rand(count))
+    reservoir = Reservoir(300)
+    reservoir.add(torch.zeros(16, 2), torch.rand(16))
+    assert len(reservoir.keys) == 16, "control"

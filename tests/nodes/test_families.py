@@ -1,7 +1,9 @@
 """Every family of models in the real ComfyUI: pictures equal those of a transcription that knows the spans."""
 
 import importlib
+import sys
 from dataclasses import replace
+from types import FunctionType
 
 import pytest
 import torch
@@ -270,3 +272,23 @@ def test_positive_prompts_alone(apply, run, model, concept, case):
     some = apply(model, [concept], 1.0, conditionings="positive only")
     pictures = [run(each, **how) for each in (some, apply(model, [concept], 1.0), model)]
     assert not any(torch.equal(pictures[0], other) for other in pictures[1:])
+
+
+def test_a_function_in_the_place_of_the_network_s_is_named(core, pack, model, monkeypatch):
+    """Of its own module, of a class of its blocks, and of what all families share."""
+    import comfy.ldm.modules.attention
+    import comfy.samplers
+
+    strangers = importlib.import_module(f"{pack.__name__}.nodes.host.strangers").strangers
+    guider, sampler = comfy.samplers.CFGGuider(model), comfy.samplers.ksampler("euler")
+    assert strangers(guider, sampler, [], []) == [], "control"
+    network = model.model.diffusion_model
+    layers = {type(each) for each in network.modules() if type(each).__module__.startswith("comfy.ldm.")}
+    own = [(kind, "forward") for kind in layers if "forward" in vars(kind)]
+    written = {sys.modules[kind.__module__] for kind in layers}
+    own += [(home, name) for home in written for name, value in vars(home).items() if isinstance(value, FunctionType)]
+    assert sys.modules[type(network).__module__] in written
+    for holder, name in (*own, (comfy.ldm.modules.attention, "optimized_attention")):
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, lambda *args, **more: None)
+            assert __name__ in strangers(guider, sampler, [], []), (holder, name)
