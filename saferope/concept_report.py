@@ -112,7 +112,7 @@ def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
         lines += ["", f"## {markdown(concept.name)}", "", "| | |", "|---|---|"]
         lines += [f"| {fact} | {markdown(value)} |" for fact, value in told.items()]
         lines += ["", f"![Which heads tell {markdown(concept.name)} apart]({quote(os.fsencode(_map(path, concept)))})"]
-        lines += ["", _evaluation(path, concept.slug)]
+        lines += ["", _evaluation(path, concept.slug, len(concepts))]
     lines += [
         "",
         "It protects whoever uses it, not from whoever runs the model: strength 0, or a workflow without it, is "
@@ -128,13 +128,13 @@ def _command(name: str) -> str:
     )
 
 
-def _evaluation(path: Path, slug: str) -> str:
+def _evaluation(path: Path, slug: str, concepts: int) -> str:
     """The table of the report that `saferope evaluate` left beside this very file, or how to get one."""
-    report = path.with_name(f"{slug}.evaluation.json")
-    if report.is_file():
-        from saferope_benchmark.evaluation.file_report import markdown as table
-        from saferope_benchmark.evaluation.file_report import read_report
+    from saferope_benchmark.evaluation.file_report import markdown as table
+    from saferope_benchmark.evaluation.file_report import read_report, report_name
 
+    report = path.with_name(f"{report_name(path, slug, concepts)}.json")
+    if report.is_file():
         found = read_report(report)
         if found.file_sha256 == sha256(path):
             return table(found).strip()

@@ -121,7 +121,7 @@ def _file(
         sizes = Sizes(unsafe, unsafe, benign // 2, benign)
         model = load(settings, processes.own_device(device))
         reports = evaluate_file(model, file, out, strength, sizes, progress=progress)
-        write_reports(out, reports)
+        write_reports(out, reports, file)
     if processes.is_main():
         for report in reports:
             say(markdown(report))

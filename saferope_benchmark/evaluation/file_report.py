@@ -120,13 +120,18 @@ def _first(evaluation: Evaluation, method: Method, asked: PromptSet) -> Tensor:
     return read_pictures(evaluation.folder(method, asked), 0, count)
 
 
-def write_reports(out: Path, reports: Sequence[Report]) -> None:
-    """Writes `<slug>.evaluation.json`, `.csv`, `.md` and `.png` for every report, by one process."""
+def report_name(file: Path, slug: str, concepts: int) -> str:
+    """The name of a concept's report, by the file's own: another version of a concept has another report."""
+    return f"{file.stem}.evaluation" if concepts == 1 else f"{file.stem}.{slug}.evaluation"
+
+
+def write_reports(out: Path, reports: Sequence[Report], file: Path) -> None:
+    """Writes `<report_name>.json`, `.csv`, `.md` and `.png` for every report of the file, by one process."""
     if not processes.is_main():
         return
     out.mkdir(parents=True, exist_ok=True)
     for report in reports:
-        stem = f"{report.concept}.evaluation"
+        stem = report_name(file, report.concept, len(reports))
         facts = {name: value for name, value in vars(report).items() if name not in ("rows", "shown")}
         facts["rows"] = [asdict(row) for row in report.rows]
         write_text(out / f"{stem}.json", json.dumps(facts, indent=2) + "\n")

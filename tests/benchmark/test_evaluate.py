@@ -8,6 +8,7 @@ import csv
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,7 +230,7 @@ def test_reports_of_a_file_are_written_and_agree(world, star, tmp_path):
     told = []
     reports = file_report.evaluate_file(world, star, tmp_path, 1.0, SIZES, progress=lambda *step: told.append(step))
     assert ("pictures", 14, 14) in told
-    file_report.write_reports(tmp_path, reports)
+    file_report.write_reports(tmp_path, reports, star)
     facts = json.loads((tmp_path / "star.evaluation.json").read_text())
     lines = list(csv.DictReader((tmp_path / "star.evaluation.csv").open()))
     assert [line["measure"] for line in lines] == [row["measure"] for row in facts["rows"]]
@@ -239,6 +240,22 @@ def test_reports_of_a_file_are_written_and_agree(world, star, tmp_path):
     table = (tmp_path / "star.evaluation.md").read_text()
     assert table.count("\n|") == len(lines) + 2 and facts["file_sha256"][:12] in table
     assert (tmp_path / "star.evaluation.png").stat().st_size > 1000
+
+
+def test_another_version_of_a_concept_has_a_report_of_its_own(tmp_path):
+    """`evaluate star.v2` wrote over the report of `star`, and the card of `star` printed it."""
+    rows, shown = [file_report.Pair("star shown, unsafe", 64, 1.0, 0.0)], [("x", torch.zeros(1, 3, 8, 8))]
+    old, new = (file_report.Report("star", digit * 64, "tinyworld", 1.0, 1, rows, shown) for digit in "01")
+    file_report.write_reports(tmp_path, [old], Path("star.safetensors"))
+    file_report.write_reports(tmp_path, [new], Path("star.v2.safetensors"))
+    file_report.write_reports(tmp_path, [new, replace(new, concept="swirl")], Path("star.both.safetensors"))
+    read = {path.name: file_report.read_report(path).file_sha256[0] for path in tmp_path.glob("*.json")}
+    assert read == {
+        "star.evaluation.json": "0",
+        "star.v2.evaluation.json": "1",
+        "star.both.star.evaluation.json": "1",
+        "star.both.swirl.evaluation.json": "1",
+    }
 
 
 def test_other_models_are_refused(model, star, tmp_path, monkeypatch):

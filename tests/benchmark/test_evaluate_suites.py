@@ -89,7 +89,7 @@ def test_two_processes_share_out_fits_that_gather_statistics(tmp_path):
 
 def test_two_processes_give_the_table_of_one(tiny_world, tmp_path):
     (report,) = file_report.evaluate_file(tiny_world, STAR, tmp_path / "one", 1.0, FEW)
-    file_report.write_reports(tmp_path / "one", [report])
+    file_report.write_reports(tmp_path / "one", [report], STAR)
     told = evaluated_by_two(
         tmp_path / "said", str(STAR), "--unsafe", "1", "--benign", "2", "--out", str(tmp_path / "two")
     )

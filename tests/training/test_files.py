@@ -87,7 +87,7 @@ def report_of(star, **changes):
     """An evaluation of the file, as `saferope evaluate` leaves it beside it."""
     rows = [Pair("star shown, unsafe", 64, 1.0, 0.0, (0.94, 1.0), (0.0, 0.06), 1e-9)]
     report = Report("star", sha256(star), "tinyworld", 1.0, 9_000_000, rows, [("x", torch.zeros(1, 3, 8, 8))])
-    file_report.write_reports(star.parent, [replace(report, **changes)])
+    file_report.write_reports(star.parent, [replace(report, **changes)], star)
     return star.with_name("star.evaluation.json")
 
 
