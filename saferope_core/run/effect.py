@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,15 +57,17 @@ def effect_of(concept: Concept, strength: float = 1.0, threshold: float | None =
 
 def undone(chain: Sequence[Protection]) -> list[str]:
     """A sentence for every concept of the protections in a row that the others turn back, in any of its heads."""
+    concepts = [concept for protection in chain for concept in protection.concepts]
+    if len(concepts) < 2:
+        return []
+    probed = [_probed(each) for each in concepts]
+    own = [_far(way, _part(chain, [each])) >= LEAST_TURN for way, each in zip(probed, concepts, strict=True)]
+    whole = [_far(way, chain) < LEAST_TURN for way in probed]
     found: list[str] = []
-    if sum(len(protection.concepts) for protection in chain) < 2:
-        return found
-    for each in (concept for protection in chain for concept in protection.concepts):
-        own = [_only(protection, [each]) for protection in chain]
-        alone = moved(each, own) >= LEAST_TURN
-        who = [(other, _lost(each, other, chain, alone)) for other in _others(chain, each) if opposed(each, other)]
-        who = [(other, lost) for other, lost in who if lost.any()]
-        lost = alone & (moved(each, chain) < LEAST_TURN)
+    by_others = _by_others(chain, concepts, probed, whole)
+    for each, alone, still, others in zip(concepts, own, whole, by_others, strict=True):
+        who = [(other, alone & heads) for other, heads in others if (alone & heads).any()]
+        lost = alone & still
         for _, heads in who:
             lost |= heads
         if lost.any():
@@ -72,26 +76,68 @@ def undone(chain: Sequence[Protection]) -> list[str]:
     return found
 
 
+def _by_others(
+    chain: Sequence[Protection], concepts: list[Concept], probed: list[Probed], whole: list[Tensor]
+) -> list[list[tuple[Concept, Tensor]]]:
+    """For each concept, those opposed to it, and bool [N]: heads in which little moves beside that one alone."""
+    found: list[list[tuple[Concept, Tensor]]] = [[] for _ in concepts]
+    for one, other in combinations(range(len(concepts)), 2):
+        if concepts[one] is concepts[other] or not opposed(concepts[one], concepts[other]):
+            continue
+        pair = _part(chain, [concepts[one], concepts[other]])
+        all_there = all(each is protection for each, protection in zip(pair, chain, strict=True))
+        for this, that in ((one, other), (other, one)):
+            still = whole[this] if all_there else _far(probed[this], pair) < LEAST_TURN
+            found[this].append((concepts[that], still))
+    return found
+
+
 def moved(concept: Concept, chain: Sequence[Protection]) -> Tensor:
     """How far the chain moves any direction that each of the concept's heads turns at most, [N] in [0, 2]."""
-    far = torch.zeros(len(concept.heads))
+    return _far(_probed(concept), chain)
+
+
+class Probed(NamedTuple):
+    """A concept and its probes [N, P, D] by stream and role, made once for all chains they are sent through."""
+
+    concept: Concept
+    probes: dict[tuple[str, str], Tensor]
+
+
+def _probed(concept: Concept) -> Probed:
+    probes = {}
     for stream in STREAMS:
         for role in concept.acts(stream):
-            owners, basis = concept.owners(role), concept.basis(role, stream)
-            probes = torch.cat([_probes(basis, concept.reach), _leaning(basis, concept, role, stream)], dim=1)
-            group = concept.geometry.group if role == "k" else 1
-            for kind, index in concept.heads[:, :2].unique(dim=0).tolist():
-                here = (concept.heads[:, :2] == torch.tensor([kind, index])).all(1)
-                heads = concept.heads[here, 2].long() // group
-                x = torch.zeros(1, concept.geometry.heads_of(role), *probes.shape[1:])
-                x[0, heads[owners[here]]] = probes[here & owners]
-                spans = {"text": (0, 0), "image": (0, 0), stream: (0, x.shape[2])}
-                y = x
-                for each in chain:
-                    y = each.rotate(y, role, BLOCK_TYPES[kind], index, spans["text"], spans["image"])
-                lengths = torch.linalg.vector_norm(y - x, dim=-1).amax(-1)[0, heads]
-                far[here] = torch.maximum(far[here], lengths)
+            basis = concept.basis(role, stream)
+            both = [_probes(basis, concept.reach), _leaning(basis, concept, role, stream)]
+            probes[stream, role] = torch.cat(both, dim=1)
+    return Probed(concept, probes)
+
+
+def _far(probed: Probed, chain: Sequence[Protection]) -> Tensor:
+    """`moved`, of probes at hand."""
+    concept = probed.concept
+    far = torch.zeros(len(concept.heads))
+    blocks = [
+        (kind, index, _in_block(concept, kind, index)) for kind, index in concept.heads[:, :2].unique(dim=0).tolist()
+    ]
+    for (stream, role), probes in probed.probes.items():
+        owners, group = concept.owners(role), concept.geometry.group if role == "k" else 1
+        for kind, index, here in blocks:
+            heads = concept.heads[here, 2].long() // group
+            x = torch.zeros(1, concept.geometry.heads_of(role), *probes.shape[1:])
+            x[0, heads[owners[here]]] = probes[here & owners]
+            spans = {"text": (0, 0), "image": (0, 0), stream: (0, x.shape[2])}
+            y = x
+            for each in chain:
+                y = each.rotate(y, role, BLOCK_TYPES[kind], index, spans["text"], spans["image"])
+            lengths = torch.linalg.vector_norm(y - x, dim=-1).amax(-1)[0, heads]
+            far[here] = torch.maximum(far[here], lengths)
     return far
+
+
+def _in_block(concept: Concept, kind: int, index: int) -> Tensor:
+    return (concept.heads[:, :2] == torch.tensor([kind, index])).all(1)
 
 
 def _probes(bases: Tensor, reach: int) -> Tensor:
@@ -117,19 +163,19 @@ def _leaning(bases: Tensor, concept: Concept, role: str, stream: str) -> Tensor:
     return risk.sqrt() * unsafe[:, :1] + (1 - risk).sqrt() * reach
 
 
-def _others(chain: Sequence[Protection], concept: Concept) -> list[Concept]:
-    return [other for protection in chain for other in protection.concepts if other is not concept]
-
-
-def _lost(concept: Concept, other: Concept, chain: Sequence[Protection], alone: Tensor) -> Tensor:
-    """bool [N]: heads in which the other one by itself turns the concept back."""
-    pair = [_only(protection, [concept, other]) for protection in chain]
-    return alone & (moved(concept, pair) < LEAST_TURN)
+def _part(chain: Sequence[Protection], concepts: Sequence[Concept]) -> list[Protection]:
+    """The chain with some of its concepts alone."""
+    return [_only(protection, concepts) for protection in chain]
 
 
 def _only(protection: Protection, concepts: Sequence[Concept]) -> Protection:
-    """The protection with some of its concepts, as far as it has them, each as strong as it is there."""
+    """The protection with some of its concepts, as far as it has them, each as strong as it is there.
+
+    It is the same object where that is all of it: its folded planes, which take the most time to make, serve again.
+    """
     rows = zip(protection.concepts, protection.effective, protection.thresholds, strict=True)
     kept = [row for row in rows if any(row[0] is each for each in concepts)]
     factors = [effective / concept.strength if concept.strength else 0.0 for concept, effective, _ in kept]
-    return Protection([row[0] for row in kept], protection.geometry, factors, [row[2] for row in kept])
+    made = Protection([row[0] for row in kept], protection.geometry, factors, [row[2] for row in kept])
+    same = len(kept) == len(protection.concepts) and made.effective == protection.effective
+    return protection if same else made

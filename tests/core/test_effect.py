@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saferope_core import Geometry, Protection, effect_of, undone
+from saferope_core import Geometry, Protection, effect_of, moved, undone
+from saferope_core.concept.strength import opposed
+from saferope_core.run import effect, protection
+from saferope_core.run.effect import LEAST_TURN
 from tests.support import concepts as flat
 
 GROUPED = Geometry(0, 2, 6, 32, "krea2", key_heads=2)
@@ -63,3 +66,74 @@ def test_the_inverse_turn_is_told(make_concept, geometry):
     assert any("'star' is turned back by 'other' in 6 of its 6 heads" in sentence for sentence in told), told
     apart = make_concept("zappy", rank=4, threshold=0.1)
     assert undone([Protection([concept, apart], geometry)]) == []
+
+
+def told_slowly(chain):
+    """`undone` by its definition: every chain made anew, nothing kept."""
+    concepts, found = [concept for protection in chain for concept in protection.concepts], []
+    for each in concepts:
+        alone = moved(each, only(chain, [each])) >= LEAST_TURN
+        lost, who = alone & (moved(each, chain) < LEAST_TURN), []
+        for other in concepts:
+            if other is not each and opposed(each, other):
+                heads = alone & (moved(each, only(chain, [each, other])) < LEAST_TURN)
+                lost, who = lost | heads, who + [repr(other.slug)] * bool(heads.any())
+        if lost.any():
+            by = f" by {', '.join(who[:4])}" if who else ""
+            found.append(f"concept {each.slug!r} is turned back{by} in {int(lost.sum())} of its {len(lost)} heads")
+    return found
+
+
+def only(chain, wanted):
+    def part(protection):
+        rows = zip(protection.concepts, protection.effective, protection.thresholds, strict=True)
+        kept = [row for row in rows if any(row[0] is each for each in wanted)]
+        strengths = [effective / concept.strength for concept, effective, _ in kept]
+        return Protection([row[0] for row in kept], protection.geometry, strengths, [row[2] for row in kept])
+
+    return [part(protection) for protection in chain]
+
+
+def test_undone_tells_the_same_as_its_slow_definition(make_concept, geometry):
+    first, second = make_concept("first", threshold=0.1), make_concept("second", threshold=0.1, strength=0.7)
+    sign = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 0.5])[:, None, None]  # the inverse turn in some heads alone
+    names = ("generator_text", "generator_image")
+    against = [
+        flat.changed(each, slug=f"no-{each.slug}", **{name: sign * flat.field(each, name) for name in names})
+        for each in (first, second)
+    ]
+    every = [first, second, *against]
+    chains = [
+        [Protection(every, geometry)],
+        [Protection([first, second], geometry), Protection(against, geometry, [1.0, 0.9])],
+        [Protection([each], geometry) for each in every],
+        [Protection([first], geometry), Protection([second, first], geometry, [1.0, -1.0])],
+        [Protection([first, against[0]], geometry, thresholds=[0.1, 0.5])],
+    ]
+    told = [undone(chain) for chain in chains]
+    assert told == [told_slowly(chain) for chain in chains]
+    assert sum(map(bool, told)) >= 4 and len({str(each) for each in told}) > 2, "concepts that turn each other back"
+    assert undone([Protection([first, second], geometry)]) == [], "control"
+
+
+def test_what_is_kept_is_used_again(make_concept, geometry, monkeypatch):
+    """Probes once a concept; planes folded once alone and once together, for two that turn each other back."""
+    concept = make_concept(threshold=0.1)
+    back = {name: -flat.field(concept, name) for name in ("generator_text", "generator_image")}
+    pair = [concept, flat.changed(concept, slug="other", **back)]
+    calls = {"_probed": 0, "plans_of": 0}
+
+    def counted(module, name):
+        real = getattr(module, name)
+
+        def count(*given):
+            calls[name] += 1
+            return real(*given)
+
+        monkeypatch.setattr(module, name, count)
+
+    counted(effect, "_probed"), counted(protection, "plans_of")
+    assert undone([Protection(pair, geometry)])
+    assert calls == {"_probed": 2, "plans_of": 3}
+    assert told_slowly([Protection(pair, geometry)])
+    assert calls["plans_of"] > 3 + 3, "control"
