@@ -14,7 +14,7 @@ from typing import Any
 from .editor import PRIMITIVES
 from .effect import File, Files
 from .graph import Graph, Link, Node, Unknown, Value
-from .known import CALIBRATE, COMBINE, LOAD
+from .known import CALIBRATE, COMBINE, LOAD, OUTSIDE
 
 STRENGTH_MAX = 2.0  # of the nodes
 LEAST_STRENGTH = 0.05  # the nodes' smallest step: less rounds away
@@ -125,6 +125,8 @@ class Concepts:
         if value is None or self.left <= 0:
             return []
         node = self.graph.nodes[value.source] if isinstance(value, Link) else None
+        if node and node.kind == OUTSIDE:
+            return [Part(node.id, f"from outside, by input {value.slot + 1} of the blueprint", 1.0)]
         if (
             node is None
             or node.bypassed

@@ -12,7 +12,7 @@ from typing import Any
 
 from .file import Unreadable
 from .graph import MAX_NODES, Graph, Input, Link, Node, Unknown, Value
-from .known import APPLY, COMBINE, LOAD
+from .known import APPLY, COMBINE, LOAD, OUTSIDE
 
 MUTED, BYPASSED = 2, 4
 MODES = (0, 1, MUTED, 3, BYPASSED)
@@ -21,6 +21,10 @@ MAX_LINKS, MAX_SLOTS = 100_000, 2_000  # links and inputs with all subgraphs unf
 MAX_HOPS = 200  # reroutes and borders of subgraphs between two nodes
 INPUT_NODE, OUTPUT_NODE = -10, -20  # where a subgraph does not name its own
 ASIDE = {"Note", "MarkdownNote"}
+BLUEPRINT = (
+    "this is a blueprint: its inputs count as connected, to a model without protection and to concepts that nobody has "
+    "looked at; audit the workflow that uses it"
+)
 GROUP = ("workflow>", "workflow/")  # how the type of a group node begins
 # Widgets in the order in which they are saved, which is that of the node's schema.
 WIDGETS = {
@@ -56,6 +60,7 @@ class Scope:
     definition: dict = field(default_factory=dict)
     ends: tuple[str, str] = (str(INPUT_NODE), str(OUTPUT_NODE))
     inner: dict[str, Scope] = field(default_factory=dict)
+    blueprint: bool = False  # the file is one subgraph, connected to nothing: it runs only once it is put somewhere
 
     def __post_init__(self) -> None:
         self.size = len(self.links) + sum(len(_get(node, "inputs", list)) for node in self.nodes.values())
@@ -83,6 +88,7 @@ def from_editor(workflow: Any) -> Graph:
                     f"has more than {MAX_NODES} nodes or {MAX_LINKS} links and inputs with its subgraphs unfolded"
                 )
             scopes.append(inner)
+    scopes[0].blueprint = len(scopes[0].nodes) == len(scopes[0].inner) == 1 and not scopes[0].links
     for scope in scopes:
         for key, node in scope.nodes.items():
             _add(graph, scope, key, node, definitions)
@@ -125,6 +131,7 @@ def _scope(holder: dict, **place: Any) -> Scope:
         if (
             type(key) not in (int, str)
             or not isinstance(node.get("type"), str)
+            or node["type"] == OUTSIDE
             or type(mode) is not int
             or mode not in MODES
         ):
@@ -179,6 +186,9 @@ def _add(graph: Graph, scope: Scope, key: str, node: dict, definitions: dict) ->
             graph.notes.append(f"SafeRoPE Apply {place} is muted: it gives nothing")
         return
     if kind in definitions and mode != BYPASSED:
+        if scope.blueprint:
+            graph.add(Node(place, OUTSIDE))
+            graph.notes.append(BLUEPRINT)
         return
     if mode != BYPASSED and kind.startswith(GROUP):
         graph.opaque.append((place, "a group node, which is not looked into; convert it to a subgraph"))
@@ -214,7 +224,8 @@ def _origin(scope: Scope, node: dict, index: int) -> Input | None:
             slots = _get(node, "inputs", list)
             number = slots[index].get("link") if index < len(slots) else None
             if number is None:
-                return None
+                open_end = scope.blueprint and index < len(slots) and "widget" not in slots[index]
+                return Link(str(node["id"]), index) if open_end else None
             link = scope.links.get(number) if type(number) in (int, str) else None
             if link is None or link[2] != str(node["id"]):
                 return Unknown(f"the link {number!r:.40}, which is not there or leads elsewhere")

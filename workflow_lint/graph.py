@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .file import Unreadable
-from .known import ANY, EVERYWHERE, MODELS, OTHER, node_table
+from .known import ANY, EVERYWHERE, MODELS, OTHER, OUTSIDE, node_table
 
 MAX_NODES = 20_000  # of a workflow with its subgraphs unfolded
 
@@ -80,7 +80,7 @@ def from_api(prompt: Any) -> Graph:
     graph = Graph()
     for key, entry in prompt.items():
         kind, inputs = (entry.get("class_type"), entry.get("inputs", {})) if isinstance(entry, dict) else (None, None)
-        if not isinstance(kind, str) or not isinstance(inputs, dict):
+        if not isinstance(kind, str) or kind == OUTSIDE or not isinstance(inputs, dict):
             raise Unreadable(f'has an entry {key!r:.60} that is no node, expected {{"class_type": ..., "inputs": ...}}')
         if EVERYWHERE.fullmatch(kind):
             inputs = {}  # what it sends on is linked plainly in this form
@@ -128,8 +128,9 @@ class Flow:
         return types[link.slot] if link.slot < len(types) else ANY
 
     def _holders(self) -> set[str]:
-        """Nodes whose outputs of no type may be a model: those that are not known, and others that take from them."""
-        found = {node.id for node in self.graph.nodes.values() if not node.known and not node.bypassed}
+        """Nodes whose outputs of no type may be a model: not known, outside of a blueprint, or fed by one of these."""
+        nodes = self.graph.nodes.values()
+        found = {node.id for node in nodes if (not node.known and not node.bypassed) or node.kind == OUTSIDE}
         todo = list(self.graph.nodes)
         while todo:
             for node, name, link in self.consumers[todo.pop()]:

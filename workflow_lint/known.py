@@ -16,7 +16,10 @@ ANY, OTHER = "*", ""
 APPLY, LOAD, COMBINE, CALIBRATE, PROBE = (
     f"SafeRoPE_{name}" for name in ("Apply", "LoadConcept", "CombineConcepts", "CalibrateConcept", "RiskProbe")
 )
+# Stands for all that a blueprint is connected to once it is used. Readers refuse a file with a node of this class.
+OUTSIDE = "outside of the blueprint, node"
 _OURS = {
+    OUTSIDE: [{}, []],
     APPLY: [{"model": "MODEL"}, ["MODEL", OTHER]],
     LOAD: [{}, [OTHER, OTHER]],
     COMBINE: [{"concepts": ANY}, [OTHER, OTHER, "IMAGE"]],
