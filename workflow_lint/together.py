@@ -37,6 +37,16 @@ def doubts(chain: Sequence[Protection], digests: Sequence[str], full: bool) -> l
     return found
 
 
+def unpinned(chain: Sequence[Protection]) -> list[str]:
+    """Concepts of Applies in a row that no sha256 holds to one file."""
+    return [
+        f"concept {part.name!r} of node {part.node} is not pinned by a sha256: pin it in Load Concept"
+        for each in chain
+        for part in each.parts
+        if part.sha256 is None
+    ]
+
+
 def _undone(chain: Sequence[Protection], parts: list[Part], full: bool) -> list[str]:
     """Concepts that no longer turn, or not in all of their heads, when all whose files are at hand act in a row."""
     does, found = [each.does for each in chain if each.does], []

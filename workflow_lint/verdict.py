@@ -18,7 +18,7 @@ from .file import Documents, Unreadable
 from .graph import Flow, Graph, from_api
 from .known import advice
 from .protections import Protection, protections
-from .together import doubts, drawing, stop_by_samplers
+from .together import doubts, drawing, stop_by_samplers, unpinned
 from .walk import MOST_STEPS, Walk, distinct
 
 ACTING = "an Apply that acts"
@@ -61,10 +61,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Required:
-    """What every path must pass: an Apply that acts; `full`: over all of it; one pinned to each of `digests`."""
+    """What every path must pass: an Apply that acts; `full`: over all of it; one pinned to each of `digests`.
+
+    every_pinned: and no concept on the way that is not pinned to some file.
+    """
 
     digests: tuple[str, ...] = ()
     full: bool = False
+    every_pinned: bool = False
 
     def tests(self) -> list[tuple[str, Callable[[Protection], bool]]]:
         holds = Protection.full if self.full else lambda each: each.acts
@@ -152,7 +156,7 @@ def _doubted(walk: Walk, found: dict[str, Protection], required: Required) -> di
     told = {}
     for key in found:
         chain = [found[each] for each in walk.upstream(key)[::-1] if each in found and not found[each].inert]
-        told[key] = doubts(chain, required.digests, required.full)
+        told[key] = doubts(chain, required.digests, required.full) + unpinned(chain) * required.every_pinned
     return told
 
 

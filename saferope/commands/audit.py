@@ -28,6 +28,10 @@ def audit(
         list[str] | None,
         typer.Option(help="Every path must pass a concept that is pinned to this file. May be repeated: each of them."),
     ] = None,
+    every_concept_pinned: Annotated[
+        bool,
+        typer.Option("--every-concept-pinned", help="Every concept on a path must be pinned to some file's sha256."),
+    ] = False,
     concepts: Annotated[
         Path | None,
         typer.Option(
@@ -56,7 +60,10 @@ def audit(
     for file in files:
         try:
             documents = read(file)
-            whole, part = (audit_file(documents, Required(digests, full), files_at_hand) for full in (True, False))
+            whole, part = (
+                audit_file(documents, Required(digests, full, every_concept_pinned), files_at_hand)
+                for full in (True, False)
+            )
             level, verdict = level_of(whole.protected, part.protected), whole if part.protected else part
             reports.append(as_json(str(file), verdict, level))
             texts.append(as_text(str(file), verdict, level))

@@ -227,3 +227,27 @@ def test_names_of_windows_are_found_on_every_machine(tmp_path, folder):
     prompt["2"]["inputs"]["concept"] = "sub\\star3.safetensors"
     code, told = audit(tmp_path, prompt, "--concepts", folder)
     assert code == 1 and "there is no file of this name" in told
+
+
+def test_every_concept_pinned(tmp_path, folder):
+    """Any pin of a file will do, but each concept on the way needs one; exit codes as everywhere."""
+    name, option = "bundled.safetensors", "--every-concept-pinned"
+    assert audit(tmp_path, one(folder, name), option)[0] == 0
+    assert audit(tmp_path, one(folder, name, end_percent=0.5), option)[0] == 3
+    unpinned = one(folder, name) | {"2": load(folder, name, pinned=False)}
+    code, told = audit(tmp_path, unpinned, option)
+    assert code == 1 and f"concept '{name}' of node 2 is not pinned by a sha256" in told
+    assert audit(tmp_path, unpinned)[0] == 0, "control"
+    assert audit(tmp_path, unpinned, option, "--concepts", folder)[0] == 1, "a file at hand is not a pin"
+
+
+def test_every_concept_of_several_must_be_pinned(tmp_path, folder):
+    option, two = "--every-concept-pinned", ("bundled.safetensors", "nearly-inverse.safetensors")
+    both = combined(folder, *two)
+    assert audit(tmp_path, both, option)[0] == 1 and audit(tmp_path, both)[0] == 0
+    assert audit(tmp_path, both | {"7": load(folder, two[0])}, option)[0] == 0
+    row = in_a_row(folder, *two)
+    assert audit(tmp_path, row, option)[0] == 0
+    assert audit(tmp_path, row | {"7": load(folder, two[1], pinned=False)}, option)[0] == 1
+    made = one(folder, two[0]) | {"2": node("SafeRoPE_CalibrateConcept", model=("1", 0))}
+    assert audit(tmp_path, made)[0] == 0 and audit(tmp_path, made, option)[0] == 1, "without a file to pin"

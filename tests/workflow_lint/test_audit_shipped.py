@@ -86,6 +86,10 @@ def test_a_blueprint_asks_for_protection_by_its_own_paths_alone(change):
 
 def test_a_blueprints_concept_is_pinned_to_nothing():
     assert not audited(read(BLUEPRINT), Required(("0" * 64,))).protected
+    assert (
+        not audited(read(BLUEPRINT), Required(every_pinned=True)).protected
+        and audited(read(BLUEPRINT), Required()).protected
+    )
 
 
 def test_no_file_may_name_the_outside_of_a_blueprint():
