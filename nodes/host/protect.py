@@ -11,6 +11,7 @@ from ...saferope_core import (
     Concept,
     Geometry,
     Protection,
+    effect_of,
     held_strengths,
     parse_blocks,
     restricted,
@@ -51,18 +52,36 @@ def protect(
         return model.clone(), recorder
     before = [patch.protection for patch in _patches(model, span)]
     told = asked_of(whole or concepts, protection, span, blocks, streams, positive_only, before)
-    _tell(told, threshold)
+    _tell(told, whole or concepts, threshold)
     patch = AttentionPatch(protection, *span, positive_only=positive_only, recorder=recorder, asked=told)
     return patched(model, patch), recorder
 
 
-def _tell(told: Asked, threshold: float | None) -> None:
-    """Notices of concepts that turn nothing, and of those that others turn back."""
+def _tell(told: Asked, concepts: Sequence[Concept], threshold: float | None) -> None:
+    """Notices of concepts that turn nothing by these settings, and of those that others turn back. Raises ValueError
+    for a concept that could turn nothing by any.
+    """
+    whole = {concept.slug: concept for concept in concepts}
     for each in told.concepts:
         if each.effective and not each.turning and threshold != 1:  # `warn` has told of that
-            notice(f"concept {each.slug!r} turns nothing: its gates, angles or strength leave no effect.")
+            _require_effect(whole[each.slug], threshold)
+            notice(
+                f"concept {each.slug!r} turns nothing: the chosen gate, blocks, streams or strength leave no effect."
+            )
     for sentence in told.undone:
         notice(f"{sentence}.")
+
+
+def _require_effect(concept: Concept, threshold: float | None) -> None:
+    """Raise ValueError where the concept turns nothing at strength 1 in any block: it is empty, whatever its name."""
+    gate = None if threshold is None else 0.0  # a fixed gate takes the place of the concept's own
+    effect = effect_of(concept, 1 / concept.strength, gate)
+    if not effect.turning:
+        raise ValueError(
+            f"Concept {concept.slug!r} has no effect: it {effect}, at strength 1. Expected a head that turns. "
+            "Its gates let no token turn, or its angles are near 0. Train or calibrate it anew, take another file, or "
+            "set strength to 0 to draw without protection."
+        )
 
 
 def _why_idle(concepts: list[Concept], strength: float, span: tuple[float, float]) -> str | None:
@@ -114,13 +133,17 @@ def _patches(model: Any, span: tuple[float, float]) -> list[AttentionPatch]:
 def warn(
     concepts: list[Concept], parts: list[Concept], strength: float, threshold: float | None, span: tuple[float, float]
 ) -> None:
-    """Notices about all that was asked of the concepts and will not be; `parts` are what is left of them to turn."""
+    """Notices about all that was asked of the concepts and will not be; `parts` are what is left of them to turn.
+
+    Raises ValueError for a concept that has nothing to turn anywhere.
+    """
     start_notices()
     if strength == 0:  # how one asks for no protection
         return
     left = {part.slug for part in parts}
     for concept in concepts:
         if concept.slug not in left and concept.strength != 0:
+            _require_effect(concept, threshold)
             notice(
                 f"concept {concept.slug!r} has nothing to turn in the chosen blocks and streams: it is not suppressed."
             )

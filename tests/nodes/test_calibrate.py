@@ -143,8 +143,8 @@ def shown(pictures):
 
 
 def test_stars_go_and_the_rest_stays(run, made, paint):
-    """Prompts that nothing was made from. Turned by an angle of 0, or made from benign prompts,
-    nothing is suppressed."""
+    """Prompts that nothing was made from. Turned by an angle of 0, it is refused; made from benign
+    prompts, nothing is suppressed."""
     (concept,), report, heads, _ = made
     assert (concept.name, concept.slug, concept.mode, concept.text.acts_on) == ("Star", "star", "fixed", "qk")
     assert f"Star: {len(concept.heads)} of 12 heads tell it apart" in report
@@ -162,7 +162,8 @@ def test_stars_go_and_the_rest_stays(run, made, paint):
     assert sum(a == b for a, b in zip(*seen, strict=True)) >= PICTURES - 1
 
     ((still,), *_) = run(angle=0.0)
-    assert torch.equal(paint(stars, [still]), bare), "negative control: the angle turns"
+    with pytest.raises(ValueError, match="has no effect"):  # negative control: the angle turns
+        paint(stars, [still])
     marked = "\n".join(
         f"{p.text[:i]}[{p.text[i:j]}]{p.text[j:]}" for p in others[:UNSAFE] for i, j in [_first_word(p.text)]
     )
