@@ -92,7 +92,8 @@ def settings() -> list:
             io.Float,
             "angle",
             0.1,
-            "0 to 3.14: the angle, in radians, of a plane at risk 1. 3.14 is half a turn, the most. 0 turns nothing.",
+            "0 to 3.14: the angle, in radians, of a plane at risk 1. 3.14 is half a turn, the most. "
+            "0 turns nothing: SafeRoPE Apply refuses such a concept.",
         ),
         number(
             io.Float,

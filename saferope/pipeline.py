@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saferope_core import Concept, Protection, load_concepts
+from saferope_core import Concept, Protection, load_concepts, require_effect
 from saferope_training.flux.attach import Span, attached, geometry_of, layout_of, sites
 
 File = str | os.PathLike
@@ -27,9 +27,10 @@ def protect(pipe: Any, concepts: Concepts, strength: float = 1.0, threshold: flo
     was before, bit for bit, also after an exception.
 
     Raises ValueError where `pipe` is of no family that SafeRoPE reaches (docs/models.md), is compiled, is inside of
-    another `protect`, or where a concept was made for another geometry. Raises RuntimeError where a forward pass left
-    out a protected query or key, as a replaced attention does, and at the end of a block in which the transformer never
-    ran.
+    another `protect`, where a concept was made for another geometry, or has no effect at any strength (gates that
+    nothing passes, angles near 0; strength 0 is the way to draw without protection). Raises RuntimeError where a
+    forward pass left out a protected query or key, as a replaced attention does, and at the end of a block in which
+    the transformer never ran.
     """
     transformer = _transformer_of(pipe)
     loaded = _loaded(concepts)
@@ -38,6 +39,8 @@ def protect(pipe: Any, concepts: Concepts, strength: float = 1.0, threshold: flo
     if not any(protection.effective):
         yield
         return
+    for concept in loaded:
+        require_effect(concept, threshold)
     setattr(transformer, _MARK, True)
     watch = _Watch(transformer, protection)
     try:

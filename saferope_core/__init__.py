@@ -45,7 +45,7 @@ from .measure.statistics import (
     schedule,
     token_kinds,
 )
-from .run.effect import Effect, effect_of, moved, undone
+from .run.effect import Effect, effect_of, moved, require_effect, undone
 from .run.protection import Protection
 from .run.receipt import Asked, AskedConcept, Receipt, Seen, failures, omissions, receipt_from
 from .run.recorder import Forward, Reading, Run
@@ -126,6 +126,7 @@ __all__ = [
     "read_heads",
     "receipt_from",
     "relative_basis",
+    "require_effect",
     "require_known",
     "require_names",
     "require_vectors",

@@ -11,9 +11,9 @@ from ...saferope_core import (
     Concept,
     Geometry,
     Protection,
-    effect_of,
     held_strengths,
     parse_blocks,
+    require_effect,
     restricted,
     strength_notes,
 )
@@ -64,24 +64,12 @@ def _tell(told: Asked, concepts: Sequence[Concept], threshold: float | None) -> 
     whole = {concept.slug: concept for concept in concepts}
     for each in told.concepts:
         if each.effective and not each.turning and threshold != 1:  # `warn` has told of that
-            _require_effect(whole[each.slug], threshold)
+            require_effect(whole[each.slug], threshold)
             notice(
                 f"concept {each.slug!r} turns nothing: the chosen gate, blocks, streams or strength leave no effect."
             )
     for sentence in told.undone:
         notice(f"{sentence}.")
-
-
-def _require_effect(concept: Concept, threshold: float | None) -> None:
-    """Raise ValueError where the concept turns nothing at strength 1 in any block: it is empty, whatever its name."""
-    gate = None if threshold is None else 0.0  # a fixed gate takes the place of the concept's own
-    effect = effect_of(concept, 1 / concept.strength, gate)
-    if not effect.turning:
-        raise ValueError(
-            f"Concept {concept.slug!r} has no effect: it {effect}, at strength 1. Expected a head that turns. "
-            "Its gates let no token turn, or its angles are near 0. Train or calibrate it anew, take another file, or "
-            "set strength to 0 to draw without protection."
-        )
 
 
 def _why_idle(concepts: list[Concept], strength: float, span: tuple[float, float]) -> str | None:
@@ -143,7 +131,7 @@ def warn(
     left = {part.slug for part in parts}
     for concept in concepts:
         if concept.slug not in left and concept.strength != 0:
-            _require_effect(concept, threshold)
+            require_effect(concept, threshold)
             notice(
                 f"concept {concept.slug!r} has nothing to turn in the chosen blocks and streams: it is not suppressed."
             )

@@ -55,6 +55,23 @@ def effect_of(concept: Concept, strength: float = 1.0, threshold: float | None =
     return Effect(len(concept.heads), turning, angle, (low, high) if threshold is None else (threshold, threshold))
 
 
+def require_effect(concept: Concept, threshold: float | None = None) -> None:
+    """Raise ValueError where the concept turns nothing at strength 1 in any block: it is empty, whatever its name.
+
+    threshold: a fixed gate, which takes the place of the concept's own, or None. A concept of strength 0 passes: that
+    is how one asks for no protection.
+    """
+    if concept.strength == 0:
+        return
+    effect = effect_of(concept, 1 / concept.strength, None if threshold is None else 0.0)
+    if not effect.turning:
+        raise ValueError(
+            f"Concept {concept.slug!r} has no effect: it {effect}, at strength 1. Expected a head that turns. "
+            "Its gates let no token turn, or its angles are near 0. Train or calibrate it anew, take another file, or "
+            "set strength to 0 to draw without protection."
+        )
+
+
 def undone(chain: Sequence[Protection]) -> list[str]:
     """A sentence for every concept of the protections in a row that the others turn back, in any of its heads."""
     concepts = [concept for protection in chain for concept in protection.concepts]

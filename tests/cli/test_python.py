@@ -68,6 +68,32 @@ def test_strength_0_and_no_concept_change_no_bit(pipe, concepts, strength):
         pass  # nothing is protected, so nothing has to run
 
 
+def without_effect(concept, what):
+    """The concept with gates of 1, or with generators near 0."""
+    if what == "gates":
+        names = ("gate_q", "gate_k", "gate_image_q", "gate_image_k")
+        there = [name for name in names if flat.field(concept, name) is not None]
+        return flat.changed(
+            concept, threshold=1.0, **{name: torch.ones_like(flat.field(concept, name)) for name in there}
+        )
+    return flat.changed(concept, **{f"generator_{each}": 1e-6 * concept.generator(each) for each in ("text", "image")})
+
+
+@pytest.mark.parametrize("what", ["gates", "angles"])
+def test_a_concept_without_effect_is_refused_unless_strength_is_0(pipe, what):
+    (star,) = load_concepts(STAR)
+    empty, before = without_effect(star, what), hooks(pipe.transformer)
+    for concepts in ([empty], [STAR.with_name("swirl.safetensors"), empty]):
+        refusal = pytest.raises(ValueError, match=r"'star' has no effect.*Expected a head.*set strength to 0")
+        with refusal, protect(pipe, concepts):
+            pass
+    assert hooks(pipe.transformer) == before
+    with protect(pipe, [empty], strength=0):
+        pass
+    with protect(pipe, [star]):
+        draw(pipe)  # control
+
+
 def test_an_exception_leaves_the_pipeline_as_it_was(pipe):
     plain, before = draw(pipe), hooks(pipe.transformer)
     with pytest.raises(KeyError, match="mine"), protect(pipe, STAR):
