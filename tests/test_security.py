@@ -140,6 +140,29 @@ def test_every_test_that_a_promise_names_is_there():
         assert f"def {name}(" in Path(ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 
+def rows() -> list[str]:
+    """The rows of every table of docs/security.md that has a column of tests."""
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    tables = [block.split("\n") for block in re.findall(r"(?:^\|.*\n)+", page, re.M)]
+    last = ("test", "now held by")
+    return [
+        row
+        for head, _, *body in (table[:-1] for table in tables)
+        if head.split("|")[-2].strip() in last
+        for row in body
+    ]
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.split("|")[1].strip()[:60])
+def test_every_promise_names_a_test(row):
+    assert re.search(r"`tests/[\w/]+\.py::test_\w+`", row.split("|")[-2]), row
+
+
+def test_rows_without_a_test_would_be_seen():
+    assert len(rows()) > 100
+    assert not re.search(r"`tests/[\w/]+\.py::test_\w+`", "| a promise | none |".split("|")[-2])
+
+
 def test_python_versions_are_those_that_are_promised():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["requires-python"] == ">=3.10"
