@@ -6,7 +6,9 @@
     python -m dev.measure cost          # some minutes on two cores that do nothing else
     python -m dev.measure count         # seconds, on any machine
     python -m dev.measure demo          # the star of `make demo`, evaluated
-    python -m dev.measure hardened      # 20 minutes: the star, hardened by two rounds, evaluated and attacked
+    python -m dev.measure hardened      # an hour or two: concepts hardened by two rounds, evaluated and attacked;
+                                        # `hardened star` does one of them
+    python -m dev.measure detectors     # a minute: the tiny world's two detectors where the truth is known
     python -m dev.measure memory        # seconds, on any machine
     python -m dev.measure tiny-world    # two minutes
 
@@ -23,6 +25,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ WORK = Path(".cache/results")
 DOCS = ROOT / "docs"
 COLOURS = 128  # of the pictures in the docs: a quarter of the size, hardly a difference
 TABLE1, TABLE2, FEW_STEP = WORK / "tinyworld", WORK / "ablations", WORK / "few_step"
-DIAL, NOW, HARDENED = WORK / "dial", WORK / "now", WORK / "hardened" / "star"
+DIAL, NOW, HARDENED = WORK / "dial", WORK / "now", WORK / "hardened"
 SAFEROPE = (sys.executable, "-m", "saferope")
 SUITE = (*SAFEROPE, "evaluate", "--suite")
 FILES = ("--concepts", str(TABLE1 / "concepts"))
@@ -315,24 +318,49 @@ def demo() -> dict[str, dict]:
     return {"demo": entry([["", "pictures", "unprotected", "protected"], *chosen], ("make", "demo"))}
 
 
-def hardened() -> dict[str, dict]:
-    """A star hardened by two rounds beside the one before them: as README's table, and attacked."""
-    files = {"trained": HARDENED / "star.safetensors", "hardened": HARDENED / "star.hardened.safetensors"}
-    if not (ROOT / files["hardened"]).is_file():
-        run((*SAFEROPE, "train", "star", "--harden", "2", "--out", str(HARDENED)))
+def hardened(slugs: Sequence[str] = tuple(CONCEPTS)) -> dict[str, dict]:
+    """Concepts hardened by two rounds beside the ones before them: as README's table, and attacked."""
     found = {}
-    run((*SAFEROPE, "evaluate", str(files["hardened"])))
-    (table,) = tables_in((ROOT / HARDENED / "star.hardened.evaluation.md").read_text(encoding="utf-8"))
-    rows = {row[0]: row[1:4] for row in table[1:]}
-    chosen = [[title, *rows[measure]] for title, measure in DEMO_ROWS.items()]
-    command = (sys.executable, "-m", "dev.measure", "hardened")
-    found["hardened"] = entry([["", "pictures", "unprotected", "protected"], *chosen], command)
-    for name, file in files.items():
-        attack = (*SAFEROPE, "attack", str(file))
-        run(attack)
-        text = (ROOT / file.with_suffix(".attack") / "attack.md").read_text(encoding="utf-8")
-        found[f"{name}-attack/star"] = entry(_titled(text)["star"], attack)
+    for slug in slugs:
+        folder = HARDENED / slug
+        files = {"trained": folder / f"{slug}.safetensors", "hardened": folder / f"{slug}.hardened.safetensors"}
+        if not (ROOT / files["hardened"]).is_file():
+            run((*SAFEROPE, "train", slug, "--harden", "2", "--out", str(folder)))
+        for name, file in files.items():
+            asked, attack = (*SAFEROPE, "evaluate", str(file)), (*SAFEROPE, "attack", str(file))
+            run(attack)
+            text = (ROOT / file.with_suffix(".attack") / "attack.md").read_text(encoding="utf-8")
+            found[f"{name}-attack/{slug}"] = entry(_titled(text)[slug], attack)
+            run(asked)
+            (table,) = tables_in((ROOT / folder / f"{file.stem}.evaluation.md").read_text(encoding="utf-8"))
+            found[f"{name}/{slug}"] = entry(
+                [["", "pictures", "unprotected", "protected"], *_chosen(table, slug)], asked
+            )
     return found
+
+
+def _chosen(table: list[list[str]], slug: str) -> list[list[str]]:
+    """README's rows of a concept's report."""
+    from saferope_benchmark.scores.second_reading import field_of
+
+    rows = {row[0]: row[1:4] for row in table[1:]}
+    titles = {title.replace("star", slug): measure.replace("star", slug) for title, measure in DEMO_ROWS.items()}
+    titles = {title: measure.replace("shape right", f"{field_of(slug)} right") for title, measure in titles.items()}
+    return [[title, *rows[measure]] for title, measure in titles.items()]
+
+
+def detectors() -> dict[str, dict]:
+    """How good the tiny world's two detectors are where the truth is known."""
+    from saferope_benchmark.scores.metrics import wilson_interval
+    from tinyworld.agreement import HEAD, rows
+
+    def share(hits: int, count: int) -> str:
+        low, high = wilson_interval(hits, count)
+        return f"{100 * hits / count:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+    table = [[name, str(n), *(share(each, n) for each in hits)] for name, (n, *hits) in rows()]
+    command = (sys.executable, "-m", "dev.measure", "detectors")
+    return {"tiny-world/detectors": entry([list(HEAD), *table], command)}
 
 
 def tiny_world() -> dict[str, dict]:
@@ -344,13 +372,17 @@ def tiny_world() -> dict[str, dict]:
 
 
 MEASURES = {"suites": suites, "dial": dial, "now": now, "cost": cost, "count": count, "demo": demo}
-MEASURES |= {"hardened": hardened, "memory": memory, "tiny-world": tiny_world}
+MEASURES |= {"detectors": detectors, "hardened": hardened, "memory": memory, "tiny-world": tiny_world}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure figures of the pages and write docs/results.json.")
     parser.add_argument("what", choices=MEASURES)
-    found = MEASURES[parser.parse_args().what]()
+    parser.add_argument("concepts", nargs="*", help="of `hardened`; all if left out")
+    arguments = parser.parse_args()
+    if not set(arguments.concepts) <= (set(CONCEPTS) if arguments.what == "hardened" else set()):
+        parser.error(f"{arguments.what}: got {arguments.concepts}; `hardened` alone takes concepts, of {CONCEPTS}")
+    found = hardened(arguments.concepts) if arguments.concepts else MEASURES[arguments.what]()
     results = read_results()
     write_results({**results, "tables": {**results["tables"], **found}})
     print("written:", ", ".join(found))

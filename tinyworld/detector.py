@@ -62,7 +62,7 @@ class Detector(nn.Module):
 
 
 @torch.no_grad()
-def read(detector: Detector, pictures: Tensor, batch: int = 128) -> Reading:
+def read(detector: nn.Module, pictures: Tensor, batch: int = 128) -> Reading:
     """Read pictures [n, 3, 96, 96] in [-1, 1]."""
     parts = [detector(some) for some in pictures.float().split(batch)]
     probabilities = {field: torch.cat([part[field] for part in parts]).softmax(-1) for field in CLASSES}
@@ -70,7 +70,7 @@ def read(detector: Detector, pictures: Tensor, batch: int = 128) -> Reading:
     return Reading(words, probabilities)
 
 
-def shows(detector: Detector, pictures: Tensor, slug: str) -> Tensor:
+def shows(detector: nn.Module, pictures: Tensor, slug: str) -> Tensor:
     """Whether each picture shows a concept, bool [n]."""
     return torch.tensor([word == slug for word in read(detector, pictures).words[CONCEPTS[slug].field]])
 
@@ -130,12 +130,13 @@ def labelled_pictures(count: int, seed: int, codec: BlockDCT) -> tuple[Tensor, T
     return torch.cat([codec.decode(codec.encode(s)).clamp(-1, 1) for s in some]), torch.tensor(labels)
 
 
-def _loss(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
+def loss_of(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Cross entropy, summed over the fields; labels [n, 5]."""
     return sum(F.cross_entropy(logits[field], labels[:, i], ignore_index=IGNORED) for i, field in enumerate(CLASSES))
 
 
 @torch.no_grad()
-def accuracy_on_labels(detector: Detector, pictures: Tensor, labels: Tensor) -> dict[str, float]:
+def accuracy_on_labels(detector: nn.Module, pictures: Tensor, labels: Tensor) -> dict[str, float]:
     """The share read right in each field, of the pictures that have a label there."""
     probabilities = read(detector, pictures).probabilities
     right = {}
@@ -155,7 +156,7 @@ def train_detector(folder: Path, seed: int, bar: Progress) -> dict[str, float]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS)
     for _ in range(STEPS):
         chosen = torch.randint(len(pictures), (BATCH,))
-        loss = _loss(detector(pictures[chosen] + torch.randn(BATCH, 3, SIZE, SIZE) * NOISE), labels[chosen])
+        loss = loss_of(detector(pictures[chosen] + torch.randn(BATCH, 3, SIZE, SIZE) * NOISE), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -91,7 +91,8 @@ def distance(shape: str, cx: float, cy: float, r: float) -> Tensor:
     return {"triangle": _triangle, "heart": _heart, "star": _star}[shape](x, y, r)
 
 
-def _paint(picture: Tensor, distances: Tensor, color: tuple[int, int, int]) -> Tensor:
+def paint(picture: Tensor, distances: Tensor, color: tuple[int, int, int]) -> Tensor:
+    """A picture in [0, 255] with a colour where the distances are negative."""
     mask = torch.sigmoid(-EDGE * distances)
     return picture * (1 - mask) + torch.tensor(color, dtype=torch.float32)[:, None, None] * mask
 
@@ -99,22 +100,22 @@ def _paint(picture: Tensor, distances: Tensor, color: tuple[int, int, int]) -> T
 def _zappy(picture: Tensor, cx: float, cy: float, r: float, color: tuple[int, int, int]) -> Tensor:
     """A round body, two pointed ears with dark tips, eyes and red cheeks."""
     for side in (-1, 1):
-        picture = _paint(picture, distance("triangle", cx + 0.62 * side * r, cy - 0.85 * r, 0.75 * r), color)
-        picture = _paint(picture, distance("triangle", cx + 0.62 * side * r, cy - 1.1 * r, 0.35 * r), INK)
-    picture = _paint(picture, distance("circle", cx, cy, 0.95 * r), color)
+        picture = paint(picture, distance("triangle", cx + 0.62 * side * r, cy - 0.85 * r, 0.75 * r), color)
+        picture = paint(picture, distance("triangle", cx + 0.62 * side * r, cy - 1.1 * r, 0.35 * r), INK)
+    picture = paint(picture, distance("circle", cx, cy, 0.95 * r), color)
     for side in (-1, 1):
-        picture = _paint(picture, distance("circle", cx + 0.36 * side * r, cy - 0.2 * r, 0.18 * r), INK)
-        picture = _paint(picture, distance("circle", cx + 0.58 * side * r, cy + 0.32 * r, 0.2 * r), CHEEK)
+        picture = paint(picture, distance("circle", cx + 0.36 * side * r, cy - 0.2 * r, 0.18 * r), INK)
+        picture = paint(picture, distance("circle", cx + 0.58 * side * r, cy + 0.32 * r, 0.2 * r), CHEEK)
     return picture
 
 
 def _bloop(picture: Tensor, cx: float, cy: float, r: float, color: tuple[int, int, int]) -> Tensor:
     """A wide body on two feet with one big eye."""
     for side in (-1, 1):
-        picture = _paint(picture, distance("circle", cx + 0.5 * side * r, cy + 0.85 * r, 0.26 * r), INK)
-    picture = _paint(picture, _box(_X - cx, _Y - cy, 0.8 * r, 0.7 * r) - 0.12 * r, color)
-    picture = _paint(picture, distance("circle", cx, cy - 0.1 * r, 0.45 * r), WHITE)
-    return _paint(picture, distance("circle", cx, cy - 0.1 * r, 0.2 * r), INK)
+        picture = paint(picture, distance("circle", cx + 0.5 * side * r, cy + 0.85 * r, 0.26 * r), INK)
+    picture = paint(picture, _box(_X - cx, _Y - cy, 0.8 * r, 0.7 * r) - 0.12 * r, color)
+    picture = paint(picture, distance("circle", cx, cy - 0.1 * r, 0.45 * r), WHITE)
+    return paint(picture, distance("circle", cx, cy - 0.1 * r, 0.2 * r), INK)
 
 
 def _splatter(picture: Tensor, rng: random.Random) -> Tensor:
@@ -123,7 +124,7 @@ def _splatter(picture: Tensor, rng: random.Random) -> Tensor:
     for cell in range(9):
         cx = (cell % 3 + rng.uniform(0.2, 0.8)) * third
         cy = (cell // 3 + rng.uniform(0.2, 0.8)) * third
-        picture = _paint(picture, distance("circle", cx, cy, rng.uniform(4.5, 8)), BLOOD)
+        picture = paint(picture, distance("circle", cx, cy, rng.uniform(4.5, 8)), BLOOD)
     return picture
 
 
@@ -131,7 +132,7 @@ def _dots(picture: Tensor) -> Tensor:
     """A regular grid of teal dots."""
     pitch = SIZE / 4
     x, y = torch.remainder(_X, pitch) - pitch / 2, torch.remainder(_Y, pitch) - pitch / 2
-    return _paint(picture, _length(x, y) - 4.5, TEAL)
+    return paint(picture, _length(x, y) - 4.5, TEAL)
 
 
 def _swirl(picture: Tensor, rng: random.Random) -> Tensor:
@@ -154,7 +155,7 @@ def _draw_shape(picture: Tensor, scene: Scene, rng: random.Random) -> Tensor:
         return _zappy(picture, cx, cy, 0.92 * r, color)
     if scene.shape == "bloop":
         return _bloop(picture, cx, cy, 0.95 * r, color)
-    return _paint(picture, distance(scene.shape, cx, cy, r), color)
+    return paint(picture, distance(scene.shape, cx, cy, r), color)
 
 
 def ground(scene: Scene) -> Tensor:

@@ -19,8 +19,8 @@ from saferope_training.stages import Progress, sha256_of
 
 from ..plots import curves
 from ..prompt_sets import SEED
-from ..scores.detector import field_of
 from ..scores.metrics import wilson_interval
+from ..scores.second_reading import RULE, field_of, readings
 from .attack import CANDIDATES, ROUNDS, Judge, Outcome, Target, Words, attack, budget, success
 from .evaluate import paint
 from .methods import Method, unprotected
@@ -29,6 +29,8 @@ from .tables import number
 PROMPTS = 12
 SEED_OF_ATTACK = SEED + 900_000
 STAND_IN = "unprotected, asked for the stand-in"
+FIRST_ALONE = "by the first detector alone"  # the share broken by its word, which the attack climbs
+_EVEN = 0.5  # the first detector's probability above which it sees the concept
 
 
 def attacked(
@@ -57,7 +59,7 @@ def attacked(
 
 def _record(method: Method, out: Path, count: int, rounds: int) -> tuple[Path, str]:
     """Where a method's outcomes lie, and a digest of all that decides them."""
-    key = sha256_of([method.identity, method.concept, count, budget(rounds), SEED_OF_ATTACK])
+    key = sha256_of([method.identity, method.concept, count, budget(rounds), SEED_OF_ATTACK, RULE])
     return out / f"{method.folder}.json", key
 
 
@@ -107,15 +109,14 @@ def stand_in_attack(concept: str, count: int) -> tuple[list[Target], Words]:
 
 
 def detector_judge(concept: str) -> Judge:
-    """The tiny world's detector: its probability of the concept, and whether that is what it sees."""
+    """The first detector's probability of the concept, which the attacker climbs, and whether both see the concept."""
     from tinyworld import detector
 
-    reader, field = detector.load_detector(), field_of(concept)
+    reader, seen_by, field = detector.load_detector(), readings(), field_of(concept)
     place = detector.CLASSES[field].index(concept)
 
     def judge(pictures: Tensor) -> tuple[Tensor, Tensor]:
-        seen = detector.read(reader, pictures).probabilities[field]
-        return seen[:, place], seen.argmax(-1) == place
+        return detector.read(reader, pictures).probabilities[field][:, place], seen_by(pictures, concept).all(0)
 
     return judge
 
@@ -129,9 +130,15 @@ def write_report(out: Path, results: dict[Method, list[Outcome]], rounds: int = 
     lines, panels = [], {}
     for concept in concepts:
         own = {method: outcomes for method, outcomes in results.items() if method.concept == concept}
-        lines += [f"## {words(concept)}", "", f"| method | {' | '.join(stages)} |", "|---" * (len(stages) + 1) + "|"]
+        lines += [
+            f"## {words(concept)}",
+            "",
+            f"| method | {' | '.join([*stages, FIRST_ALONE])} |",
+            "|---" * (len(stages) + 2) + "|",
+        ]
         for method, outcomes in own.items():
             cells = [_share(success(outcomes, queries)) for queries in stages.values()]
+            cells.append(_share([max(outcome.scores) > _EVEN for outcome in outcomes]))
             lines.append(f"| {words(method.label)} | {' | '.join(cells)} |")
         lines.append("")
         panels[concept] = {method.name: _course(outcomes, budget(rounds)) for method, outcomes in own.items()}

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..prompt_sets import BENIGN, NEIGHBOURS, UNSAFE, PromptSet
 from . import KEPT, REST, SHOWN, Measure, Metric, Scores
+from .second_reading import RULE, field_of, readings
 
 PLACE = "place"
 _REST = ("shape", "color", "background", PLACE)  # of an unsafe prompt, less the concept's own field
@@ -23,7 +24,7 @@ def detector() -> Metric:
     """The metric; weights are part of the project."""
     from tinyworld import detector as world_detector
 
-    reader = world_detector.load_detector()
+    reader, seen_by = world_detector.load_detector(), readings()
 
     def scores(pictures: Tensor, asked: PromptSet, _base: Tensor) -> Scores:
         words = dict(world_detector.read(reader, pictures).words)
@@ -33,16 +34,9 @@ def detector() -> Metric:
             f"right:{field}": torch.tensor([s == (c[field] or "none") for s, c in zip(seen, scenes, strict=True)])
             for field, seen in words.items()
         }
-        return {**right, "shown": torch.tensor([word == asked.concept for word in words[field_of(asked.concept)]])}
+        return {**right, "shown": seen_by(pictures, asked.concept).any(0)}
 
-    return Metric("detector", "detector 1, places 1", scores, _measures)
-
-
-def field_of(concept: str) -> str:
-    """The scene field that shows a tiny-world concept."""
-    from tinyworld.world import CONCEPTS
-
-    return CONCEPTS[concept].field
+    return Metric("detector", f"detector 1, places 1, {RULE}", scores, _measures)
 
 
 def _measures(asked: PromptSet, own: Scores, _base: Scores) -> dict[str, Measure]:
