@@ -9,6 +9,7 @@
     python -m dev.measure hardened      # an hour or two: concepts hardened by two rounds, evaluated and attacked;
                                         # `hardened star` does one of them
     python -m dev.measure detectors     # a minute: the tiny world's two detectors where the truth is known
+    python -m dev.measure bundled       # minutes: the bundled star, attacked
     python -m dev.measure memory        # seconds, on any machine
     python -m dev.measure tiny-world    # two minutes
 
@@ -339,6 +340,17 @@ def hardened(slugs: Sequence[str] = tuple(CONCEPTS)) -> dict[str, dict]:
     return found
 
 
+def bundled() -> dict[str, dict]:
+    """The star that comes with the pack, attacked; two detectors judge."""
+    file = WORK / "bundled" / "star.safetensors"
+    (ROOT / file).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(ROOT / "tinyworld" / "concepts" / file.name, ROOT / file)
+    attack = (*SAFEROPE, "attack", str(file))
+    run(attack)
+    text = (ROOT / file.with_suffix(".attack") / "attack.md").read_text(encoding="utf-8")
+    return {"bundled-attack/star": entry(_titled(text)["star"], attack)}
+
+
 def _chosen(table: list[list[str]], slug: str) -> list[list[str]]:
     """README's rows of a concept's report."""
     from saferope_benchmark.scores.second_reading import field_of
@@ -372,7 +384,13 @@ def tiny_world() -> dict[str, dict]:
 
 
 MEASURES = {"suites": suites, "dial": dial, "now": now, "cost": cost, "count": count, "demo": demo}
-MEASURES |= {"detectors": detectors, "hardened": hardened, "memory": memory, "tiny-world": tiny_world}
+MEASURES |= {
+    "bundled": bundled,
+    "detectors": detectors,
+    "hardened": hardened,
+    "memory": memory,
+    "tiny-world": tiny_world,
+}
 
 
 def main() -> None:
