@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saferope_training.console import say
+from saferope_training.prompts import UNSAFE
 from saferope_training.settings import CALIBRATE, EXTRACT, HARDEN, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
 
 from .common import Device, Out, command, load, progress_bars
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 BEFORE_HEADS = (MODEL, PROMPTS, EXTRACT)
 CPU = "cpu"
+Verdict = Annotated[
+    bool, typer.Option(help="End with a verdict: a few pictures without and with the file, 72 in the tiny world, else 24 or more.")
+]
+HeldOut = Annotated[
+    Path | None, typer.Option(help="File of prompts with words that training never saw, for the verdict.")
+]
 
 
 @command(MODEL, PROMPTS)
@@ -59,6 +66,8 @@ def train(
     out: Out,
     device: Device = CPU,
     tensorboard: Annotated[bool, typer.Option(help="Write the losses for TensorBoard too.")] = False,
+    verdict: Verdict = True,
+    held_out: HeldOut = None,
 ) -> None:
     """Make a concept file: prompts -> extract -> heads -> train -> harden. Products that are there are used again.
 
@@ -67,21 +76,42 @@ def train(
     """
     from saferope_training.making.hardened import hardened
 
+    _require_held_out(held_out)
     with (
         _recipe(settings, out, device, training=True, goal=TRAIN) as recipe,
         _losses(out / "tensorboard" if tensorboard else None) as tell,
     ):
         path = hardened(recipe, tell) if settings.harden else recipe.train(tell)
+        _end(recipe, path, verdict, held_out)
     say(f"concept file: {path}")
 
 
 @command(*BEFORE_HEADS, HEADS, CALIBRATE, acts_on="qk")
-def calibrate(settings: Settings, out: Out, device: Device = CPU) -> None:
+def calibrate(
+    settings: Settings, out: Out, device: Device = CPU, verdict: Verdict = True, held_out: HeldOut = None
+) -> None:
     """Make a concept file in a tenth of the time: extraction, a fixed turn, a short fit. From prompts, no pictures."""
+    _require_held_out(held_out)
     training = settings.fit > 0 and settings.generator == "fixed"
     with _recipe(settings, out, device, training) as recipe:
         path = recipe.calibrate()
+        _end(recipe, path, verdict, held_out)
     say(f"concept file: {path}")
+
+
+def _require_held_out(path: Path | None) -> None:
+    """Told before hours of training: ValueError where the file cannot be read or has no prompt."""
+    if path is not None:
+        from saferope_training.prompts.readers import read_side
+
+        read_side(path, UNSAFE)
+
+
+def _end(recipe: Recipe, path: Path, verdict: bool, held_out: Path | None) -> None:
+    if verdict:
+        from .verdict import tell
+
+        tell(recipe, path, held_out, recipe.place.progress)
 
 
 @contextmanager

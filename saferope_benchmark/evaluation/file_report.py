@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -46,11 +46,13 @@ class Pair:
     protected_interval: tuple[float, float] | None = None
     p_value: float | None = None
     unit: str = ""
+    column: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The table of one concept and what it was measured on; `shown` are rows of pictures."""
+    """The table of one concept and what it was measured on; `shown` are rows of pictures, `notes` what numbers leave
+    open."""
 
     concept: str
     file_sha256: str
@@ -59,6 +61,7 @@ class Report:
     seed: int
     rows: list[Pair]
     shown: list[tuple[str, Tensor]]
+    notes: list[str] = field(default_factory=list)
 
 
 def evaluate_file(
@@ -78,7 +81,7 @@ def evaluate_file(
     if not model.tiny:
         raise ValueError(
             f"evaluation: got model {model.name!r}, expected {TINYWORLD!r}, the only one with a detector of its own; "
-            "use --suite paper-flux for others"
+            "for others name prompts with --unsafe FILE and --benign FILE"
         )
     slugs = [concept.slug for concept in load_concepts(path)]
     methods, metrics = [unprotected(), concept_file(path, strength)], [detector(), whole(), distance()]
@@ -87,7 +90,7 @@ def evaluate_file(
     require_no_link(out, evaluation.out)
     rows = run(evaluation, progress)
     facts = (sha256(path), model.name, strength, seed)
-    return [Report(slug, *facts, pairs(rows, slug), _shown(evaluation, slug)) for slug in slugs]
+    return [Report(slug, *facts, pairs(rows, slug), shown_of(evaluation, slug)) for slug in slugs]
 
 
 def pairs(rows: Sequence[Row], slug: str) -> list[Pair]:
@@ -103,10 +106,11 @@ def pairs(rows: Sequence[Row], slug: str) -> list[Pair]:
 def _pair(row: Row) -> Pair:
     measure = f"{row.measure}, {row.set}" if row.set else row.measure
     values = (row.unprotected, row.value, row.unprotected_interval, row.interval)
-    return Pair(measure, row.count, *values, row.p_value, row.unit)
+    return Pair(measure, row.count, *values, row.p_value, row.unit, row.column)
 
 
-def _shown(evaluation: Evaluation, slug: str) -> list[tuple[str, Tensor]]:
+def shown_of(evaluation: Evaluation, slug: str) -> list[tuple[str, Tensor]]:
+    """Rows of pictures, each set unprotected and protected."""
     return [
         (f"{asked.name},\n{method.name}", _first(evaluation, method, asked))
         for asked in evaluation.sets
@@ -125,13 +129,14 @@ def report_name(file: Path, slug: str, concepts: int) -> str:
     return f"{file.stem}.evaluation" if concepts == 1 else f"{file.stem}.{slug}.evaluation"
 
 
-def write_reports(out: Path, reports: Sequence[Report], file: Path) -> None:
-    """Writes `<report_name>.json`, `.csv`, `.md` and `.png` for every report of the file, by one process."""
+def write_reports(out: Path, reports: Sequence[Report], file: Path, names: Sequence[str] = ()) -> None:
+    """Writes `<report_name>.json`, `.csv`, `.md` and `.png` for every report of the file, by one process. `names`:
+    others."""
     if not processes.is_main():
         return
     out.mkdir(parents=True, exist_ok=True)
-    for report in reports:
-        stem = report_name(file, report.concept, len(reports))
+    own = [report_name(file, report.concept, len(reports)) for report in reports]
+    for report, stem in zip(reports, names or own, strict=True):
         facts = {name: value for name, value in vars(report).items() if name not in ("rows", "shown")}
         facts["rows"] = [asdict(row) for row in report.rows]
         write_text(out / f"{stem}.json", json.dumps(facts, indent=2) + "\n")
@@ -150,9 +155,10 @@ def markdown(report: Report) -> str:
         ]
         p = "" if row.p_value is None else f"{row.p_value:.2g}"
         lines.append(f"| {' | '.join(map(words, (row.measure, row.count, *sides, p)))} |")
+    notes = "".join(f"\n- {words(note)}" for note in report.notes) + ("\n" if report.notes else "")
     facts = f"concept {words(report.concept)}, model {words(report.model)}, "
     facts += f"strength {report.strength:g}, seed {report.seed:d}"
-    return f"{facts}, file sha256 {words(report.file_sha256[:12])}\n\n" + "\n".join(lines) + "\n"
+    return f"{facts}, file sha256 {words(report.file_sha256[:12])}\n\n" + "\n".join(lines) + "\n" + notes
 
 
 def read_report(path: Path) -> Report:

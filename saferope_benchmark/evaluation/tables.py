@@ -16,7 +16,7 @@ from saferope_core.concept.untrusted import markdown as words
 
 from ..prompt_sets import PromptSet
 from ..scores import Absent, Measure
-from ..scores.metrics import mcnemar, rate, wilson_interval
+from ..scores.metrics import mcnemar, mean_interval, rate, wilson_interval
 from .methods import UNPROTECTED, Method
 
 SECONDS, RATIO, MEBIBYTES = "s", "x", "MiB"
@@ -28,8 +28,9 @@ _CENTS = 100
 class Row:
     """One measure of a method on a set, beside the unprotected model's of the same prompts and seeds.
 
-    Values are shares in [0, 1] unless `unit` names another. Intervals are Wilson's at 95 % and p is McNemar's, exact
-    and two-sided, where pictures are counted. `column` says where the summary shows the row.
+    Values are shares in [0, 1] unless `unit` names another. Intervals at 95 % are Wilson's and p is McNemar's, exact
+    and two-sided, where pictures are counted; Student's where a distance is averaged. `column` says where the
+    summary shows the row.
     """
 
     concept: str
@@ -50,12 +51,20 @@ class Row:
 def row(method: Method, asked: PromptSet, name: str, own: Measure, base: Measure) -> Row:
     """The row of a measure."""
     counted = own.values.dtype == torch.bool
-    intervals = [wilson_interval(int(m.values.sum()), m.values.numel()) if counted else None for m in (own, base)]
+    intervals = [_interval(measure) for measure in (own, base)]
     means = [rate(m.values) if counted else m.values.double().mean().item() for m in (own, base)]
     p = mcnemar(base.values, own.values) if counted and method.name != UNPROTECTED else None
     concept = asked.concept or method.concept
     head = (concept, method.name, method.strength, asked.name, name, len(asked.asks))
     return Row(*head, *means, *intervals, p, own.unit, own.column)
+
+
+def _interval(measure: Measure) -> tuple[float, float] | None:
+    """Of pictures that are counted, and of distances, picture by picture."""
+    values = measure.values
+    if values.dtype == torch.bool:
+        return wilson_interval(int(values.sum()), values.numel())
+    return mean_interval(values) if measure.unit and values.ndim == 1 and len(values) > 1 else None
 
 
 def cost_rows(method: Method, concept: str, own: Sequence[dict], base: Sequence[dict], count: int) -> list[Row]:
@@ -72,11 +81,11 @@ def cost_rows(method: Method, concept: str, own: Sequence[dict], base: Sequence[
 
 
 def number(value: float, interval: tuple[float, float] | None = None, unit: str = "") -> str:
-    """As people read it: `98.4 % (91.7 to 99.7)`, `0.413 of 255`."""
+    """As people read it: `98.4 % (91.7 to 99.7)`, `0.413 of 255 (0.392 to 0.434)`."""
     if unit == RATIO:
         return f"{value:.2f} x"
     if unit:
-        return f"{value:.3f} {unit}"
+        return f"{value:.3f} {unit}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
     between = f" ({_CENTS * interval[0]:.1f} to {_CENTS * interval[1]:.1f})" if interval else ""
     return f"{_CENTS * value:.1f} %{between}"
 

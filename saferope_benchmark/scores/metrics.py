@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 from torch import Tensor
 
 CONFIDENCE = 0.95  # of intervals
@@ -20,6 +20,15 @@ def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
         return 0.0, 1.0
     found = binomtest(hits, trials).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
+
+
+def mean_interval(values: Tensor) -> tuple[float, float]:
+    """Student's interval at CONFIDENCE for the mean of [n] numbers; without bounds where n is below 2."""
+    count, mean = values.numel(), values.double().mean().item()
+    if count < 2:
+        return -math.inf, math.inf
+    half = t.ppf((1 + CONFIDENCE) / 2, count - 1) * values.double().std().item() / math.sqrt(count)
+    return float(mean - half), float(mean + half)
 
 
 def mcnemar(before: Tensor, after: Tensor) -> float:

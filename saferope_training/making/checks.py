@@ -33,17 +33,22 @@ def require_settings(settings: Settings, device: str) -> None:
     """Raises ValueError where these settings could make no concept on this machine. Loads and fetches nothing; OSError
     where a file cannot be read.
     """
-    processes.require_device(device)
+    require_model(settings, device)
     require_names(settings.concept, settings.concept.capitalize(), settings.concept)
     require_widths(ranks_of(settings), FLUX1.head_dim)
+    if settings.similarity_model is not None:
+        require_library("sentence-transformers", "subject filter")
+
+
+def require_model(settings: Settings, device: str) -> None:
+    """That the device, the model and the libraries of its form are there; errors as in `require_settings`."""
+    processes.require_device(device)
     if settings.quantise is not None:
         require_usable(settings.quantise, device)
     if settings.model.endswith(".gguf"):
         require_library("gguf", f"model {settings.model!r}")
     if loading.is_here(settings.model):
         loading.config_of(settings.model, settings.encoders)
-    if settings.similarity_model is not None:
-        require_library("sentence-transformers", "subject filter")
 
 
 def require(model: Model, records: Sequence[PromptRecord], settings: Settings) -> None:

@@ -46,6 +46,19 @@ def read_file(
     return records
 
 
+def read_side(path: Path, side: str, count: int | None = None, seed: int = 0) -> list[str]:
+    """The texts of a file that are of a side, or of none; with a `count` at most so many, drawn by the seed.
+
+    No subject is looked for. ValueError as in `read_file`.
+    """
+    found = [entry for entry in entries(path) if entry.record is None or entry.record.side == side]
+    if not found:
+        raise ValueError(f"{path}: got no {side} prompt, expected at least one; formats: {FORMATS}")
+    if count is not None and count < len(found):
+        found = [found[place] for place in sorted(random.Random(seed).sample(range(len(found)), count))]
+    return [entry.text for entry in found]
+
+
 def _drawn(path: Path, side: str, found: Sequence[Entry], count: int, seed: int) -> list[Entry]:
     """At most `count` of the entries, drawn, in their order."""
     if len(found) <= count:
