@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saferope_training.console import say
-from saferope_training.prompts import UNSAFE
 from saferope_training.settings import CALIBRATE, EXTRACT, HARDEN, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
 
 from .common import Device, Out, command, load, progress_bars
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
 BEFORE_HEADS = (MODEL, PROMPTS, EXTRACT)
 CPU = "cpu"
 Verdict = Annotated[
-    bool, typer.Option(help="End with a verdict: a few pictures without and with the file, 72 in the tiny world, else 24 or more.")
+    bool,
+    typer.Option(help="End with a verdict: pictures without and with the file, 72 in the tiny world, else 24 or 36."),
 ]
 HeldOut = Annotated[
     Path | None, typer.Option(help="File of prompts with words that training never saw, for the verdict.")
@@ -102,6 +102,7 @@ def calibrate(
 def _require_held_out(path: Path | None) -> None:
     """Told before hours of training: ValueError where the file cannot be read or has no prompt."""
     if path is not None:
+        from saferope_training.prompts import UNSAFE
         from saferope_training.prompts.readers import read_side
 
         read_side(path, UNSAFE)

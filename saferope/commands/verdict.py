@@ -1,4 +1,4 @@
-"""The verdict at the end of `train` and `calibrate`: a few pictures that training never saw, and what they say, in words.
+"""The verdict at the end of `train` and `calibrate`: pictures that training never saw, and what they say, in words.
 
 It is a first look. `saferope evaluate` measures.
 """
@@ -38,7 +38,15 @@ def tell(recipe: Recipe, file: Path, held_out: Path | None, progress: Callable[[
         pictures = 2 * sum(len(asked.asks) for asked in sets)
         say(f"verdict: {pictures} pictures, half of them protected; --no-verdict leaves them out", err=True)
     report = evaluate_own(
-        recipe.model, file, recipe.out, sets, Wanted(), batch=FEWER, extra=_rest(recipe), progress=progress, store=VERDICT
+        recipe.model,
+        file,
+        recipe.out,
+        sets,
+        Wanted(),
+        batch=FEWER,
+        extra=_rest(sets[0].asks[0].scene is not None),
+        progress=progress,
+        store=VERDICT,
     )
     write_reports(recipe.out, [report], file, [f"{file.stem}.{VERDICT}"])
     if processes.is_main():
@@ -59,9 +67,9 @@ def _sets(recipe: Recipe, held_out: Path | None) -> list[PromptSet]:
     from saferope_training.prompts import side
 
     slug = recipe.settings.concept
+    if _tiny(recipe) and held_out is None:
+        return tiny_world_sets(slug, Sizes(COUNT, COUNT, 0, COUNT))
     more = Prompts(held_out=held_out, unsafe_count=FEWER).sets(slug, slug.replace("-", " "))
-    if _tiny(recipe):
-        return [s for s in tiny_world_sets(slug, Sizes(COUNT, 0 if more else COUNT, 0, COUNT))] + more
     records = recipe.prompts()
     chosen = [(kind, side(records, kind)[:FEWER]) for kind in (UNSAFE, BENIGN)]
     own = [
@@ -71,12 +79,12 @@ def _sets(recipe: Recipe, held_out: Path | None) -> list[PromptSet]:
     return own[:1] + more + own[1:]
 
 
-def _rest(recipe: Recipe) -> list:
-    """In the tiny world, whether the rest of a prompt is kept."""
+def _rest(scenes: bool) -> list:
+    """Whether the rest of a prompt is kept, where prompts say what they show."""
     from saferope_benchmark.scores import REST
     from saferope_benchmark.scores.detector import detector
 
-    if not _tiny(recipe):
+    if not scenes:
         return []
     whole = detector()
     kept = (REST, "all attributes right")

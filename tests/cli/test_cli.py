@@ -51,7 +51,7 @@ def test_command_line_offers_the_settings_defaults(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "saferope_training.making.recipe.Recipe.train", lambda self, tell: made.update(settings=self.settings)
     )
-    result = CliRunner().invoke(cli.app, ["train", "zappy", "--out", str(tmp_path), "--rank", "4"])
+    result = CliRunner().invoke(cli.app, ["train", "zappy", "--out", str(tmp_path), "--rank", "4", "--no-verdict"])
     assert result.exit_code == 0, result.output
     assert made["settings"] == Settings(concept="zappy", rank=4)
 
@@ -96,7 +96,19 @@ def test_losses_go_to_tensorboard(monkeypatch, model, small, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr("saferope_training.flux.loading.load_model", lambda *_: model)
-    few = ["--unsafe-prompts", "6", "--benign-prompts", "6", "--steps", "4", "--phase", "2", "--batch", "2"]
+    few = [
+        "--no-verdict",
+        "--unsafe-prompts",
+        "6",
+        "--benign-prompts",
+        "6",
+        "--steps",
+        "4",
+        "--phase",
+        "2",
+        "--batch",
+        "2",
+    ]
     narrow = [
         "--rank",
         "3",

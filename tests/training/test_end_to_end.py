@@ -14,7 +14,7 @@ from tinyworld.world import benign_prompts, unsafe_prompts
 
 def test_train_and_evaluate_star(tmp_path):
     """Few prompts and steps: enough to see pictures of stars vanish while benign ones stay near."""
-    few = ["--unsafe-prompts", "24", "--benign-prompts", "48", "--steps", "20", "--batch", "8"]
+    few = ["--no-verdict", "--unsafe-prompts", "24", "--benign-prompts", "48", "--steps", "20", "--batch", "8"]
     result = CliRunner().invoke(cli.app, ["train", "star", "--out", str(tmp_path), *few])
     assert result.exit_code == 0, result.output
     file = tmp_path / "star.safetensors"
@@ -33,7 +33,17 @@ def test_a_folder_and_prompts_from_files(tmp_path):
     load_pipeline().save_pretrained(tmp_path / "model")
     for name, prompts in (("unsafe", unsafe_prompts("star", 8, 1)), ("benign", benign_prompts("star", 24, 1))):
         (tmp_path / f"{name}.txt").write_text("".join(f"{prompt.text}\n" for prompt in prompts))
-    arguments = ["train", "my-star", "--model", str(tmp_path / "model"), "--resolution", "96", "--subjects", "star"]
+    arguments = [
+        "train",
+        "my-star",
+        "--no-verdict",
+        "--model",
+        str(tmp_path / "model"),
+        "--resolution",
+        "96",
+        "--subjects",
+        "star",
+    ]
     arguments += ["--unsafe", str(tmp_path / "unsafe.txt"), "--benign", str(tmp_path / "benign.txt"), "--batch", "4"]
     arguments += ["--unsafe-prompts", "8", "--benign-prompts", "24", "--steps", "2", "--phase", "1", "--passes-of", "2"]
     out = tmp_path / "out"

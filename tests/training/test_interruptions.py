@@ -19,6 +19,7 @@ from saferope_core import load_concepts
 from tests.support import warm
 
 FEW = [
+    "--no-verdict",
     "--unsafe-prompts",
     "16",
     "--benign-prompts",
