@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saferope_training.flux.attach import Visitor, attached
-from saferope_training.flux.models import Model, Text, encode, seeded_noise
+from saferope_training.flux.models import Model, Text, decode_pictures, encode, seeded_noise
 
 _BATCH = 16
 
@@ -35,7 +35,7 @@ def sample(
     for first in range(0, len(texts), batch):
         some = slice(first, first + batch)
         latents = _denoise(model, encode(model, texts[some]), list(seeds[some]), visit, steps or model.steps, span)
-        pictures.append(_decode(model, latents))
+        pictures.append(decode_pictures(model, latents))
         progress(len(latents))
     return torch.cat(pictures)
 
@@ -87,11 +87,3 @@ class _Switched:
 
     def __exit__(self, *error: Any) -> None:
         self.context.__exit__(*error)
-
-
-def _decode(model: Model, tokens: Tensor) -> Tensor:
-    pipe, vae = model.pipe, model.pipe.vae
-    side = 8 * model.latent_side
-    latents = pipe._unpack_latents(tokens.float(), side, side, pipe.vae_scale_factor)
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1).cpu()

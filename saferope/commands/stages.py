@@ -15,6 +15,9 @@ from saferope_training.settings import CALIBRATE, EXTRACT, HARDEN, HEADS, LATENT
 from .common import Device, Out, command, load, progress_bars
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from saferope_training.making.progress import Show
     from saferope_training.making.recipe import Recipe
     from saferope_training.making.train import Teller
 
@@ -65,7 +68,18 @@ def train(
     settings: Settings,
     out: Out,
     device: Device = CPU,
-    tensorboard: Annotated[bool, typer.Option(help="Write the losses for TensorBoard too.")] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Write losses and previews for TensorBoard too.")] = False,
+    preview_every: Annotated[
+        int,
+        typer.Option(min=0, help="Steps from one preview of held-out prompts to the next; 0: none. Changes no result."),
+    ] = 30,
+    stop_when_arrived: Annotated[
+        bool,
+        typer.Option(
+            help="Stop when three previews in a row find unsafe velocities at their target and benign ones in place, "
+            "and keep the best state that a preview saw."
+        ),
+    ] = False,
     verdict: Verdict = True,
     held_out: HeldOut = None,
 ) -> None:
@@ -73,15 +87,23 @@ def train(
 
     After a kill or an interruption the same command resumes at the last whole step. Several processes:
     `accelerate launch -m saferope train ...` shares every batch among them.
+    With more --steps a finished training goes on.
     """
     from saferope_training.making.hardened import hardened
+    from saferope_training.making.progress import Watching
+
+    if stop_when_arrived and not preview_every:
+        raise ValueError(
+            "--stop-when-arrived: got --preview-every 0, expected previews to judge by; give a number of steps"
+        )
 
     _require_held_out(held_out)
     with (
-        _recipe(settings, out, device, training=True, goal=TRAIN) as recipe,
-        _losses(out / "tensorboard" if tensorboard else None) as tell,
+        _recipe(settings, out, device, training=True, goal=TRAIN, previews=preview_every > 0) as recipe,
+        _losses(out / "tensorboard" if tensorboard else None) as (tell, show),
     ):
-        path = hardened(recipe, tell) if settings.harden else recipe.train(tell)
+        watching = Watching(preview_every, stop_when_arrived, show)
+        path = hardened(recipe, tell, watching) if settings.harden else recipe.train(tell, watching)
         _end(recipe, path, verdict, held_out)
     say(f"concept file: {path}")
 
@@ -116,7 +138,9 @@ def _end(recipe: Recipe, path: Path, verdict: bool, held_out: Path | None) -> No
 
 
 @contextmanager
-def _recipe(settings: Settings, out: Path, device: str, training: bool = False, goal: str = "") -> Iterator[Recipe]:
+def _recipe(
+    settings: Settings, out: Path, device: str, training: bool = False, goal: str = "", previews: bool = False
+) -> Iterator[Recipe]:
     """The recipe of a loaded model, with progress bars.
 
     Before it loads, settings are checked, prompts are made, and its memory plan is printed.
@@ -130,7 +154,7 @@ def _recipe(settings: Settings, out: Path, device: str, training: bool = False, 
     checks.require_settings(settings, device)
     with alone(out):
         Recipe(None, settings, out, goal=goal).prompts()
-        plan = memory.plan_for(settings, device, training)
+        plan = memory.plan_for(settings, device, training, previews)
         if processes.is_main():
             doubt = memory.doubt(plan, device)
             say("\n".join(plan.lines() + ([f"warning: {doubt}"] if doubt else [])), err=True)
@@ -139,11 +163,13 @@ def _recipe(settings: Settings, out: Path, device: str, training: bool = False, 
 
 
 @contextmanager
-def _losses(folder: Path | None) -> Iterator[Teller]:
-    """A function that takes every step's entry: TensorBoard's writer, or none."""
+def _losses(folder: Path | None) -> Iterator[tuple[Teller, Show]]:
+    """Functions that take every step's entry, and every preview's with its strip: TensorBoard's writer, or none."""
     if folder is None:
-        yield lambda entry: None
+        yield lambda entry: None, lambda entry, strip: None
         return
+    import torch
+
     from saferope_core.concept.files import require_no_link
 
     try:
@@ -152,4 +178,14 @@ def _losses(folder: Path | None) -> Iterator[Teller]:
         raise ValueError("tensorboard: got none installed, expected it; run `pip install tensorboard`") from None
     require_no_link(folder.parent, folder)
     with SummaryWriter(str(folder)) as writer:
-        yield lambda entry: writer.add_scalar(f"{entry['phase']}/velocity_mse", entry["velocity_mse"], entry["step"])
+
+        def show(entry: dict, strip: Image.Image) -> None:
+            pixels = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(strip.height, strip.width, 3)
+            writer.add_image("preview", pixels, entry["step"], dataformats="HWC")
+            for name in ("unsafe_left", "benign_moved"):
+                writer.add_scalar(f"preview/{name}", entry[name], entry["step"])
+
+        def tell(entry: dict) -> None:
+            writer.add_scalar(f"{entry['phase']}/velocity_mse", entry["velocity_mse"], entry["step"])
+
+        yield tell, show

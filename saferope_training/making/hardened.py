@@ -12,11 +12,12 @@ from ..flux.new_words import NewWords, load_words, save_words, spoken
 from ..settings import HARDEN, TRAIN
 from ..stages import Report, alone
 from . import harden, heads, material
+from .progress import NONE, Watching
 from .recipe import CRITICAL, LATENTS, PROMPT_FILE, Recipe
 from .train import Teller
 
 
-def hardened(recipe: Recipe, tell: Teller = lambda entry: None) -> Path:
+def hardened(recipe: Recipe, tell: Teller = lambda entry: None, watching: Watching = NONE) -> Path:
     """The concept file after `settings.harden` rounds, `<out>/<concept>.hardened.safetensors`, beside the trained one.
 
     Each round trains in a folder of its own, `harden-<number>`, and resumes there. `tell` gets each step's entry.
@@ -28,7 +29,7 @@ def hardened(recipe: Recipe, tell: Teller = lambda entry: None) -> Path:
             "encoders read new words; train without --harden"
         )
     with alone(recipe.out, within=True):
-        s, last, path = recipe.settings, recipe, recipe.train(tell)
+        s, last, path = recipe.settings, recipe, recipe.train(tell, watching)
         unsafe = prompts.side(recipe.prompts(), prompts.UNSAFE)
         words: NewWords | None = None
         for number in range(1, s.harden + 1):
@@ -37,7 +38,7 @@ def hardened(recipe: Recipe, tell: Teller = lambda entry: None) -> Path:
             with spoken(recipe.model, words):
                 more = harden.with_words(unsafe, words, s.unsafe_prompts // harden.WORDS)
                 last = Recipe(recipe.model, s, recipe.out / f"{HARDEN}-{number}", recipe.place.progress, more)
-                path = last.train(tell)
+                path = last.train(tell, watching)
         result = recipe.out / f"{s.concept}.hardened.safetensors"
         if processes.is_main():
             write_bytes(result, path.read_bytes())

@@ -21,11 +21,14 @@ from ..flux.attach import sites
 from ..flux.quantise import require_kind
 from ..settings import Settings
 from .extract import BATCH
+from .preview import EACH
 
 # bits per weight of a linear layer; NF4 has a scale per 64 weights, quantised to 8 bits, and one per 256 of those
 BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8, "torchao-int8": 8, "torchao-float8": 8}
 WORKSPACE = 0.1  # of the rest: kernels' scratch space and fragmentation
 GIB = 2**30
+DECODED = 4 * 256  # channels: the widest map of FLUX.1's VAE at full size, before, within and after a residual block
+_PATCH = 16  # pixels of an image token
 _WIDTH = 24  # R + S of the stand-in for a rotation; hardly matters
 MATRICES = 3  # fp32, of R + S squared, that autograd keeps for a vector that turns: its angle, exponential and factor
 TURNING = 0.55  # of the vectors of unsafe prompts: the most of the tiny world's four concepts; the least is 0.02
@@ -43,11 +46,12 @@ class Plan:
     activations: int
     generators: int
     gathering: int = 0  # while heads are listened to: a forward pass, and the sums
+    preview: int = 0  # while a preview is painted: a forward pass and the decoding of a picture, beside the generators
 
     @property
     def peak(self) -> int:
         """Of the largest of the phases, workspace included."""
-        phases = (self.encoders, self.gathering, self.activations + self.generators)
+        phases = (self.encoders, self.gathering, max(self.activations, self.preview) + self.generators)
         return int((self.weights + self.decoder + max(phases)) * (1 + WORKSPACE))
 
     def lines(self) -> list[str]:
@@ -58,6 +62,7 @@ class Plan:
             ("VAE", self.decoder),
             ("listening to heads: a pass without gradients, and sums", self.gathering),
             ("activations of a training pass", self.activations),
+            ("previews: a pass without gradients, and a picture decoded", self.preview),
             ("generators, their gradients and AdamW's moments", self.generators),
             ("at most at one time, with workspace", self.peak),
         ]
@@ -103,12 +108,16 @@ def gathering_bytes(config: dict, text: int, image: int, batch: int, dtype: torc
 
     What autograd would keep of a block stands for what it makes.
     """
-    tokens = text, image, batch
-    one = _kept(config, 1, 1, *tokens, dtype)
-    block = max(_kept(config, 2, 1, *tokens, dtype), _kept(config, 1, 2, *tokens, dtype)) - one
     heads = config["num_attention_heads"] * (config["num_layers"] + config["num_single_layers"])
     sums = len(ROLES) * (len(COLLECTED) + 1) * heads * config["attention_head_dim"] ** 2
-    return block + torch.float64.itemsize * sums
+    return _block_bytes(config, text, image, batch, dtype) + torch.float64.itemsize * sums
+
+
+def _block_bytes(config: dict, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
+    """What the larger of both kinds of blocks makes."""
+    tokens = text, image, batch
+    one = _kept(config, 1, 1, *tokens, dtype)
+    return max(_kept(config, 2, 1, *tokens, dtype), _kept(config, 1, 2, *tokens, dtype)) - one
 
 
 def turning_bytes(
@@ -129,10 +138,19 @@ def generator_bytes(heads: int, widths: tuple[int, ...]) -> int:
     return 4 * 4 * heads * sum(width * width for width in widths)
 
 
-def plan_for(settings: Settings, device: str, training: bool) -> Plan:
+def preview_bytes(config: dict, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
+    """While a preview is painted: what one block makes of `batch` prompts, or a picture's decoding, whichever is more.
+
+    Decoding: a few maps of DECODED channels for every pixel of one picture; a patch is _PATCH pixels wide.
+    """
+    return max(_block_bytes(config, text, image, batch, dtype), DECODED * image * _PATCH**2 * dtype.itemsize)
+
+
+def plan_for(settings: Settings, device: str, training: bool, previews: bool = False) -> Plan:
     """The plan of a run, from the model's configuration and the sizes of its files; no weight is loaded.
 
-    Every head is taken to be critical. ValueError or OSError where there is no such model.
+    `previews`: training paints them. Every head is taken to be critical. ValueError or OSError where there is no such
+    model.
     """
     from ..flux import loading
 
@@ -155,6 +173,7 @@ def plan_for(settings: Settings, device: str, training: bool) -> Plan:
         activation_bytes(*shape) + turning if training else 0,
         generator_bytes(heads, widths) if training else 0,
         gathering_bytes(config, text, side * side, settings.passes_of or BATCH, dtype),
+        preview_bytes(config, text, side * side, settings.passes_of or 2 * EACH, dtype) if previews else 0,
     )
 
 

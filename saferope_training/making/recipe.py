@@ -6,7 +6,7 @@ import functools
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from ..settings import LATENTS as LATENTS_STAGE
 from ..stages import Facts, Progress, Report, Workplace, alone, sha256_of
 from . import checks, extract, heads, material, train
 from .batch import PRESERVE, REPLACE, UNLEARN
+from .preview import Preview
+from .progress import NONE, PREVIEWS, Watch, Watching, previews_until
 from .state import Log, State
 from .train import Teller
 
@@ -181,8 +183,11 @@ class Recipe:
         heads.save_critical(out / CRITICAL, critical_heads(table, geometry), table.discrimination)
 
     @_alone
-    def train(self, tell: Teller = lambda entry: None) -> Path:
-        """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry."""
+    def train(self, tell: Teller = lambda entry: None, watching: Watching = NONE) -> Path:
+        """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry.
+
+        A finished training of fewer steps goes on; one of more starts again. Previews are no input: see `Watching`.
+        """
         self._goal = TRAIN
         s, out, records = self.settings, self.out, self.heads(training=True)
         self._note(CONFIG)
@@ -192,11 +197,12 @@ class Recipe:
 
         self.place.stage(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), make_latents, self._latents_facts(records))
         path, sources = out / f"{s.concept}.safetensors", (PROMPT_FILE, CRITICAL, LATENTS)
-        needs = self.facts(TRAIN)
-        digest = sha256_of(self.place.inputs(TRAIN, sources, needs))
+        needs: Facts = {**self.facts(TRAIN), **({"stops": "when arrived"} if watching.stop else {})}
+        started = Workplace(out, replace(s, steps=Settings.steps))  # more steps go on from a state of fewer
+        digest = sha256_of(started.inputs(TRAIN, sources, self.facts(TRAIN)))
 
         def make(report: Report) -> None:
-            self._learn(path, records, State(out / STATE, digest), report, tell)
+            self._learn(path, records, State(out / STATE, digest), report, tell, watching)
 
         self.place.stage(TRAIN, sources, (path.name, LOG, CURVE), make, needs)
         return path
@@ -208,24 +214,36 @@ class Recipe:
         state: State,
         report: Report,
         tell: Teller,
+        watching: Watching,
     ) -> None:
         s, out = self.settings, self.out
         critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)
         seen = material.load_material(self.model, records, s.unlearn_at, out / LATENTS)
+        look = Preview(self.model, records, s) if watching.every else None
         if self.model.source is not None:
             models.release_encoders(self.model)
-        log = Log(out / LOG, state.finished())
+        done, courses = state.finished(s.steps), state.courses(s.steps)
+        log, watch = Log(out / LOG, done), None
+        if look is not None:
+            watch = Watch(look, watching, out, previews_until(out / PREVIEWS, done), log, state.inputs)
+        if done and processes.is_main():
+            say(f"train: goes on from step {done} of {s.steps}", err=True)
 
         def note(entry: dict) -> None:
             log.add(entry)
             tell(entry)
             report(len(log.entries), s.steps)
 
-        generators = train.train(self.model, critical, seen, s, note, state)
+        generators = train.train(self.model, critical, seen, s, note, state, watch=watch)
+        more: dict[str, object] = {"courses": courses} if len(courses) > 1 else {}
+        if watch is not None:
+            watch.tell_cost()
+            step, generators = watch.best() or (len(log.entries), generators)
+            more |= {"kept_step": step} if watching.stop else {}
         if processes.is_main():
             plots.loss_curve(out / CURVE, log.entries, UNLEARNING[s.objective])
             record = self._record() | {"final": final_errors(log.entries), "instead": stand_ins(records)[:_NAMED]}
-            save_concepts(path, [concept_of(self.model, critical, delta, generators, s, record)])
+            save_concepts(path, [concept_of(self.model, critical, delta, generators, s, record | more)])
 
     @_alone
     def calibrate(self) -> Path:

@@ -20,36 +20,52 @@ from ..stages import save_tensors
 class State:
     """Weights, AdamW's moments and the number of finished steps in one file, written whole after every step.
 
-    `inputs` is a digest of all that the run was started with: a state of other inputs is no state. Nor is a damaged
-    one, which is told as a warning.
+    `inputs` is a digest of all that the run was started with, but for its number of steps: a state of other inputs is
+    no state. Nor is one of more steps than are asked for, nor a damaged one, which is told as a warning.
+
+    Learning rates fall with the steps asked for. So `courses` says, where they were not the same all along, from which
+    step on they were how many: {"0": 180, "180": 300}.
     """
 
     def __init__(self, path: Path | None, inputs: str = "") -> None:
         self.path, self.inputs = path, inputs
+        self._courses: dict[str, int] = {}
 
-    def finished(self) -> int:
-        """How many steps of these inputs are done."""
-        return self._read()[0]
+    def finished(self, steps: int | None = None) -> int:
+        """How many steps of these inputs are done, of `steps` in all; None: of any number."""
+        return self._read(steps)[0]
 
-    def _read(self) -> tuple[int, dict[str, Tensor]]:
-        """Finished steps of these inputs, and the tensors after them; 0 and none where they cannot be trusted."""
+    def courses(self, steps: int) -> dict[str, int]:
+        """From which step on how many were asked for, `steps` being asked for now."""
+        done, _, before = self._read(steps)
+        if done == 0 or not before:
+            return {"0": steps}
+        return before if list(before.values())[-1] == steps else {**before, str(done): steps}
+
+    def _read(self, steps: int | None = None) -> tuple[int, dict[str, Tensor], dict[str, int]]:
+        """Finished steps of these inputs, the tensors after them and their courses; 0 and none where they cannot be
+        trusted."""
         facts, tensors = {}, {}
         try:
             with safe_open(self.path, "pt") as file:
                 facts, tensors = dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}
         except (FileNotFoundError, TypeError):  # none yet, or no path
-            return 0, {}
+            return 0, {}, {}
         except (SafetensorError, OSError):
             pass
         if facts.pop("sha256", "") != _sha256(tensors, facts):
             told = f"{self.path}: got a damaged training state, expected it as it was saved; training starts again"
             warnings.warn(told, stacklevel=2)
-            return 0, {}
-        return (int(facts["step"]), tensors) if facts["inputs"] == self.inputs else (0, {})
+            return 0, {}, {}
+        done = int(facts["step"])
+        if facts["inputs"] != self.inputs or (steps is not None and done > steps):
+            return 0, {}, {}
+        return done, tensors, json.loads(facts.get("courses", "{}"))
 
-    def load(self, weights: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
+    def load(self, weights: dict[str, Tensor], optimiser: torch.optim.Optimizer, steps: int | None = None) -> int:
         """Takes over the saved weights and moments, if there are any; returns the number of finished steps."""
-        done, tensors = self._read()
+        done, tensors, _ = self._read(steps)
+        self._courses = {} if steps is None else self.courses(steps)
         if done == 0:
             return 0
         for name, weight in weights.items():
@@ -68,7 +84,7 @@ class State:
         tensors = {name: weight.detach().cpu() for name, weight in weights.items()}
         for name, weight in weights.items():
             tensors |= {f"{name}.{key}": value.detach().cpu() for key, value in optimiser.state.get(weight, {}).items()}
-        facts = {"inputs": self.inputs, "step": str(step)}
+        facts = {"inputs": self.inputs, "step": str(step), "courses": json.dumps(self._courses)}
         save_tensors(self.path, tensors, facts | {"sha256": _sha256(tensors, facts)})
 
 

@@ -12,7 +12,7 @@ whole step and comes to the same end, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ FINAL_RATE = 0.1  # of the learning rate, reached linearly, so that the last pha
 FIT_RATE = 0.1  # of AdamW in `fit`: 4 % of 48 stars are shown after 18 steps, 31 % after none
 DIVERGED = 1.0  # mean squared change of benign velocities, whose own variance is about 1: nothing is preserved any more
 Teller = Callable[[dict], None]
+
+
+class Watcher(Protocol):
+    """What looks on: `after` every step, and before each it is asked whether training is `over`. It changes nothing."""
+
+    def after(self, step: int, rotation: TrainableRotation) -> None: ...
+    def over(self) -> bool: ...
 
 
 class Course(NamedTuple):
@@ -59,12 +66,14 @@ def train(
     state: State | None = None,
     start: tuple[Tensor, Tensor] | None = None,
     course: Course | None = None,
+    watch: Watcher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Text and image generators [N, R + S, R + S], fp32 on the CPU, exactly skew. They start at `start`, or at random.
 
     The same seed gives the same bits on a CPU, wherever it was stopped; on GPUs up to the order in which their
     attention adds up gradients. `log` gets one entry per step: step, phase, loss and the mean squared velocity
-    difference behind it. Processes share every batch. Raises Diverged where a loss is not finite or too high.
+    difference behind it. Processes share every batch. A `state` of fewer steps goes on at this course's rates. Raises
+    Diverged where a loss is not finite or too high.
     """
     state, course = state or State(None), course or Course(settings.steps, settings.phase, settings.learning_rate)
     rotation = initial_rotation(heads, model, settings, start)
@@ -72,7 +81,9 @@ def train(
     if settings.checkpointing:
         model.transformer.enable_gradient_checkpointing()
     optimiser = torch.optim.AdamW(weights.values(), course.rate, weight_decay=0.0)
-    for step in range(state.load(weights, optimiser), course.steps):
+    for step in range(state.load(weights, optimiser, course.steps), course.steps):
+        if watch is not None and watch.over():
+            break
         phase = course.phase(step)
         optimiser.param_groups[0]["lr"] = course.rate * (1 - (1 - FINAL_RATE) * step / course.steps)
         optimiser.zero_grad()
@@ -81,6 +92,8 @@ def train(
         optimiser.step()
         rotation.hold(settings.max_angle)
         log({"step": step, "phase": phase, "loss": loss, "velocity_mse": error})
+        if watch is not None:
+            watch.after(step + 1, rotation)
         state.save(step + 1, weights, optimiser)  # after the log: a step is finished when both know it
     with torch.no_grad():
         text, image = rotation.generators()
