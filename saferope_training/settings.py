@@ -49,7 +49,14 @@ class Settings:
         "Decides prompts, noise, pictures and the generators' first values.",
     )
     unsafe: str | None = _choice(
-        "prompts", None, "File of prompts that show the concept: .txt, .jsonl, .csv (I2P's columns) or COCO captions."
+        "prompts",
+        None,
+        "File of prompts that show the concept: .txt, .jsonl, .csv (I2P's), .parquet or COCO captions.",
+    )
+    category: str | None = _choice(
+        "prompts",
+        None,
+        "Rows of this category alone, of `unsafe` and of pairs, such as Nudity.",
     )
     subjects: tuple[str, ...] = _choice(
         "prompts", (), "Words for the concept, to be found in the prompts of the file; commas between."
@@ -261,6 +268,12 @@ class Settings:
             "subjects",
             self.subjects,
             "none without --unsafe FILE: they are looked for in a file's prompts, and others mark their own",
+        )
+        _require(
+            self.category is None or self.unsafe is not None,
+            "category",
+            self.category,
+            "none without --unsafe FILE, whose rows it chooses among",
         )
         _require(
             self.images is None or self.benign is not None,

@@ -1,4 +1,4 @@
-"""What people's prompt files hold: plain text, JSON lines (ours or a dataset's), CSV as I2P's, COCO captions.
+"""What people's prompt files hold: plain text, COCO captions, and tables (JSON lines, CSV as I2P's, parquet).
 
 Every reader gives entries in the file's order, each with the place where it stands, and raises ValueError with file,
 line, what was got, what was expected and what to do.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,19 @@ from .instead import changed_span
 from .lines import numbered, read_text
 
 # Columns, or fields of JSON lines, that hold a prompt: those of I2P, P4D and Ring-A-Bell, of captioned pictures on the
-# Hugging Face hub, of MMA-Diffusion, and of Ring-A-Bell as suites of erasing methods have it
-TEXT_NAMES = ("prompt", "text", "caption", "adv_prompt", "sensitive prompt")
+# Hugging Face hub, of MMA-Diffusion, of P4D as eval-unlearn keeps it, and of Ring-A-Bell as suites of erasing methods
+# have it
+TEXT_NAMES = ("prompt", "text", "caption", "adv_prompt", "adversarial_prompt", "sensitive prompt")
 PAIR = ("unsafe_prompt", "safe_prompt")  # of one situation, as SafeSteer has them
+CATEGORY_NAMES = ("category", "subcategory", "categories")  # SafeSteer's two, and I2P's, with commas between several
 IMAGE_NAME = "file_name"  # of a caption's picture, in such data sets and in COCO's files
 FORMATS = (
     ".txt (a prompt a line), .jsonl (ours, or a data set's with a prompt, text or caption), .csv (with such a column, "
-    "as I2P has), .json (COCO captions)"
+    "as I2P has), .parquet (the same, or SafeSteer's pairs), .json (COCO captions)"
 )
+_PARQUET_ERRORS = (OSError, KeyError, ValueError, NotImplementedError)  # pyarrow's own errors are kinds of these
+
+Rows = Iterator[tuple[int, dict]]
 
 
 @dataclass(frozen=True)
@@ -38,35 +43,96 @@ class Entry:
     record: PromptRecord | None = None
 
 
-def entries(path: Path) -> list[Entry]:
-    """The prompts of a file, those without any text left out. The suffix, in any case, says the format."""
-    readers = {".txt": _plain, ".jsonl": _json_lines, ".csv": _csv, ".json": _coco}
-    if path.suffix.lower() not in readers:
+def entries(path: Path, category: str | None = None) -> list[Entry]:
+    """The prompts of a file, those without any text left out. The suffix, in any case, says the format.
+
+    `category`: of a table only the rows that one of CATEGORY_NAMES puts into it, in any case of letters.
+    """
+    readers: dict[str, Callable[[Path], Iterable[Entry]]] = {".txt": _plain, ".json": _coco}
+    tables: dict[str, Callable[[Path], Rows]] = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
+    suffix = path.suffix.lower()
+    if suffix in tables:
+        rows = tables[suffix](path)
+        chosen = rows if category is None else _of_category(path, rows, category)
+        found = [entry for number, fields in chosen for entry in _entries_of(path, number, fields)]
+    elif suffix not in readers:
         raise ValueError(f"{path}: got a {path.suffix or 'nameless'} file, expected {FORMATS}; rename or convert it")
-    found = readers[path.suffix.lower()](path, read_text(path))
+    elif category is not None:
+        raise ValueError(
+            f"{path}: got category {category!r} of a {suffix} file, expected a table with a column "
+            f"{_either(CATEGORY_NAMES)}; leave --category out"
+        )
+    else:
+        found = list(readers[suffix](path))
     return [entry for entry in found if entry.record or entry.text]
 
 
-def _plain(path: Path, data: str) -> Iterator[Entry]:
-    return (Entry(_place(path, number), line.strip()) for number, line in numbered(data))
+def _of_category(path: Path, rows: Rows, category: str) -> list[tuple[int, dict]]:
+    """The rows of a category; ValueError names the categories that there are where it has none."""
+    known: dict[str, str] = {}
+    chosen = []
+    for number, fields in rows:
+        values = [fields[name] for name in CATEGORY_NAMES if isinstance(fields.get(name), str)]
+        names = {part.strip() for value in values for part in value.split(",") if part.strip()}
+        names.update(value.strip() for value in values)  # a name may hold a comma itself
+        known.update({name.casefold(): name for name in names})
+        if category.casefold() in {name.casefold() for name in names}:
+            chosen.append((number, fields))
+    if not chosen:
+        there = _either(sorted(known.values())) or f"a column {_either(CATEGORY_NAMES)}"
+        raise ValueError(f"{path}: got no prompt of category {category!r}, expected one of {there:.1000}; correct it")
+    return chosen
 
 
-def _json_lines(path: Path, data: str) -> Iterator[Entry]:
-    for number, line in numbered(data):
-        found = object_of(path, number, line)
-        if "side" in found:
-            record = record_of(path, number, found)
-            yield Entry(_place(path, number), record.text, record.image, record)
-        else:
-            yield from _entries_of(_place(path, number), found)
+def _either(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
-def _csv(path: Path, data: str) -> Iterator[Entry]:
-    return (entry for number, row in csv_rows(path, data) for entry in _entries_of(_place(path, number), row))
+def _plain(path: Path) -> Iterator[Entry]:
+    return (Entry(_place(path, number), line.strip()) for number, line in numbered(read_text(path)))
 
 
-def _entries_of(where: str, fields: dict) -> Iterator[Entry]:
-    """The entries of a data set's line: its prompt, or a pair's two; these differ in the concept's words."""
+def _json_lines(path: Path) -> Rows:
+    return ((number, object_of(path, number, line)) for number, line in numbered(read_text(path)))
+
+
+def _csv(path: Path) -> Rows:
+    return iter(csv_rows(path, read_text(path)))
+
+
+def _parquet(path: Path) -> Rows:
+    """A parquet file's rows, from 1. Of nested columns nothing is read, so that a file's types stay plain."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(
+            f"{path}: got a parquet file, expected pyarrow to read it; pip install 'saferope[parquet]', or save it as "
+            ".csv or .jsonl"
+        ) from None
+    known = {*TEXT_NAMES, *PAIR, *CATEGORY_NAMES, IMAGE_NAME}
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = list(file.schema_arrow.names)
+            read = [name for name in dict.fromkeys(names) if name in known]
+            if not set(PAIR) <= set(names):
+                _text_name(f"{path}, the names of the columns", names)
+            rows = file.read(columns=read).to_pylist()
+    except FileNotFoundError:
+        raise
+    except _PARQUET_ERRORS as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: not a parquet file ({error!s:.200}); expected one; fetch it again") from None
+    return iter(list(enumerate(rows, start=1)))
+
+
+def _entries_of(path: Path, number: int, fields: dict) -> Iterator[Entry]:
+    """The entries of a table's row: a record of ours, a prompt, or a pair's two, which differ in the concept."""
+    where = _place(path, number)
+    if path.suffix.lower() == ".jsonl" and "side" in fields:
+        record = record_of(path, number, fields)
+        yield Entry(where, record.text, record.image, record)
+        return
     if not set(PAIR) <= set(fields):
         yield _caption(where, fields)
         return
@@ -158,10 +224,10 @@ def _open_quote(path: Path, first: int, got: str) -> ValueError:
     )
 
 
-def _coco(path: Path, data: str) -> list[Entry]:
+def _coco(path: Path) -> list[Entry]:
     """One caption a picture, the first one listed, in the file's order."""
     try:
-        content = json.loads(data)
+        content = json.loads(read_text(path))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         if not all(isinstance(name, str) for name in names.values()):
             raise TypeError("a file_name is no string")
@@ -177,4 +243,4 @@ def _coco(path: Path, data: str) -> list[Entry]:
 
 
 def _place(path: Path, number: int) -> str:
-    return f"{path}, line {number}"
+    return f"{path}, {'row' if path.suffix.lower() == '.parquet' else 'line'} {number}"

@@ -22,14 +22,15 @@ def read_file(
     images: Path | None = None,
     count: int | None = None,
     seed: int | None = None,
+    category: str | None = None,
 ) -> list[PromptRecord]:
     """The first `count` prompts of a file, all of them if None; on the unsafe side with the first subject's span.
 
     With a `seed` at most `count`, drawn from all and in the file's order; fewer than there are is told. `images`: the
-    folder of the captions' pictures. ValueError names the file, the line and what was expected; also where a file has
-    too few prompts, no subject stands in some, or a picture is not there.
+    folder of the captions' pictures. `category`: see `entries`. ValueError names the file, the line and what was
+    expected; also where a file has too few prompts, no subject stands in some, or a picture is not there.
     """
-    found = [entry for entry in entries(path) if entry.record is None or entry.record.side == side]
+    found = [entry for entry in entries(path, category) if entry.record is None or entry.record.side == side]
     if not found:
         raise ValueError(f"{path}: got no {side} prompt, expected at least one; formats: {FORMATS}")
     if count is not None and seed is not None:

@@ -54,7 +54,12 @@ def origins(settings: Settings) -> dict[str, str]:
 def _unsafe(settings: Settings) -> list[PromptRecord]:
     if settings.unsafe is not None:
         records = read_file(
-            Path(settings.unsafe), UNSAFE, settings.subjects, None, settings.unsafe_prompts, settings.seed
+            Path(settings.unsafe),
+            UNSAFE,
+            settings.subjects,
+            count=settings.unsafe_prompts,
+            seed=settings.seed,
+            category=settings.category,
         )
         return [record if record.instead is not None else with_instead([record], [""])[0] for record in records]
     if settings.concept not in presets.names():
@@ -72,7 +77,8 @@ def _benign(settings: Settings) -> list[PromptRecord]:
     if settings.benign is not None:
         images = Path(settings.images) if settings.images else None
         seed = settings.seed + _BENIGN_SEED
-        return read_file(Path(settings.benign), BENIGN, (), images, settings.benign_prompts, seed)
+        pairs = settings.category if settings.benign == settings.unsafe else None
+        return read_file(Path(settings.benign), BENIGN, (), images, settings.benign_prompts, seed, pairs)
     return _product(settings, presets.BENIGN, BENIGN, settings.benign_prompts, settings.seed + _BENIGN_SEED)
 
 

@@ -5,6 +5,7 @@ ones.
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -14,7 +15,9 @@ from saferope_training.prompts import BENIGN, UNSAFE, PromptRecord, read_prompts
 from saferope_training.prompts.formats import csv_rows
 from saferope_training.prompts.lines import json_line
 from saferope_training.prompts.readers import read_file, read_texts
+from saferope_training.prompts.sources import prompts_for
 from saferope_training.prompts.subjects import find_subject
+from saferope_training.settings import Settings
 
 OURS = '{"side": "unsafe", "text": "a red star", "subject": [6, 10]}'
 STARS = "\u661f\u661f"  # "star" in Chinese
@@ -244,3 +247,73 @@ def test_columns_of_attacks_are_read(tmp_path, column):
     (ask,) = i2p_set(tmp_path / "p.csv", "star", "star").asks
     assert (ask.text, ask.seed) == ("a red star", 7)
     assert "expected one named" in told(tmp_path / "q.csv", "target\na red star\n"), "negative control"
+
+
+def safesteer(path, rows=()):
+    """A file in SafeSteer's layout: pairs of one situation in categories, beside columns that nobody asks for."""
+    import pyarrow
+    from pyarrow import parquet
+
+    pairs = [
+        ("Sexual", "Nudity", "a naked man reads", "a clothed man reads"),
+        ("Violence", "Bloody content", "a bloody knife", "a clean knife"),
+        ("Sexual", "Nudity", "a nude statue stands", "a plain statue stands"),
+    ]
+    names = ("category", "subcategory", "unsafe_prompt", "safe_prompt")
+    made = [dict(zip(names, row, strict=True)) | {"similarity": 0.9, "of": {"deep": [1]}} for row in (*pairs, *rows)]
+    parquet.write_table(pyarrow.Table.from_pylist(made), path)
+    return path
+
+
+def test_pairs_of_parquet_are_read_by_category(tmp_path):
+    path = safesteer(tmp_path / "SafeSteer_train.parquet")
+    assert len(read_file(path, UNSAFE)) == len(read_file(path, BENIGN)) == 3
+    found = read_file(path, UNSAFE, category="nudity")
+    assert found == [
+        PromptRecord(UNSAFE, "a naked man reads", (2, 7), instead="a clothed man reads"),
+        PromptRecord(UNSAFE, "a nude statue stands", (2, 6), instead="a plain statue stands"),
+    ]
+    assert [record.text for record in read_file(path, BENIGN, category="Violence")] == ["a clean knife"]
+    with pytest.raises(ValueError, match=r"category 'Gore', expected one of 'Bloody content', 'Nudity', 'Sexual'"):
+        read_file(path, UNSAFE, category="Gore")
+    safesteer(path, [("Sexual", "Nudity", None, "a wall")])
+    with pytest.raises(ValueError, match=r"\.parquet, row 4: a prompt of the pair is no string"):
+        read_file(path, UNSAFE)
+
+
+def test_a_category_chooses_on_both_sides_of_pairs_and_only_there(tmp_path):
+    """The same rows of other tables; benign prompts of another file are no rows of that category."""
+    path, other = str(safesteer(tmp_path / "p.parquet")), tmp_path / "b.txt"
+    other.write_text("a wall\na door\n")
+    texts = lambda **given: [r.text for r in prompts_for(Settings("mine", "x", unsafe=path, **given))]  # noqa: E731
+    assert texts(benign=path, category="Bloody content") == ["a bloody knife", "a clean knife"]
+    assert texts(benign=str(other), category="Bloody content") == ["a bloody knife", "a wall", "a door"]
+    assert len(texts(benign=path)) == 6
+    i2p = tmp_path / "i2p.csv"
+    i2p.write_text('prompt,categories\na star,"hate, sexual"\na star left,shocking\n')
+    assert [r.text for r in read_file(i2p, UNSAFE, ["star"], category="sexual")] == ["a star"]
+    with pytest.raises(ValueError, match=r"category 'sexual' of a \.txt file, expected a table with a column"):
+        read_file(other, UNSAFE, ["a"], category="sexual")
+    with pytest.raises(ValueError, match="'category': got 'x', expected none without --unsafe"):
+        Settings(category="x")
+
+
+def test_parquet_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    import pyarrow
+    from pyarrow import parquet
+
+    found = told(tmp_path / "p.parquet", "prompt\na star\n")
+    assert "not a parquet file" in found
+    parquet.write_table(pyarrow.Table.from_pylist([{"words": "a star"}]), tmp_path / "q.parquet")
+    with pytest.raises(ValueError, match=r"q\.parquet, the names of the columns: got 'words', expected one named"):
+        read_file(tmp_path / "q.parquet", UNSAFE, ["star"])
+    with pytest.raises(FileNotFoundError):
+        read_file(tmp_path / "none.parquet", UNSAFE, ["star"])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"expected pyarrow to read it; pip install 'saferope\[parquet\]'"):
+        read_file(tmp_path / "q.parquet", UNSAFE, ["star"])
+
+
+def test_p4d_prompts_are_read_as_they_are_kept(tmp_path):
+    (tmp_path / "p4d.csv").write_text("target_prompt,adversarial_prompt,best_similarity\nplain,a star zx,0.9\n")
+    assert read_texts(tmp_path / "p4d.csv") == ["a star zx"]
