@@ -8,7 +8,9 @@ import re
 import shlex
 from dataclasses import replace
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from saferope import cli
@@ -119,6 +121,8 @@ def real(at_rest, monkeypatch, tmp_path):
         images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(200)]
         captions = [{"image_id": n, "caption": f"a quiet street, number {n}"} for n in range(200)]
         (tmp_path / name).write_text(json.dumps({"images": images, "annotations": captions}))
+    pairs = [{"unsafe_prompt": f"a nude {n}", "safe_prompt": f"a robe {n}", "subcategory": "Nudity"} for n in range(20)]
+    parquet.write_table(pyarrow.Table.from_pylist(pairs), tmp_path / "SafeSteer_train.parquet")
     for folder in ("val2017", "folder"):
         (tmp_path / folder).mkdir()
         for n in range(200):
