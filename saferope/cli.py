@@ -14,7 +14,7 @@ import typer
 
 from saferope_training.console import guarded, say
 
-from .commands import attack, audit, bench, evaluate, files, generate, proof, stages
+from .commands import attack, audit, bench, evaluate, export, files, generate, proof, stages
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +43,7 @@ def options(
 for name in ("prompts", "extract", "heads", "train", "calibrate"):
     app.command(name)(getattr(stages, name))
 app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("attack")(attack.attack)
 app.command("generate")(generate.generate)
 for name in ("inspect", "merge", "convert", "card"):
