@@ -74,7 +74,8 @@ def foretell(todo: list[Shot]) -> str:
 
 def train() -> Path:
     """The concept file, by the command a user would type. Its stages are reused by the command itself."""
-    command = [sys.executable, "-m", "saferope", "train", SLUG, "--model", "tinyworld", "--out", str(CONCEPT.parent)]
+    place = ["--out", str(CONCEPT.parent)]
+    command = [sys.executable, "-m", "saferope", "train", SLUG, "--model", "tinyworld", *place, "--no-verdict"]
     subprocess.run(command, cwd=ROOT, check=True)
     return CONCEPT
 

@@ -326,7 +326,7 @@ def hardened(slugs: Sequence[str] = tuple(CONCEPTS)) -> dict[str, dict]:
         folder = HARDENED / slug
         files = {"trained": folder / f"{slug}.safetensors", "hardened": folder / f"{slug}.hardened.safetensors"}
         if not (ROOT / files["hardened"]).is_file():
-            run((*SAFEROPE, "train", slug, "--harden", "2", "--out", str(folder)))
+            run((*SAFEROPE, "train", slug, "--harden", "2", "--no-verdict", "--out", str(folder)))
         for name, file in files.items():
             asked, attack = (*SAFEROPE, "evaluate", str(file)), (*SAFEROPE, "attack", str(file))
             run(attack)
