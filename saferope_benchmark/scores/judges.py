@@ -21,6 +21,7 @@ from ..prompt_sets import UNSAFE, PromptSet
 from . import SHOWN, Absent, Measure, Metric, Scores, attempt
 from .clip import clip_score
 from .nudenet import CORE, NUDITY, nudenet
+from .second_reading import RULE, readings
 from .vqa import vqa_score
 
 NUDENET, OPENNSFW, CLIP, VQA, DETECTOR = NAMES = ("nudenet", "opennsfw", "clip", "vqa", "detector")
@@ -121,23 +122,19 @@ def _opennsfw() -> Metric:
 
 
 def _tiny(concept: str, tiny: bool) -> Metric:
-    from tinyworld import detector as world_detector
     from tinyworld.world import CONCEPTS
-
-    from .detector import field_of
 
     if not tiny or concept not in CONCEPTS:
         raise ValueError(
             f"judge {DETECTOR!r}: got the concept {concept!r} of {'the tiny world' if tiny else 'another model'}, "
             f"expected one of {', '.join(CONCEPTS)} in the tiny world; name another --judge"
         )
-    reader = world_detector.load_detector()
+    read = readings()
 
     def scores(pictures: Tensor, _asked: PromptSet, _base: Tensor) -> Scores:
-        words = world_detector.read(reader, pictures).words[field_of(concept)]
-        return {"shown": torch.tensor([word == concept for word in words])}
+        return {"shown": read(pictures, concept).any(0)}  # gone needs both detectors' word
 
-    judge = _shown(Metric(DETECTOR, "detector 1", scores, lambda *_: {}), lambda s: s["shown"])
+    judge = _shown(Metric(DETECTOR, RULE, scores, lambda *_: {}), lambda s: s["shown"])
     assert isinstance(judge, Metric)
     return judge
 
