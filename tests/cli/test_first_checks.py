@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shlex
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pyarrow
@@ -162,6 +164,39 @@ def test_the_ablations_of_a_real_model_fit_a_card(real, monkeypatch):
     assert plan.peak < GPU
     at_once = memory.plan_for(replace(chosen, quantise="nf4", passes_of=0, checkpointing=False), "cuda", training=True)
     assert at_once.peak > 5 * GPU, "negative control"
+
+
+FIRST_HOUR = (ROOT / "docs" / "first-hour.md").read_text(encoding="utf-8")
+FLUX_TOO = shlex.split(f"--model {DEV} --device cuda --quantise nf4 --checkpointing --passes-of 1")
+
+
+@pytest.fixture
+def first_hour(tmp_path):
+    """The four files that the page's own shell writes, and a concept file to evaluate."""
+    (script,) = re.findall(r"```bash\n(.*?)```", FIRST_HOUR, re.S)
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True)
+    (tmp_path / "heart").mkdir()
+    shutil.copy(ROOT / "tinyworld" / "concepts" / "star.safetensors", tmp_path / "heart" / "heart.safetensors")
+
+
+@pytest.mark.usefixtures("first_hour")
+@pytest.mark.parametrize("words", list(commands(FIRST_HOUR)), ids=lambda words: words[0])
+def test_the_first_hour_passes_every_check_as_it_stands(at_rest, words):
+    result = at_rest(*words)
+    if words[0] == "prompts":
+        assert result.exit_code == 0 and "prompts: heart/prompts.jsonl" in result.output, result.output
+        wrong = [word.replace("hearts", "").replace("heart", "sun") if word == "heart" else word for word in words]
+        assert at_rest(*wrong).exit_code == 2, "negative control: no prompt has a sun in it"
+    else:
+        assert isinstance(result.exception, Loaded), (result.output, result.exception)
+
+
+@pytest.mark.usefixtures("first_hour")
+@pytest.mark.parametrize("words", [words for words in commands(FIRST_HOUR) if words[0] in ("calibrate", "train")])
+def test_the_first_hour_fits_a_card_with_what_it_says_to_add(real, words):
+    result = real(*words, *FLUX_TOO)
+    assert isinstance(result.exception, Loaded), (result.output, result.exception)
+    assert "it may run out" not in result.output, result.output
 
 
 def test_commands_of_one_folder_share_their_prompts():
