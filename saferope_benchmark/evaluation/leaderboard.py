@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saferope_core import load_concepts, sha256
-from saferope_core.concept.files import require_no_link, write_text
+from saferope_core.concept.files import require_no_link, write_bytes, write_text
 from saferope_training import processes
 from saferope_training.flux.loading import load_model
 from saferope_training.stages import sha256_of
@@ -129,7 +128,7 @@ def _export(report: Report, path: Path, side: str, pictures: Path, out: Path) ->
         number = counts.get(category, 0)
         folder = out / name / "images" / category
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / f"{name}_{number}.png")
+        write_bytes(folder / f"{name}_{number}.png", source.read_bytes())
         counts[category] = number + 1
     told = json.dumps(_report(report, side, technique, run, path.stat().st_mtime, counts), indent=4) + "\n"
     concept = re.sub(r"[^a-z0-9-]", "-", report.concept)

@@ -49,7 +49,7 @@ def test_command_line_offers_the_settings_defaults(monkeypatch, tmp_path):
     made = {}
     monkeypatch.setattr("saferope_training.flux.loading.load_model", lambda *_: None)
     monkeypatch.setattr(
-        "saferope_training.making.recipe.Recipe.train", lambda self, tell: made.update(settings=self.settings)
+        "saferope_training.making.recipe.Recipe.train", lambda self, *_: made.update(settings=self.settings)
     )
     result = CliRunner().invoke(cli.app, ["train", "zappy", "--out", str(tmp_path), "--rank", "4", "--no-verdict"])
     assert result.exit_code == 0, result.output
