@@ -284,7 +284,6 @@ def memory() -> dict[str, dict]:
         gathering_bytes,
         generator_bytes,
         transformer_bytes,
-        turning_bytes,
     )
 
     with torch.device("meta"):
@@ -296,7 +295,6 @@ def memory() -> dict[str, dict]:
         for kind in ("nf4", "int8"):
             weights = transformer_bytes(flux, kind, torch.bfloat16)
             kept = activation_bytes(flux, TEXT, tokens, 1, True, torch.bfloat16)
-            kept += turning_bytes(flux, TEXT, 2 * tokens, 1, True, WIDTH)
             learned = generator_bytes(HEADS, (WIDTH, WIDTH))
             heard = gathering_bytes(flux, TEXT, tokens, 1, torch.bfloat16)
             phases = ((ENCODERS, 0, 0, 0), (0, 0, 0, heard), (0, kept, learned, 0))

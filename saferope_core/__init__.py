@@ -14,6 +14,7 @@ from .concept.selection import STREAM_CHOICES, parse_blocks, restricted
 from .concept.stream import NAMES, ROLES, STREAMS, Roles, Stream, stream_of, tensors_of
 from .concept.strength import held_strengths, strength_notes
 from .maths.calibration import calibrate_gate, fixed_generator
+from .maths.exponential import eigen
 from .maths.noise import seeded_noise
 from .maths.risk import (
     CRITICAL,
@@ -104,6 +105,7 @@ __all__ = [
     "critical_heads",
     "discrimination",
     "effect_of",
+    "eigen",
     "exact",
     "extended",
     "failures",

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from saferope_core import SINGLE, Concept, Forward, Geometry, Protection, Roles, Stream, rotate_by_generator, skew
+from saferope_core import SINGLE, Concept, Forward, Geometry, Protection, Roles, Stream, skew
 
 from .peak import peak_of
 from .timing import Row, in_turns, ratio, spread
@@ -100,11 +100,15 @@ def papers_form(size: Size) -> Callable[[], object]:
     whatever its risk."""
     concept = concept_of(size)
     x, heads = vectors(size, concept), concept.heads[:, 2].long()
-    scale = torch.full(x.shape[:3], 0.5)[:, heads]
+    scale = torch.full((size.batch, len(heads), x.shape[2], 1, 1), 0.5)
 
     def turn() -> None:
         for role in "qk":
-            rotate_by_generator(x[:, heads], concept.basis(role), concept.generator("text"), scale)
+            basis, own = concept.basis(role), x[:, heads].float()
+            inside = torch.einsum("bhld,hdr->bhlr", own, basis)
+            matrices = torch.matrix_exp(scale * concept.generator("text")[:, None])
+            moved = torch.einsum("bhlij,bhlj->bhli", matrices, inside) - inside
+            (own + torch.einsum("bhlr,hdr->bhld", moved, basis)).to(x.dtype)
 
     return turn
 

@@ -14,6 +14,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .exponential import eigen as eigen_of
+from .exponential import exponential_of
+
 
 def skew(w: Tensor) -> Tensor:
     """The skew part (w − wᵀ) / 2 of [..., R, R]. Exact: the result equals minus its transpose bit for bit."""
@@ -74,22 +77,21 @@ def turn(x: Tensor, directions: Tensor, theta: Tensor, scale: Tensor, coordinate
     return torch.where((scale == 0)[..., None], x, turned.to(x.dtype))
 
 
-def rotate_by_generator(x: Tensor, basis: Tensor, generator: Tensor, scale: Tensor) -> Tensor:
-    """R(x) x through matrix_exp: the form to train with, differentiable in every argument.
+def rotate_by_generator(
+    x: Tensor, basis: Tensor, generator: Tensor, scale: Tensor, eigen: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """R(x) x in the form to train with, differentiable in every argument.
 
-    x [B, H, L, D], basis U [H, D, R], generator A [H, R, R] (keep it skew), scale [B, H, L]. The matrix exponential
-    is taken for tokens with scale != 0 only; the others return bit for bit. Dtypes as in `turn`, to which it is equal.
+    x [B, H, L, D], basis U [H, D, R], generator A [H, R, R] (keep it skew), scale [B, H, L]. `eigen` is the generator's
+    own, for a caller who has it already. Tokens with scale 0 return bit for bit. Dtypes as in `turn`, to which it is
+    equal.
     """
     vectors = wide(x)
     with exact(x):
         basis, generator, scale = basis.to(vectors), generator.to(vectors), scale.to(vectors)
+        theta, frame = eigen_of(generator) if eigen is None else eigen
         coordinates = torch.einsum("bhld,hdr->bhlr", vectors, basis)
-        hit = (scale != 0).nonzero(as_tuple=True)
-        # not generator[hit[1]]: its gradient adds up the tokens of a head in whatever order the threads come
-        chosen = generator.index_select(0, hit[1])
-        rotations = torch.matrix_exp(scale[hit][:, None, None] * chosen)
-        moved = torch.einsum("nij,nj->ni", rotations, coordinates[hit]) - coordinates[hit]
-        moved = torch.zeros_like(coordinates).index_put(hit, moved)
+        moved = exponential_of(coordinates, generator, scale, theta, frame) - coordinates
         turned = vectors + torch.einsum("bhlr,hdr->bhld", moved, basis)
     return torch.where((scale == 0)[..., None], x, turned.to(x.dtype))
 

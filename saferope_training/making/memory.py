@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from saferope_core import COLLECTED, ROLES, exact, gated, latent_risk_score, wide
+from saferope_core import COLLECTED, ROLES, gated, latent_risk_score, rotate_by_generator
 
 from ..flux.attach import sites
 from ..flux.quantise import require_kind
@@ -29,9 +29,7 @@ WORKSPACE = 0.1  # of the rest: kernels' scratch space and fragmentation
 GIB = 2**30
 DECODED = 4 * 256  # channels: the widest map of FLUX.1's VAE at full size, before, within and after a residual block
 _PATCH = 16  # pixels of an image token
-_WIDTH = 24  # R + S of the stand-in for a rotation; hardly matters
-MATRICES = 3  # fp32, of R + S squared, that autograd keeps for a vector that turns: its angle, exponential and factor
-TURNING = 0.55  # of the vectors of unsafe prompts: the most of the tiny world's four concepts; the least is 0.02
+_WIDTH = 28  # R + S of the rotation that is counted: the defaults'
 _WAYS_OUT = "Try --quantise, --checkpointing, fewer --passes-of or a smaller --resolution"
 
 
@@ -120,19 +118,6 @@ def _block_bytes(config: dict, text: int, image: int, batch: int, dtype: torch.d
     return max(_kept(config, 2, 1, *tokens, dtype), _kept(config, 1, 2, *tokens, dtype)) - one
 
 
-def turning_bytes(
-    config: dict, text: int, image: int, batch: int, checkpointing: bool, width: int, share: float = TURNING
-) -> int:
-    """What autograd keeps for the vectors that turn, besides: matrices of R + S = `width`, squared.
-
-    `text` and `image`: of a prompt in a head, tokens times the roles that turn; image tokens turn in single blocks.
-    """
-    vectors = config["num_layers"] * text + config["num_single_layers"] * (text + image)
-    if checkpointing:
-        vectors = text + image  # of the one block that is being recomputed
-    return int(4 * MATRICES * width**2 * share * config["num_attention_heads"] * batch * vectors)
-
-
 def generator_bytes(heads: int, widths: tuple[int, ...]) -> int:
     """Weights, gradients and two moments, fp32, of so many heads' generators."""
     return 4 * 4 * heads * sum(width * width for width in widths)
@@ -162,15 +147,13 @@ def plan_for(settings: Settings, device: str, training: bool, previews: bool = F
     image = unsafe if settings.relative_rank else settings.image_rank
     widths = tuple(settings.relative_rank + own + settings.reach for own in (unsafe, image))
     heads = config["num_attention_heads"] * (config["num_layers"] + config["num_single_layers"])
-    vectors = text * len(settings.acts_on), side * side * len(settings.acts_on_image)
-    turning = turning_bytes(config, *vectors, shape[3], settings.checkpointing, max(widths))
     file = Path(settings.model)
     return Plan(
         # GGUF stays as it is in the file
         file.stat().st_size if file.suffix == ".gguf" else transformer_bytes(config, settings.quantise, dtype),
         encoders,
         decoder,
-        activation_bytes(*shape) + turning if training else 0,
+        activation_bytes(*shape) if training else 0,
         generator_bytes(heads, widths) if training else 0,
         gathering_bytes(config, text, side * side, settings.passes_of or BATCH, dtype),
         preview_bytes(config, text, side * side, settings.passes_of or 2 * EACH, dtype) if previews else 0,
@@ -261,7 +244,7 @@ def _kept(config: dict, doubles: int, singles: int, text: int, image: int, batch
             model = FluxTransformer2DModel.from_config(config).requires_grad_(False).eval()
         for site in sites(model):
             if site.stream != "image":  # image tokens of double blocks stay at rest
-                site.module.register_forward_hook(_stand_in(config))
+                site.module.register_forward_hook(_turning(config))
         inputs = {
             "hidden_states": torch.empty(batch, image, config["in_channels"]),
             "encoder_hidden_states": torch.empty(batch, text, config["joint_attention_dim"]),
@@ -277,20 +260,16 @@ def _kept(config: dict, doubles: int, singles: int, text: int, image: int, batch
     return total[0]
 
 
-def _stand_in(config: dict) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
-    """A hook that keeps what the rotation of every head keeps, without its data-dependent choice of tokens."""
+def _turning(config: dict) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    """A hook that turns every vector of every head, as training does."""
     heads, width = config["num_attention_heads"], config["attention_head_dim"]
     basis = torch.zeros(heads, width, min(width, _WIDTH))
     generator = torch.zeros(heads, *2 * [basis.shape[-1]], requires_grad=True)
+    eigen = torch.zeros(generator.shape[:2]), torch.zeros_like(generator, dtype=torch.complex64)
 
     def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         x = output.transpose(1, 2)
-        vectors = wide(x)
-        with exact(x):
-            scale = gated(latent_risk_score(x, basis), torch.zeros(heads))
-            coordinates = torch.einsum("bhld,hdr->bhlr", vectors, basis)
-            moved = torch.einsum("bhlr,hrs->bhls", coordinates * scale[..., None], generator)
-            turned = vectors + torch.einsum("bhlr,hdr->bhld", moved, basis)
-        return turned.to(x.dtype).transpose(1, 2).contiguous()
+        scale = gated(latent_risk_score(x, basis), torch.zeros(heads))
+        return rotate_by_generator(x, basis, generator, scale, eigen).transpose(1, 2).contiguous()
 
     return hook

@@ -11,6 +11,7 @@ from saferope_core import (
     CriticalHeads,
     Geometry,
     bounded,
+    eigen,
     gated,
     latent_risk_score,
     rotate_by_generator,
@@ -18,6 +19,8 @@ from saferope_core import (
 )
 
 from ..flux.attach import Span
+
+Eigen = tuple[Tensor, Tensor]  # of generators, see `eigen`
 
 
 class TrainableRotation:
@@ -46,6 +49,7 @@ class TrainableRotation:
         self.members = {role: _members(heads.heads, geometry.group if role == "k" else 1, device) for role in ROLES}
         self.spared: Tensor | None = None
         self.strengths: Tensor | None = None
+        self._known: tuple[tuple, tuple[Eigen, ...]] | None = None
 
     def generators(self) -> tuple[Tensor, Tensor]:
         """Skew generators A [N, R + S, R + S] for text and image tokens."""
@@ -71,12 +75,22 @@ class TrainableRotation:
             return x
         index, head = members
         parts, chosen = {}, x[:, head]
-        for stream, (first, last), generator in zip(("text", "image"), (text, image), self.generators(), strict=True):
+        streams = zip(("text", "image"), (text, image), self.generators(), self._eigen(), strict=True)
+        for stream, (first, last), generator, (theta, frame) in streams:
             if last > first:
-                parts[first] = self._turn(chosen[:, :, first:last], role, stream, index, generator[index])
+                own = generator[index], (theta[index], frame[index])
+                parts[first] = self._turn(chosen[:, :, first:last], role, stream, index, *own)
         return x.index_copy(1, head, torch.cat([parts[first] for first in sorted(parts)], dim=2))
 
-    def _turn(self, x: Tensor, role: str, stream: str, index: Tensor, generator: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _eigen(self) -> tuple[Eigen, ...]:
+        """Of both generators of all heads, found anew where the weights have changed."""
+        version = tuple((id(weight), weight._version) for weight in self.weights().values())
+        if self._known is None or self._known[0] != version:
+            self._known = version, tuple(eigen(generator) for generator in self.generators())
+        return self._known[1]
+
+    def _turn(self, x: Tensor, role: str, stream: str, index: Tensor, generator: Tensor, eigen: Eigen) -> Tensor:
         """One stream's tokens of the block's critical heads, x [B, h, L, D]."""
         if role not in self.acts_on[stream]:
             return x
@@ -90,7 +104,7 @@ class TrainableRotation:
         scale = saturated(gated(latent_risk_score(x, risk), self.gate[name][index]), factor)
         if stream == "text" and self.spared is not None:
             scale = scale.masked_fill(self.spared[:, None].to(scale.device), 0.0)
-        return rotate_by_generator(x, basis, generator, scale)
+        return rotate_by_generator(x, basis, generator, scale, eigen)
 
 
 def _members(heads: Tensor, group: int, device: torch.device) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:

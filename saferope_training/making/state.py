@@ -69,7 +69,8 @@ class State:
         if done == 0:
             return 0
         for name, weight in weights.items():
-            weight.data.copy_(tensors[name])
+            with torch.no_grad():
+                weight.copy_(tensors[name])
             optimiser.state[weight] = {
                 key: tensors[f"{name}.{key}"].to("cpu" if key == "step" else weight.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")

@@ -34,7 +34,7 @@ def turned(x, basis, generator, scale):
     return turn(x, directions, theta, scale)
 
 
-FORMS = pytest.mark.parametrize("form", [turned, rotate_by_generator], ids=["planes", "matrix_exp"])
+FORMS = pytest.mark.parametrize("form", [turned, rotate_by_generator], ids=["planes", "eigenvectors"])
 
 
 def orthogonality_error(matrix):
@@ -317,3 +317,19 @@ def test_a_wide_bound_changes_rounding_alone():
     generator = skew(torch.randn(20, 6, 6))
     torch.testing.assert_close(bounded(generator, 100.0), generator, rtol=0, atol=1e-5)
     assert not bounded(torch.zeros(2, 4, 4), 1.0).any()
+
+
+def test_equal_frequencies_have_a_gradient():
+    """Of generators whose planes turn alike, and of zero: divided differences divide by nothing."""
+    x, basis, _, scale = example(4)
+    quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+    alike = torch.block_diag(quarter, quarter).expand(HEADS, 4, 4)
+    for generator in (alike.clone(), torch.zeros(HEADS, 4, 4, dtype=torch.float64)):
+        generator.requires_grad_()
+        assert torch.autograd.gradcheck(lambda a: rotate_by_generator(x, basis, skew(a), scale), (generator,))
+        ours = torch.autograd.grad(rotate_by_generator(x, basis, skew(generator), scale).cos().sum(), generator)[0]
+        matrices = torch.matrix_exp(scale[..., None, None] * skew(generator)[:, None])
+        moved = torch.einsum("bhlij,hdj,bhld->bhli", matrices, basis, x) - torch.einsum("hdi,bhld->bhli", basis, x)
+        other = torch.autograd.grad((x + torch.einsum("bhli,hdi->bhld", moved, basis)).cos().sum(), generator)[0]
+        torch.testing.assert_close(ours, other)
+        assert other.abs().max() > 1e-2, "control"
