@@ -23,6 +23,7 @@ from ..concept.strength import held_strengths
 from .forms import PACKED, Form, Seen, Told, form_of, turn_exact, turn_packed
 from .packed import Packed, packed
 from .plan import Active, Key, Plans, moved, moving_rows, plans_of
+from .stored import Stored, on_device, stored
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class Protection:
             _require_reached(each)
         self._covered = set().union(*(moving_rows(each.concept) for each in self._active()))
         self._folded: Plans | None = None  # on the CPU; kept, since to fold takes seconds
+        self._stored: dict[tuple[str, torch.dtype], Stored] = {}  # by the kind of device, on the CPU as well
         self._prepared: dict[tuple[torch.device, torch.dtype | None], Plans | dict[Key, Packed]] = {}
         self._lock = threading.Lock()
 
@@ -134,10 +136,16 @@ class Protection:
         if self._folded is None:
             self._folded = plans_of(self._active(), self.geometry)
         if dtype is not None:
-            return {
-                key: packed(plan, self.geometry.heads_of(key[1]), dtype, device) for key, plan in self._folded.items()
-            }
+            kind = device.type, dtype
+            if kind not in self._stored:
+                self._stored[kind] = stored(self._packed(dtype))
+            return on_device(self._stored[kind], device)
         return {key: moved(plan, device) for key, plan in self._folded.items()}
+
+    def _packed(self, dtype: torch.dtype) -> dict[Key, Packed]:
+        assert self._folded is not None
+        heads, cpu = self.geometry.heads_of, torch.device("cpu")
+        return {key: packed(plan, heads(key[1]), dtype, cpu) for key, plan in self._folded.items()}
 
 
 def _require_reached(active: Active) -> None:
