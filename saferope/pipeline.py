@@ -90,12 +90,15 @@ class _Watch:
             if protection.covers(site.block_type, site.block_index)
         }
         self.seen: set[tuple[str, str, int, str]] = set()
+        # no other hook has seen the vectors before they turn
+        self.alone = not any(site.module._forward_hooks for site in sites(transformer))
 
     def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> Tensor:
         """`Protection.rotate`, noted."""
         stream = "both" if block_type == "single" else "text" if text[1] else "image"
         self.seen.add((role, block_type, block_index, stream))
-        return self.protection.rotate(x, role, block_type, block_index, text, image)
+        own = self.alone and not x.requires_grad
+        return self.protection.rotate(x, role, block_type, block_index, text, image, own=own)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
