@@ -1,30 +1,22 @@
-"""What comes into an Apply: the values of its settings, and the concepts with what may be read of their files.
-
-Values count from widgets, and from primitive nodes with a constant. Whatever is not surely understood is told as a
-reason why the Apply does not act.
-"""
+"""The concepts that come into an Apply, with what may be read of their files."""
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from .editor import PRIMITIVES
 from .effect import File, Files
-from .graph import Graph, Link, Node, Unknown, Value
+from .graph import Graph, Input, Link, Node
 from .known import CALIBRATE, COMBINE, LOAD, OUTSIDE
+from .settings import OF_COMBINE, OF_LOAD, SHA256, settings
 
-STRENGTH_MAX = 2.0  # of the nodes
 LEAST_STRENGTH = 0.05  # the nodes' smallest step: less rounds away
-MOST_CONCEPTS, DEEPEST, MOST_LINKS = 64, 16, 500  # of one Apply: concepts, Combine nodes in a row, links followed
+MOST_CONCEPTS, MOST_LINKS = 64, 500  # of one Apply: concepts, links followed
 MOST_COMBINED = 32  # inputs of a Combine node
 UNSEEN = "is in its file, which is not at hand (--concepts FOLDER)"
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """What one node gives an Apply to turn; strength: of its file, where at hand, times its own times that of Apply.
 
@@ -33,153 +25,83 @@ class Part:
 
     node: str
     name: str
-    strength: float
+    strength: float = 1.0
     sha256: str | None = None  # what it is pinned to
     made_of_prompts: bool = False
     turns: tuple[int, int] | None = None
     file: File | None = field(default=None, repr=False, compare=False)
-    concepts: tuple[Any, ...] = field(default=(), repr=False, compare=False)  # of the file, times its Load's strength
+    concepts: list[Any] = field(default_factory=list, repr=False, compare=False)  # of the file, with Load's strength
 
     @property
     def counts(self) -> bool:
         return self.strength >= LEAST_STRENGTH and (self.turns is None or self.turns[0] > 0)
 
 
-class Reader:
-    """Values of one node; what cannot be read is told in `stops` and comes as None, or as the default for choices."""
-
-    def __init__(self, graph: Graph, node: Node, stops: list[str]) -> None:
-        self.graph, self.node, self.stops = graph, node, stops
-
-    def value(self, name: str, default: Any) -> Any:
-        found = self.node.inputs.get(name)
-        if isinstance(found, Link):
-            found = constant(self.graph, found)
-        if isinstance(found, Unknown):
-            self.stops.append(f"{name} comes from {found.reason}: it cannot be verified")
-            return None
-        if found is None and default is None:
-            self.stops.append(f"{name} is not set")
-        return default if found is None else found.value
-
-    def number(self, name: str, default: float | None, low: float, high: float) -> float | None:
-        told, value = len(self.stops), self.value(name, default)
-        if type(value) in (int, float) and low <= value <= high and math.isfinite(value):
-            return float(value)
-        if len(self.stops) == told:
-            self.stops.append(f"{name} is {_short(value)}, expected a number from {low:g} to {high:g}")
-        return None
-
-    def choice(self, name: str, default: str, options: tuple[str, ...]) -> str:
-        told, value = len(self.stops), self.value(name, default)
-        if isinstance(value, str) and value in options:
-            return value
-        if len(self.stops) == told:
-            self.stops.append(f"{name} is {_short(value)}, expected {' or '.join(options)}")
-        return default
-
-    def text(self, name: str, default: str | None) -> str:
-        told, value = len(self.stops), self.value(name, default)
-        if isinstance(value, str):
-            return value
-        if len(self.stops) == told:
-            self.stops.append(f"{name} is {_short(value)}, expected a text")
-        return ""
+def parts(graph: Graph, apply: Node, files: Files | None, stops: list[str]) -> list[Part]:
+    """The concepts of an Apply in their order; whatever is not surely understood of any of them goes to `stops`."""
+    found: list[Part] = []
+    todo = [value for value in (apply.inputs.get("concept"),) if value is not None]
+    for _ in range(MOST_LINKS):
+        if not todo or len(found) > MOST_CONCEPTS:
+            break
+        node = _source(graph, todo.pop(), stops)
+        if node and node.kind == COMBINE:
+            todo += _combined(graph, node, stops)[::-1]
+        elif node:
+            found += _made(graph, node, files, stops)
+    if todo or len(found) > MOST_CONCEPTS:
+        stops.append(f"more than {MOST_CONCEPTS} concepts are connected")
+    elif not found and not stops:
+        stops.append("no concept is connected")
+    return found
 
 
-def _short(value: Any) -> str:
-    return (
-        f"{value!r:.40}" if isinstance(value, (str, int, float, bool)) or value is None else f"a {type(value).__name__}"
-    )
+def _source(graph: Graph, value: Input, stops: list[str]) -> Node | None:
+    """The node that gives a concept."""
+    node = graph.nodes[value.source] if isinstance(value, Link) else None
+    if node and not node.bypassed:
+        if node.kind == OUTSIDE or (node.kind in (LOAD, COMBINE, CALIBRATE) and value == Link(node.id, 0)):
+            return node
+    what = f"node {node.id} ({node.kind})" if node else getattr(value, "reason", "something that is no node")
+    stops.append(f"a concept comes from {what}: it cannot be verified")
+    return None
 
 
-def constant(graph: Graph, link: Link) -> Value | Unknown:
-    """What a link brings where its source is a primitive node with a value of its own."""
-    node = graph.nodes[link.source]
-    if node.kind in PRIMITIVES and link.slot == 0 and not node.bypassed:
-        found = node.inputs.get("value")
-        if isinstance(found, Unknown) or (isinstance(found, Value) and type(found.value) in PRIMITIVES[node.kind]):
-            return found
-    return Unknown(f"node {node.id} ({node.kind})", link=False)
-
-
-class Concepts:
-    """Follows concepts from an Apply to where they are made."""
-
-    def __init__(self, graph: Graph, files: Files | None) -> None:
-        self.graph, self.files, self.left = graph, files, 0
-
-    def parts(self, node: Node, stops: list[str]) -> list[Part]:
-        """The concepts that come in; whatever is not surely understood of any of them goes to `stops`."""
-        self.left = MOST_LINKS
-        parts = self._at(node.inputs.get("concept"), stops, 0)
-        if len(parts) > MOST_CONCEPTS or self.left <= 0:
-            parts = []
-            stops[:] = [f"more than {MOST_CONCEPTS} concepts are connected"]
-        if not parts and not stops:
-            stops.append("no concept is connected")
-        return parts
-
-    def _at(self, value: Any, stops: list[str], depth: int) -> list[Part]:
-        self.left -= 1
-        if value is None or self.left <= 0:
-            return []
-        node = self.graph.nodes[value.source] if isinstance(value, Link) else None
-        if node and node.kind == OUTSIDE:
-            return [Part(node.id, f"from outside, by input {value.slot + 1} of the blueprint", 1.0)]
-        if (
-            node is None
-            or node.bypassed
-            or node.kind not in (LOAD, COMBINE, CALIBRATE)
-            or value.slot != 0
-            or depth > DEEPEST
-        ):
-            what = f"node {node.id} ({node.kind})" if node else getattr(value, "reason", "something that is no node")
-            stops.append(f"a concept comes from {what}: it cannot be verified")
-            return []
-        if node.kind == COMBINE:
-            return self._combined(node, stops, depth)
-        if node.kind == CALIBRATE:
-            return [Part(node.id, f"made of prompts by node {node.id}", 1.0, made_of_prompts=True)]
-        return self._loaded(node, stops)
-
-    def _combined(self, node: Node, stops: list[str], depth: int) -> list[Part]:
-        """All concepts of a Combine, in their order. 0.1.0 could take them apart, and then hardly protected."""
-        names = [name for name in node.inputs if name != "orthogonalise"]
-        if names != [f"concepts.concept{i}" for i in range(min(len(names), MOST_COMBINED))]:
-            stops.append(f"Combine {node.id} has inputs in a row that ComfyUI does not make: they cannot be verified")
-            return []
-        parts = [part for name in names for part in self._at(node.inputs[name], stops, depth + 1)]
-        apart = Reader(self.graph, node, stops).value("orthogonalise", False)
-        if apart is False or len(parts) < 2 or stops:
-            return parts
-        stops.append(f"Combine {node.id} takes concepts apart (orthogonalise): what is left of each {UNSEEN}")
+def _combined(graph: Graph, node: Node, stops: list[str]) -> list[Input]:
+    """The inputs of a Combine in their order. 0.1.0 could take concepts apart, and then hardly protected."""
+    names = [name for name in node.inputs if name not in OF_COMBINE]
+    if names != [f"concepts.concept{i}" for i in range(min(len(names), MOST_COMBINED))]:
+        stops.append(f"Combine {node.id} has inputs in a row that ComfyUI does not make: they cannot be verified")
         return []
+    if settings(graph, node, OF_COMBINE, stops)["orthogonalise"] is not False:
+        stops.append(f"Combine {node.id} takes concepts apart (orthogonalise): what is left of each {UNSEEN}")
+    return [node.inputs[name] for name in names]
 
-    def _loaded(self, node: Node, stops: list[str]) -> list[Part]:
-        told: list[str] = []
-        read = Reader(self.graph, node, told)
-        name, strength = read.text("concept", None), read.number("strength", 1.0, 0.0, STRENGTH_MAX)
-        pin = read.text("sha256", "").strip().lower()
-        if pin and not SHA256.fullmatch(pin):
-            told.append(f"its sha256 is {pin!r:.40}, which no file has")
-        file = self.files(name) if self.files and not told else None
-        if isinstance(file, str):
-            told.append(file)
-        elif file and pin not in ("", file.sha256):
-            told.append(f"is pinned to {pin}, but the file there has {file.sha256}")
-        if told:
-            stops.append(f"concept {name!r:.60} of node {node.id}: {'; '.join(told)}")
-            return []
-        part = Part(node.id, name, strength, pin or None)
-        if file is None:
-            return [part]
-        furthest = max((each.strength for each in file.concepts), key=lambda own: abs(own * strength - 1))
-        return [
-            replace(
-                part,
-                strength=strength * furthest,
-                file=file,
-                concepts=tuple(file.effect.scaled(file.concepts, strength)),
-            )
-        ]
+
+def _made(graph: Graph, node: Node, files: Files | None, stops: list[str]) -> list[Part]:
+    if node.kind == OUTSIDE:
+        return [Part(node.id, "from outside, by an input of the blueprint")]
+    if node.kind == CALIBRATE:
+        return [Part(node.id, f"made of prompts by node {node.id}", made_of_prompts=True)]
+    told: list[str] = []
+    found = settings(graph, node, OF_LOAD, told)
+    pin = (found["sha256"] or "").strip().lower()
+    if pin and not SHA256.fullmatch(pin):
+        told.append(f"its sha256 is {pin!r:.40}, which no file has")
+    file = files(found["concept"]) if files and not told else None
+    if isinstance(file, str):
+        told.append(file)
+    elif file and pin not in ("", file.sha256):
+        told.append(f"is pinned to {pin}, but the file there has {file.sha256}")
+    if told:
+        stops.append(f"concept {found['concept']!r:.60} of node {node.id}: {'; '.join(told)}")
+        return []
+    return [_with_file(Part(node.id, found["concept"], found["strength"], pin or None), file)]
+
+
+def _with_file(part: Part, file: File | None) -> Part:
+    """The part with the strength of that of the file's concepts which is furthest from 1."""
+    if file:
+        part.file, part.concepts = file, file.effect.scaled(file.concepts, part.strength)
+        part.strength = max((each.strength for each in part.concepts), key=lambda strength: abs(strength - 1))
+    return part

@@ -1,9 +1,7 @@
-"""One small graph for both forms of a ComfyUI workflow, and where models may flow in it.
+"""One small graph for both forms of a ComfyUI workflow.
 
 An input holds a Link to another node's output, a Value, or is Unknown with the reason; an input that nothing is linked
 to is missing. The API form becomes a graph here, the editor's form in `editor`.
-
-Types come from the table of known classes alone: what a file says of a slot's type, its author may have made up.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .file import Unreadable
-from .known import ANY, EVERYWHERE, MODELS, OTHER, OUTSIDE, node_table
+from .known import ASKS_ONLY, DRAWN, EVERYWHERE, MODELS, OUTSIDE, node_table
 
 MAX_NODES = 20_000  # of a workflow with its subgraphs unfolded
 
@@ -56,6 +54,34 @@ class Node:
     def known(self) -> bool:
         return self.kind in node_table()
 
+    @property
+    def strange(self) -> bool:
+        """Whether it runs and nobody has told what it does."""
+        return not self.bypassed and not self.known
+
+    @property
+    def draws(self) -> bool:
+        """Whether it runs and is known to draw with a model: takes one, gives a latent or picture, and no model on.
+
+        Those that give neither (schedulers, savers) draw nothing, those that give a latent beside a model prepare both.
+        """
+        takes, gives = self._types()
+        return bool(takes & MODELS and gives & DRAWN and not gives & MODELS) and self.kind not in ASKS_ONLY
+
+    @property
+    def guides(self) -> bool:
+        """Whether it runs and decides which prompts a model is asked with: samplers that take one, and guiders."""
+        takes, gives = self._types()
+        return "MODEL" in takes and ("GUIDER" in gives or self.draws)
+
+    def _types(self) -> tuple[set[str], set[str]]:
+        """The types that it takes and gives where it runs, as far as known."""
+        inputs, outputs = node_table()[self.kind] if self.known and not self.bypassed else ({}, [])
+        return set(inputs.values()), set(outputs)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.id}{' (bypassed)' * self.bypassed}"
+
 
 @dataclass
 class Graph:
@@ -65,18 +91,13 @@ class Graph:
     opaque: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, node: Node) -> None:
-        if node.id in self.nodes:
-            raise Unreadable(f"has two nodes of the id {node.id!r:.60}")
-        if len(self.nodes) >= MAX_NODES:
-            raise Unreadable(f"has more than {MAX_NODES} nodes with its subgraphs unfolded")
-        self.nodes[node.id] = node
-
 
 def from_api(prompt: Any) -> Graph:
     """The graph of an API form, {node id: {"class_type", "inputs"}}. Raises Unreadable for anything else."""
-    if not isinstance(prompt, dict) or not prompt:
-        raise Unreadable('has no nodes, expected {node id: {"class_type": ..., "inputs": ...}}')
+    if not isinstance(prompt, dict) or not 0 < len(prompt) <= MAX_NODES:
+        raise Unreadable(
+            f'has no nodes or over {MAX_NODES}, expected {{node id: {{"class_type": ..., "inputs": ...}}}}'
+        )
     graph = Graph()
     for key, entry in prompt.items():
         kind, inputs = (entry.get("class_type"), entry.get("inputs", {})) if isinstance(entry, dict) else (None, None)
@@ -84,76 +105,18 @@ def from_api(prompt: Any) -> Graph:
             raise Unreadable(f'has an entry {key!r:.60} that is no node, expected {{"class_type": ..., "inputs": ...}}')
         if EVERYWHERE.fullmatch(kind):
             inputs = {}  # what it sends on is linked plainly in this form
-        graph.add(Node(key, kind, {name: _api_input(value, prompt) for name, value in inputs.items()}))
+        graph.nodes[key] = Node(key, kind, {name: _api_input(value, prompt) for name, value in inputs.items()})
     return graph
 
 
 def _api_input(value: Any, prompt: dict) -> Input:
-    """ComfyUI follows more than plain links (["1", false], ["1", -3], {"__value__": ["1", 0]}); its editor writes no
-    others.
+    """A plain link or a value. ComfyUI follows more (["1", false], ["1", -3], {"__value__": ["1", 0]}); its editor
+    writes no others.
     """
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int:
-        if value[1] >= 0:
-            return (
-                Link(*value) if value[0] in prompt else Unknown(f"a link from node {value[0]:.60}, which is not there")
-            )
     if isinstance(value, dict) and "__value__" in value:
         return Unknown("a value in a wrapper (__value__), which may be a link")
-    return Unknown("a list that is no plain link") if isinstance(value, list) else Value(value)
-
-
-class Flow:
-    """Where models may flow in a graph."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.table = graph, node_table()
-        self.consumers: dict[str, list[tuple[Node, str, Link]]] = {key: [] for key in graph.nodes}
-        for node in graph.nodes.values():
-            for name, value in node.inputs.items():
-                if isinstance(value, Link):
-                    self.consumers[value.source].append((node, name, value))
-        self.holders = self._holders()
-
-    def taken(self, node: Node, name: str) -> str:
-        """The type that an input takes. A dotted name is one of a growing row of inputs."""
-        if not node.known:
-            return ANY
-        slots = self.table[node.kind][0]
-        return slots.get(name, slots.get(name.split(".")[0], OTHER))
-
-    def given(self, link: Link) -> str:
-        """The type that a link brings; ANY where its source does not tell."""
-        node = self.graph.nodes[link.source]
-        types = self.table[node.kind][1] if node.known else []
-        return types[link.slot] if link.slot < len(types) else ANY
-
-    def _holders(self) -> set[str]:
-        """Nodes whose outputs of no type may be a model: not known, outside of a blueprint, or fed by one of these."""
-        nodes = self.graph.nodes.values()
-        found = {node.id for node in nodes if (not node.known and not node.bypassed) or node.kind == OUTSIDE}
-        todo = list(self.graph.nodes)
-        while todo:
-            for node, name, link in self.consumers[todo.pop()]:
-                model = self.given(link) in MODELS or (self.given(link) == ANY and link.source in found)
-                if model and self.taken(node, name) == ANY and node.id not in found:
-                    found.add(node.id)
-                    todo.append(node.id)
-        return found
-
-    def carries(self, node: Node, name: str, link: Link) -> bool:
-        """Whether a link may carry a model to this input."""
-        taken, given = self.taken(node, name), self.given(link)
-        return taken in MODELS | {ANY} and (given in MODELS or (given == ANY and link.source in self.holders))
-
-    def models(self, node: Node) -> list[tuple[str, Link | Unknown]]:
-        """The inputs of a node that a model may come in by; Unknown where what comes in there is not surely one."""
-        found: list[tuple[str, Link | Unknown]] = []
-        for name, value in node.inputs.items():
-            taken = self.taken(node, name)
-            if isinstance(value, Link) and self.carries(node, name, value):
-                found.append((name, value))
-            elif taken in MODELS and not isinstance(value, Unknown):
-                found.append((name, Unknown("what is no model")))
-            elif taken in MODELS or (taken == ANY and isinstance(value, Unknown) and value.link):
-                found.append((name, value))
-        return found
+    if not isinstance(value, list):
+        return Value(value)
+    if len(value) != 2 or not isinstance(value[0], str) or type(value[1]) is not int or value[1] < 0:
+        return Unknown("a list that is no plain link")
+    return Link(*value) if value[0] in prompt else Unknown(f"a link from node {value[0]:.60}, which is not there")

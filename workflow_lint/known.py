@@ -39,7 +39,7 @@ _HELPERS = (
     *("INPAINT_LoadInpaintModel", "INPAINT_InpaintWithModel"),  # Acly/comfyui-inpaint-nodes: LaMa, MAT
 )
 _LOADERS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced")  # city96/ComfyUI-GGUF: ComfyUI's own model, in other weights
-_ASKS_ONLY = {"AddNoise", CALIBRATE, PROBE}  # take a model and may give a latent or picture, but draw nothing
+ASKS_ONLY = {"AddNoise", CALIBRATE, PROBE}  # take a model and may give a latent or picture, but draw nothing
 EVERYWHERE = re.compile(r"(Anything|Prompts|Seed) Everywhere.*")  # cg-use-everywhere: draw nothing themselves
 _VIRTUAL = re.compile(r"(easy )?[sg]etNode|" + EVERYWHERE.pattern, re.IGNORECASE)  # KJNodes, Easy-Use
 _CONTEXT = re.compile(r"Context.*\(rgthree\)")
@@ -55,16 +55,6 @@ def node_table() -> dict[str, list]:
     text = (Path(__file__).parent / "comfyui_nodes.json").read_text(encoding="utf-8")
     others = {kind: [{}, []] for kind in _HELPERS} | {kind: [{}, ["MODEL"]] for kind in _LOADERS}
     return json.loads(text) | _OURS | others
-
-
-def draws(kind: str) -> bool:
-    """Whether a known node draws with a model: takes one, gives a latent or picture, and no model on.
-
-    Those that give neither (schedulers, savers) draw nothing, those that give a latent beside a model prepare both.
-    """
-    inputs, outputs = node_table()[kind]
-    takes = bool(set(inputs.values()) & MODELS)
-    return takes and bool(set(outputs) & DRAWN) and not set(outputs) & MODELS and kind not in _ASKS_ONLY
 
 
 def advice(kind: str) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .concepts import Part
-from .protections import FIXED, Protection
+from .graph import Graph
+from .protections import Protection
+from .settings import FIXED
 from .verdict import Sampler, Verdict
 
 PROMISE = "this is what the file asks for; what ran, a file cannot show: a signed picture can (saferope verify)"
@@ -42,8 +44,8 @@ def as_json(file: str, verdict: Verdict, level: str | None = None) -> dict[str, 
         "form": verdict.form,
         "samplers": [_sampler_json(sampler) for sampler in verdict.samplers],
         "protections": [_protection_json(each, key in verdict.idle) for key, each in verdict.protections.items()],
-        "opaque": [{"node": node, "reason": reason} for node, reason in verdict.opaque],
-        "notes": verdict.notes,
+        "opaque": [{"node": node, "reason": reason} for node, reason in verdict.graph.opaque],
+        "notes": verdict.graph.notes,
     }
 
 
@@ -61,19 +63,14 @@ def _sampler_json(sampler: Sampler) -> dict[str, Any]:
 
 
 def _protection_json(each: Protection, idle: bool) -> dict[str, Any]:
+    told = {"node": each.node, "acts": each.acts, "full": each.full(), "on_no_path": idle}
     concepts = [
-        {
-            "node": p.node,
-            "name": p.name,
-            "strength": p.strength,
-            "sha256": p.sha256,
-            "made_of_prompts": p.made_of_prompts,
-            "turns_in_heads": p.turns,
-        }
-        for p in each.parts
+        {name: getattr(part, name) for name in ("node", "name", "strength", "sha256", "made_of_prompts")}
+        | {"turns_in_heads": part.turns}
+        for part in each.parts
     ]
-    told = {"node": each.node, "acts": each.acts, "full": each.full(), "on_no_path": idle, "concepts": concepts}
-    return told | each.settings | {"does_not_act_because": each.stops, "weakened_by": each.weak}
+    why = {"does_not_act_because": each.stops, "weakened_by": each.weak}
+    return told | {"concepts": concepts} | each.settings | why
 
 
 def _word(sampler: Sampler) -> str:
@@ -83,71 +80,65 @@ def _word(sampler: Sampler) -> str:
 def as_text(file: str, verdict: Verdict, level: str | None = None) -> str:
     """A short report for people; level: as in `as_json`."""
     lines = [f"{plain(file)}: {level or level_of(verdict.protected, False)} ({verdict.form})"]
+    lines += [line for sampler in verdict.samplers[:SHOWN] for line in _sampler_lines(verdict.graph, sampler)]
     if not verdict.samplers:
         lines.append("  no sampler was found: nothing that draws with a model can be seen in it")
-    for sampler in verdict.samplers[:SHOWN]:
-        lines += _sampler_lines(verdict, sampler)
     if len(verdict.samplers) > SHOWN:
         lines.append(f"  and {len(verdict.samplers) - SHOWN} samplers more (--json tells of all)")
-    lines += [
-        f"  {plain(verdict.names[node])}: {plain(reason, LONG)}; it counts as no protection"
-        for node, reason in verdict.opaque[:SHOWN]
-    ]
+    for key, reason in verdict.graph.opaque[:SHOWN]:
+        lines.append(f"  {_name(verdict.graph, key)}: {plain(reason, LONG)}; it counts as no protection")
     for each in list(verdict.protections.values())[:SHOWN]:
-        lines += _protection_lines(verdict, each)
-    lines += [f"  note: {plain(note, LONG)}" for note in verdict.notes[:SHOWN]]
-    return "\n".join([*lines, f"  note: {PROMISE}"] if verdict.protected else lines)
+        lines += _protection_lines(_name(verdict.graph, each.node), each, each.node in verdict.idle)
+    notes = verdict.graph.notes[:SHOWN] + [PROMISE] * verdict.protected
+    return "\n".join([*lines, *(f"  note: {plain(note, LONG)}" for note in notes)])
 
 
-def _sampler_lines(verdict: Verdict, sampler: Sampler) -> list[str]:
-    lines = [f"  {plain(verdict.names[sampler.node])}: {_word(sampler)}"]
+def _name(graph: Graph, key: str) -> str:
+    return plain(str(graph.nodes[key]))
+
+
+def _sampler_lines(graph: Graph, sampler: Sampler) -> list[str]:
+    lines = [f"  {_name(graph, sampler.node)}: {_word(sampler)}"]
     for reason, path in sampler.failures:
-        lines.append(f"    {plain(reason, LONG)}" + (f": {_arrows(verdict, path)}" if path else ""))
+        lines.append(f"    {plain(reason, LONG)}" + (f": {_arrows(graph, path)}" if path else ""))
     shown = [path for _, path in sampler.failures]
-    lines += [f"    path: {_arrows(verdict, path)}" for path in sampler.paths if path not in shown]
-    if sampler.more_paths:
-        lines.append("    and more paths")
-    return lines
+    lines += [f"    path: {_arrows(graph, path)}" for path in sampler.paths if path not in shown]
+    return [*lines, "    and more paths"] if sampler.more_paths else lines
 
 
-def _arrows(verdict: Verdict, path: list[str]) -> str:
-    names = [plain(verdict.names[node]) for node in path]
+def _arrows(graph: Graph, path: list[str]) -> str:
+    names = [_name(graph, key) for key in path]
     if len(names) > LONGEST:
         names[LONGEST // 2 : -(LONGEST // 2)] = [f"({len(names) - LONGEST} more)"]
     return " -> ".join(names)
 
 
-def _protection_lines(verdict: Verdict, each: Protection) -> list[str]:
-    name = plain(verdict.names[each.node])
-    if each.node in verdict.idle:
+def _protection_lines(name: str, each: Protection, idle: bool) -> list[str]:
+    if idle:
         return [f"  {name} is on no path to a sampler"]
     if not each.acts:
         return [f"  {name} does not act: {plain(reason, LONG)}" for reason in each.stops[:SHOWN]]
-    lines = [f"  {name} acts: {plain(_settings(each), LONG)}"]
+    lines = [f"  {name} acts: {plain(_settings(each.settings), LONG)}"]
     lines += [f"    concept {_concept(part)}" for part in each.parts[:SHOWN]]
     return lines + [f"    weakened: {plain(reason, LONG)}" for reason in each.weak[:SHOWN]]
 
 
-def _settings(each: Protection) -> str:
-    found = each.settings
-    gate = f"fixed at {found['threshold']:g}" if found["gate"] == FIXED else found["gate"]
-    steps = (found["start_percent"], found["end_percent"])
-    streams = "both streams" if found["streams"] == "both" else f"{found['streams']} stream"
-    return ", ".join(
-        [
-            f"strength {found['strength']:g}",
-            f"gate {gate}",
-            "all steps" if steps == (0, 1) else f"steps {steps[0]:g} to {steps[1]:g}",
-            "all blocks" if not found["blocks"].strip() else f"blocks {found['blocks'].strip()}",
-            streams,
-            "all conditionings" if found["conditionings"] == "all" else found["conditionings"],
-        ]
-    )
+def _settings(of: dict[str, Any]) -> str:
+    start, end, blocks = of["start_percent"], of["end_percent"], of["blocks"].strip()
+    told = [
+        f"strength {of['strength']:g}",
+        f"gate fixed at {of['threshold']:g}" if of["gate"] == FIXED else f"gate {of['gate']}",
+        "all steps" if (start, end) == (0, 1) else f"steps {start:g} to {end:g}",
+        f"blocks {blocks}" if blocks else "all blocks",
+        "both streams" if of["streams"] == "both" else f"{of['streams']} stream",
+        "all conditionings" if of["conditionings"] == "all" else of["conditionings"],
+    ]
+    return ", ".join(told)
 
 
 def _concept(part: Part) -> str:
-    if part.made_of_prompts:
-        return f"{plain(part.name)}, strength {part.strength:g}, without a file to pin"
     pin = f"pinned to sha256 {part.sha256}" if part.sha256 else "not pinned"
+    if part.made_of_prompts:
+        pin = "without a file to pin"
     turns = f", turns in {part.turns[0]} of {part.turns[1]} heads" if part.turns else ""
     return f"{plain(part.name)}, strength {part.strength:g}, {pin}{turns}"

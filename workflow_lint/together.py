@@ -2,91 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
-from .concepts import Part, constant
 from .graph import Graph, Link, Node, Value
-from .known import draws, node_table
+from .models import Models
 from .protections import Protection
-from .walk import Walk, distinct
+from .settings import constant
 
 # Their rows are the positive prompt (0) and the negative one (1); other guiders number theirs otherwise.
 PLAIN_GUIDERS = {"KSampler", "KSamplerAdvanced", "SamplerCustom", "CFGGuider", "BasicGuider"}
 
 
-def doubts(chain: Sequence[Protection], digests: Sequence[str], full: bool) -> list[str]:
-    """What Applies in a row, without the inert ones, may undo or overdo together, though one of them acts by itself."""
+def doubts(chain: Sequence[Protection], digests: Sequence[str], full: bool) -> Iterator[str]:
+    """What Applies in a row, without the inert ones, may undo or overdo together, though one of them acts by itself.
+
+    In one Apply copies of a concept are held together; in a row ComfyUI stops where both pass half a turn.
+    """
     parts = [part for each in chain for part in each.parts if part.strength > 0]
-    found = [
-        f"concept {part.name!r} is not pinned to one of the required files, and may turn back what they turn: pin it, "
-        "and require its sha256 too"
-        for part in parts
-        if digests and part.sha256 not in digests
-    ]
-    if (
-        full or len(chain) > 1
-    ):  # in one Apply they are held together; in a row ComfyUI stops where both pass half a turn
-        keys = [key for part in parts for key in {part.name, part.file and part.file.sha256, part.sha256} if key]
-        found += [
-            f"concept {key!r} acts twice, and turns twice as far" for key in distinct(keys) if keys.count(key) > 1
-        ]
-    if len(chain) > 1:
-        unsure = [each.node for each in chain if not each.acts]
-        found += [f"SafeRoPE Apply {node} may act or not, and may turn back what another one turns" for node in unsure]
-        found += _undone(chain, [part for part in parts if part.counts], full)
-    return found
-
-
-def unpinned(chain: Sequence[Protection]) -> list[str]:
-    """Concepts of Applies in a row that no sha256 holds to one file."""
-    return [
-        f"concept {part.name!r} of node {part.node} is not pinned by a sha256: pin it in Load Concept"
-        for each in chain
-        for part in each.parts
-        if part.sha256 is None
-    ]
-
-
-def _undone(chain: Sequence[Protection], parts: list[Part], full: bool) -> list[str]:
-    """Concepts that no longer turn, or not in all of their heads, when all whose files are at hand act in a row."""
-    does, found = [each.does for each in chain if each.does], []
     for part in parts:
-        if part.file:
-            some, heads = part.file.effect.turned(part.file.concepts, does)
-            if some < (heads if full else 1):
-                found.append(f"concept {part.name!r} turns in {some} of its {heads} heads together with the others")
-    return found
+        if digests and part.sha256 not in digests:
+            yield (
+                f"concept {part.name!r} is not pinned to one of the required files, and may turn back what they turn: "
+                "pin it, and require its sha256 too"
+            )
+    if full or len(chain) > 1:
+        known_by = Counter(key for part in parts for key in {part.name, part.file and part.file.sha256, part.sha256})
+        yield from (
+            f"concept {key!r} acts twice, and turns twice as far"
+            for key, count in known_by.items()
+            if key and count > 1
+        )
+    if len(chain) > 1:
+        yield from _undone(chain, full)
 
 
-def stop_by_samplers(found: Protection, walk: Walk) -> None:
-    """Settings whose effect depends on the samplers behind."""
-    if not found.acts:
-        return
-    nodes = [walk.flow.graph.nodes[key] for key in walk.behind(found.node)]
-    if found.settings["conditionings"] != "all":
-        for node in nodes:
-            if _guides(node) and node.kind not in PLAIN_GUIDERS:
-                found.stops.append(f"positive only under {node.kind} {node.id}, which numbers its prompts otherwise")
-    if found.settings["end_percent"] < 1:
-        for node in nodes:
-            if drawing(node) and not _from_the_start(walk.flow.graph, node):
-                found.stops.append(
-                    f"it ends at {found.settings['end_percent']:g} of the steps, and {node.kind} {node.id} may begin "
-                    "after that: only a denoise of 1, as a constant, is sure to begin before"
-                )
+def _undone(chain: Sequence[Protection], full: bool) -> Iterator[str]:
+    """Applies that may act or not, and concepts that no longer turn, or not in all of their heads, in a row."""
+    for each in chain:
+        if not each.acts:
+            yield f"SafeRoPE Apply {each.node} may act or not, and may turn back what another one turns"
+    does = [each.does for each in chain if each.does]
+    for part in (part for each in chain for part in each.parts if part.counts and part.file):
+        some, heads = part.file.effect.turned(part.file.concepts, does)
+        if some < (heads if full else 1):
+            yield f"concept {part.name!r} turns in {some} of its {heads} heads together with the others"
 
 
-def drawing(node: Node) -> bool:
-    """Whether a node is a known sampler, and runs."""
-    return node.known and not node.bypassed and draws(node.kind)
+def unpinned(chain: Sequence[Protection]) -> Iterator[str]:
+    """Concepts of Applies in a row that no sha256 holds to one file."""
+    for part in (part for each in chain for part in each.parts if part.sha256 is None):
+        yield f"concept {part.name!r} of node {part.node} is not pinned by a sha256: pin it in Load Concept"
 
 
-def _guides(node: Node) -> bool:
-    """Whether a node decides which prompts the model is asked with: samplers that take one, and guiders."""
-    if not node.known or node.bypassed:
-        return False
-    inputs, outputs = node_table()[node.kind]
-    return "MODEL" in inputs.values() and ("GUIDER" in outputs or draws(node.kind))
+def stops_by_samplers(found: Protection, models: Models) -> Iterator[str]:
+    """Why an Apply that acts does not under one of the samplers behind it, by settings that depend on them."""
+    end, rows = found.settings["end_percent"], found.settings["conditionings"]
+    behind = models.reached(found.node, models.after)
+    for node in (models.graph.nodes[key] for key in models.order if key in behind):
+        if rows != "all" and node.guides and node.kind not in PLAIN_GUIDERS:
+            yield f"positive only under {node.kind} {node.id}, which numbers its prompts otherwise"
+        if end < 1 and node.draws and not _from_the_start(models.graph, node):
+            yield (
+                f"it ends at {end:g} of the steps, and {node.kind} {node.id} may begin after that: only a denoise of "
+                "1, as a constant, is sure to begin before"
+            )
 
 
 def _from_the_start(graph: Graph, node: Node) -> bool:
@@ -94,8 +74,7 @@ def _from_the_start(graph: Graph, node: Node) -> bool:
     sigmas = node.inputs.get("sigmas")
     if node.kind in ("SamplerCustom", "SamplerCustomAdvanced") and isinstance(sigmas, Link):
         node = graph.nodes[sigmas.source]
-    if node.kind not in ("KSampler", "BasicScheduler") or node.bypassed:
+    if node.kind not in ("KSampler", "BasicScheduler") or node.bypassed or "denoise" not in node.inputs:
         return False
-    denoise = node.inputs.get("denoise")
-    denoise = constant(graph, denoise) if isinstance(denoise, Link) else denoise
+    denoise = constant(graph, node.inputs["denoise"])
     return isinstance(denoise, Value) and type(denoise.value) in (int, float) and denoise.value == 1

@@ -1,27 +1,29 @@
 """Does, by a workflow, every path from a model to a sampler pass a SafeRoPE Apply that acts? A graph in, a verdict out.
 
-Models are followed forward from where they are loaded, through all that passes them on, up to an Apply that holds what
-is required; whatever is reached is exposed. Whatever is not surely understood counts as not protected: a node on the
-way that is not known, anything but a plain link where a model belongs, a setting whose effect depends on what is not in
+Models are followed from where they are loaded, through all that passes them on, up to an Apply that holds what is
+required; whatever is reached is exposed. Whatever is not surely understood counts as not protected: a node on the way
+that is not known, anything but a plain link where a model belongs, a setting whose effect depends on what is not in
 the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from .editor import from_editor
 from .effect import Files
 from .file import Documents, Unreadable
-from .graph import Flow, Graph, from_api
-from .known import advice
+from .graph import Graph, from_api
+from .known import APPLY, advice
+from .models import Models, path
 from .protections import Protection, protections
-from .together import doubts, drawing, stop_by_samplers, unpinned
-from .walk import MOST_STEPS, Walk, distinct
+from .together import doubts, stops_by_samplers, unpinned
 
 ACTING = "an Apply that acts"
+MOST_PATHS = 4  # shown of a sampler
+MOST_LOOKED_AT = 200  # samplers and Applies; each is looked at together with those before and behind it
 
 
 @dataclass
@@ -43,20 +45,30 @@ class Sampler:
 
 @dataclass
 class Verdict:
-    """What is to be said of one graph. `names`: of nodes, by id."""
+    """What is to be said of one graph."""
 
+    graph: Graph
     samplers: list[Sampler]
     protections: dict[str, Protection]
-    opaque: list[tuple[str, str]]
-    notes: list[str]
-    names: dict[str, str]
-    idle: set[str]  # Applies on no path to a sampler
     form: str = ""
 
     @property
     def protected(self) -> bool:
         """Every sampler, at least one, and nothing out of sight."""
-        return bool(self.samplers) and all(sampler.protected for sampler in self.samplers) and not self.opaque
+        return bool(self.samplers) and all(each.protected for each in self.samplers) and not self.graph.opaque
+
+    @property
+    def opaque(self) -> list[tuple[str, str]]:
+        return self.graph.opaque
+
+    @property
+    def notes(self) -> list[str]:
+        return self.graph.notes
+
+    @property
+    def idle(self) -> set[str]:
+        """Applies on no path to a sampler."""
+        return set(self.protections).difference(*(sampler.protections for sampler in self.samplers))
 
 
 @dataclass(frozen=True)
@@ -93,113 +105,88 @@ def audit_file(documents: Documents, required: Required, files: Files | None = N
         return verdict
     verdict = audit(from_api(documents.prompt), required, files)
     verdict.form = "API form"
-    if documents.picture:
-        verdict.notes += _disagreement(verdict, documents.workflow, required, files)
+    if documents.picture and documents.workflow is not None:
+        verdict.notes.extend(_disagreement(verdict, documents.workflow, required, files))
     return verdict
 
 
-def _disagreement(verdict: Verdict, workflow: Any, required: Required, files: Files | None) -> list[str]:
-    if workflow is None:
-        return []
+def _disagreement(verdict: Verdict, workflow: Any, required: Required, files: Files | None) -> Iterator[str]:
     try:
         shown = audit(from_editor(workflow), required, files)
     except Unreadable as error:
-        return [f"DISAGREEMENT: the editor's workflow in the same file {error}; what ran (prompt) counts"]
-    if _gist(shown) == _gist(verdict):
-        return []
-    words = "asks for protection" if shown.protected else "does not ask for protection"
-    return [
-        f"DISAGREEMENT: the editor's workflow in the same file {words}, or asks differently; what ran (prompt) counts"
-    ]
+        yield f"DISAGREEMENT: the editor's workflow in the same file {error}; what ran (prompt) counts"
+        return
+    if _gist(shown) != _gist(verdict):
+        words = "asks for protection" if shown.protected else "does not ask for protection"
+        beside = f"the editor's workflow in the same file {words}, or asks differently"
+        yield f"DISAGREEMENT: {beside}; what ran (prompt) counts"
 
 
 def _gist(verdict: Verdict) -> tuple:
-    acting = {
-        key: (p.settings, p.parts) for key, p in verdict.protections.items() if p.acts and key not in verdict.idle
-    }
+    found, idle = verdict.protections, verdict.idle
+    acting = {key: (each.settings, each.parts) for key, each in found.items() if each.acts and key not in idle}
     return verdict.protected, {sampler.node: sampler.protected for sampler in verdict.samplers}, acting
 
 
 def audit(graph: Graph, required: Required, files: Files | None = None) -> Verdict:
-    """The verdict on a graph."""
-    flow = Flow(graph)
-    found = protections(flow, files)
-    names = {node.id: f"{node.kind} {node.id}{' (bypassed)' * node.bypassed}" for node in graph.nodes.values()}
-    walk = Walk(flow)
-    for protection in found.values():
-        stop_by_samplers(protection, walk)
-    samplers = [Sampler(node.id, node.kind) for node in graph.nodes.values() if drawing(node)]
+    """The verdict on a graph. Raises Unreadable where it has too much to look at."""
+    if sum(node.draws or node.kind == APPLY for node in graph.nodes.values()) > MOST_LOOKED_AT:
+        raise Unreadable(f"has more than {MOST_LOOKED_AT} samplers and Applies, too many to look at")
+    models = Models(graph)
+    found = protections(models, files)
+    for each in found.values():
+        if each.acts:
+            each.stops += stops_by_samplers(each, models)
+    verdict = Verdict(graph, [Sampler(node.id, node.kind) for node in graph.nodes.values() if node.draws], found)
     for what, holds in required.tests():
-        parents = walk.exposed({key for key, protection in found.items() if holds(protection)})
-        for sampler in samplers:
-            if sampler.node in parents:
-                sampler.failures.append((f"a path without {what}", walk.path(sampler.node, parents)))
-    anything, doubted = walk.exposed(set()), _doubted(walk, found, required)
-    for sampler in samplers:
-        _finish(sampler, walk, doubted, sampler.node in anything)
-    walk.left = MOST_STEPS
-    for sampler in samplers:
-        sampler.paths, sampler.more_paths = walk.some_paths(graph.nodes[sampler.node])
-    opaque, notes = graph.opaque + _takers(flow), graph.notes + _others(flow)
-    names |= {key: f"node {key}" for key, _ in opaque if key not in names}
-    idle = set(found) - {key for sampler in samplers for key in sampler.protections}
+        ways = models.ways({key for key, each in found.items() if holds(each)})
+        for sampler in verdict.samplers:
+            sampler.failures += [(f"a path without {what}", path(way)) for way in ways[sampler.node]]
+    doubted = {key: _doubted(models, found, key, required) for key in found}
+    ways = models.ways(most=MOST_PATHS + 1)
+    for sampler in verdict.samplers:
+        sampler.paths = [path(way) for way in ways[sampler.node][:MOST_PATHS]]
+        sampler.more_paths = len(ways[sampler.node]) > MOST_PATHS
+        _finish(sampler, models, doubted)
+    _tell_of_strangers(models)
     if any(each.acts and not all(part.file for part in each.parts) for each in found.values()):
-        notes = [
-            *notes,
-            "what the concepts turn was not looked at, only what the workflow asks for (--concepts FOLDER)",
-        ]
-    return Verdict(samplers, found, opaque, notes, names, idle)
+        graph.notes.append(
+            "what the concepts turn was not looked at, only what the workflow asks for (--concepts FOLDER)"
+        )
+    return verdict
 
 
-def _doubted(walk: Walk, found: dict[str, Protection], required: Required) -> dict[str, list[str]]:
-    """For each Apply, what is to be said against it together with those in front of it."""
-    told = {}
-    for key in found:
-        chain = [found[each] for each in walk.upstream(key)[::-1] if each in found and not found[each].inert]
-        told[key] = doubts(chain, required.digests, required.full) + unpinned(chain) * required.every_pinned
-    return told
+def _doubted(models: Models, found: dict[str, Protection], key: str, required: Required) -> list[str]:
+    """What is to be said against an Apply together with those in front of it."""
+    before = models.reached(key, models.before)
+    chain = [each for key, each in found.items() if key in before and not each.inert]
+    told = list(doubts(chain, required.digests, required.full))
+    return [*told, *unpinned(chain)] if required.every_pinned else told
 
 
-def _finish(sampler: Sampler, walk: Walk, doubted: dict[str, list[str]], reached: bool) -> None:
-    """What else keeps a sampler from being protected: circles, missing models, strange nodes, concepts that undo
-    others.
-    """
-    reasons = []
-    if sampler.node in walk.circular:
-        reasons.append("models that run in a circle")
-    elif not reached:
-        reasons.append("no model reaches it")
-    upstream = walk.upstream(sampler.node)
-    nodes = [walk.flow.graph.nodes[key] for key in upstream]
-    for node in nodes:
-        if node.id in walk.broken:
-            reasons.append(f"{node.kind} {node.id} takes a model over {walk.broken[node.id]}")
-        if not node.known and not node.bypassed:
-            sampler.unknown.append(node.id)
-            reasons.append(f"its model comes by {node.kind} {node.id}, which is not known; {advice(node.kind)}")
-    sampler.protections = [key for key in upstream if key in doubted]
-    reasons += [reason for key in sampler.protections for reason in doubted[key]]
-    if walk.left <= 0:
-        reasons.append("too many ways lead to it to look at all of them")
-    sampler.failures += [(reason, []) for reason in distinct(reasons)]
-
-
-def _takers(flow: Flow) -> list[tuple[str, str]]:
-    """Nodes that are not known and take what may be a model: each may be a sampler."""
-    nodes = [node for node in flow.graph.nodes.values() if not node.known and not node.bypassed]
-    return [
-        (node.id, f"is not known, takes what may be a model, and may draw with it; {advice(node.kind)}")
-        for node in nodes
-        if flow.models(node)
+def _finish(sampler: Sampler, models: Models, doubted: dict[str, list[str]]) -> None:
+    """What else keeps a sampler from being protected: broken links, strange nodes, concepts that undo others."""
+    before = models.reached(sampler.node, models.before)
+    on_the_way = [models.graph.nodes[key] for key in models.order if key in before]
+    broken = [node for node in on_the_way if node.id in models.broken]
+    strange = [node for node in on_the_way if node.strange]
+    sampler.unknown = [node.id for node in strange]
+    sampler.protections = [key for key in doubted if key in before]
+    reasons = [
+        *(f"{node.kind} {node.id} takes a model over {models.broken[node.id]}" for node in broken),
+        *(f"its model comes by {node}, which is not known; {advice(node.kind)}" for node in strange),
+        *(reason for key in sampler.protections for reason in doubted[key]),
     ]
+    sampler.failures += [(reason, []) for reason in dict.fromkeys(reasons)]
 
 
-def _others(flow: Flow) -> list[str]:
-    """A note of the nodes that are not known and take nothing that may be a model."""
-    nodes = [node for node in flow.graph.nodes.values() if not node.known and not node.bypassed]
-    kinds = distinct(node.kind for node in nodes if not flow.models(node))
-    if not kinds:
-        return []
-    return [
-        f"not known, and not seen to take a model; if one loads and draws by itself, nobody sees it: {', '.join(kinds)}"
-    ]
+def _tell_of_strangers(models: Models) -> None:
+    """Nodes that are not known: each that takes what may be a model may be a sampler; a note of the others."""
+    strange = [node for node in models.graph.nodes.values() if node.strange]
+    for node in strange:
+        if models.takes(node.id):
+            reason = f"is not known, takes what may be a model, and may draw with it; {advice(node.kind)}"
+            models.graph.opaque.append((node.id, reason))
+    if others := dict.fromkeys(node.kind for node in strange if not models.takes(node.id)):
+        unseen = "not known, and not seen to take a model; if one loads and draws by itself, nobody sees it"
+        models.graph.notes.append(f"{unseen}: {', '.join(others)}")

@@ -89,7 +89,7 @@ def _dumps(reports: list[dict]) -> str:
 
 
 def _digest(text: str) -> str:
-    from workflow_lint.concepts import SHA256
+    from workflow_lint.settings import SHA256
 
     if not SHA256.fullmatch(found := text.strip().lower()):
         raise ValueError(f"--require-sha256: got {text!r:.80}, expected the 64 hexadecimal digits of a file's SHA-256")

@@ -1,0 +1,108 @@
+"""One scope of the editor's form: a workflow, or one instance of a subgraph, with its nodes and links checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .file import Unreadable
+from .graph import MAX_NODES, Unknown
+from .known import OUTSIDE
+
+MUTED, BYPASSED = 2, 4
+MODES = (0, 1, MUTED, 3, BYPASSED)
+MAX_SLOTS = 2_000  # inputs or outputs of one node
+INPUT_NODE, OUTPUT_NODE = -10, -20  # where a subgraph does not name its own
+
+End = tuple[str, int]  # an output: the place of its node in the whole workflow, and its number
+
+
+class Scope:
+    """`holder`: the workflow or the definition of the subgraph, of which node `host` of `parent` is an instance."""
+
+    def __init__(self, holder: dict, prefix: str = "", parent: Scope | None = None, host: dict | None = None) -> None:
+        self.prefix, self.parent, self.host = prefix, parent, host
+        self.entries, self.exits = slots(holder, "inputs"), slots(holder, "outputs")
+        entry, leaving = (
+            str(part(holder, name, dict).get("id", default))
+            for name, default in (("inputNode", INPUT_NODE), ("outputNode", OUTPUT_NODE))
+        )
+        self.entry = prefix + entry
+        nodes = [_node(node) for node in objects(holder, "nodes")]
+        self.nodes = {str(node["id"]): node for node in nodes}
+        if len(self.nodes) < len(nodes) or entry in self.nodes:
+            raise Unreadable("has two nodes of one id")
+        self.links = dict(_link(link) for link in part(holder, "links", list) if link is not None)
+        self.leaving: dict[int, list[Any]] = {}  # by output of the subgraph: the links that lead to it
+        for number, (_, target, slot) in self.links.items():
+            if target == leaving:
+                self.leaving.setdefault(slot, []).append(number)
+
+    def origin(self, number: Any) -> End:
+        """The output that a link comes from."""
+        source, slot = self.links[number][0]
+        return self.prefix + source, slot
+
+    def into(self, node: dict, index: int) -> End | Unknown | None:
+        """What is linked to an input of one of the nodes."""
+        number = node["inputs"][index].get("link") if index < len(node["inputs"]) else None
+        if number is None:
+            return None
+        link = self.links.get(number) if type(number) in (int, str) else None
+        if link is None or link[1] != str(node["id"]):
+            return Unknown(f"the link {number!r:.40}, which is not there or leads elsewhere")
+        return self.origin(number)
+
+    def out_of(self, slot: int) -> End | Unknown | None:
+        """What is linked, inside, to an output of the subgraph. The editor goes by the list of the output."""
+        found, listed = self.leaving.get(slot, []), []
+        if slot < len(self.exits):
+            listed = self.exits[slot].get("linkIds")
+        if len(found) == 1 and listed == found:
+            return self.origin(found[0])
+        return Unknown("a subgraph's output that lists other links than lead to it") if found or listed else None
+
+
+def part(holder: Any, name: str, kind: type) -> Any:
+    """A part of an object, empty where it is missing. Raises Unreadable where it is something else."""
+    found = holder.get(name) if isinstance(holder, dict) else None
+    if found is not None and not isinstance(found, kind):
+        raise Unreadable(f"has {name!r} as a {type(found).__name__}, expected a {kind.__name__}")
+    return kind() if found is None else found
+
+
+def objects(holder: Any, name: str) -> list[dict]:
+    """A list of objects. Raises Unreadable where it is something else."""
+    found = part(holder, name, list)
+    if not all(isinstance(each, dict) for each in found):
+        raise Unreadable(f"has something in {name!r} that is no object")
+    return found
+
+
+def slots(holder: dict, name: str) -> list[dict]:
+    """The inputs or outputs of a node or subgraph."""
+    found = objects(holder, name)
+    if len(found) > MAX_SLOTS:
+        raise Unreadable(f"has a node or subgraph of more than {MAX_SLOTS} {name}")
+    return found
+
+
+def _node(node: dict) -> dict:
+    """A node with mode, inputs and outputs in any case. Its id holds no colon, which parts the ids in subgraphs."""
+    key, kind, mode = node.get("id"), node.get("type"), node.get("mode", 0)
+    named = type(key) in (int, str) and ":" not in str(key) and isinstance(kind, str) and kind != OUTSIDE
+    if not named or type(mode) is not int or mode not in MODES:
+        raise Unreadable("has a node without id, type or mode, expected what ComfyUI's editor saves")
+    return node | {"mode": mode, "inputs": slots(node, "inputs"), "outputs": slots(node, "outputs")}
+
+
+def _link(link: Any) -> tuple[Any, tuple[tuple[str, int], str, int]]:
+    """Number, source, target and its slot. Links are lists in a workflow, objects in subgraphs and in newer files."""
+    if isinstance(link, dict):
+        link = [link.get(name) for name in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
+    if isinstance(link, list) and len(link) >= 5 and type(link[0]) in (int, str):
+        number, source, slot, target, target_slot = link[:5]
+        if all(
+            type(each) in (int, float) and 0 <= each < MAX_NODES and each == int(each) for each in (slot, target_slot)
+        ):
+            return number, ((str(source), int(slot)), str(target), int(target_slot))
+    raise Unreadable("has a link that is none, expected [id, source, slot, target, slot, type]")
