@@ -1,5 +1,5 @@
-"""Writes workflow_lint/comfyui_nodes.json: what ComfyUI's own nodes take and give, as far as an audit of workflows
-asks.
+"""Writes workflow_lint/comfyui_nodes.json: what ComfyUI's own nodes and SafeRoPE's take and give, as far as an audit
+of workflows asks.
 
     python -m dev.node_table
 
@@ -13,7 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from .comfyui import PACK, ROOT, ComfyUI
+from .comfyui import ROOT, ComfyUI
 
 TABLE = ROOT / "workflow_lint" / "comfyui_nodes.json"
 KEPT = {"MODEL", "GUIDER", "LATENT", "IMAGE"}
@@ -39,7 +39,7 @@ def row(info: dict) -> list:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as base, ComfyUI(Path(base)) as server:
-        found = {name: info for name, info in server.object_info().items() if PACK not in info["python_module"]}
+        found = server.object_info()
     lines = [f"{json.dumps(name)}: {json.dumps(row(info))}" for name, info in sorted(found.items())]
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     print(f"{TABLE.name}: {len(lines)} nodes")

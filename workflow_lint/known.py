@@ -18,19 +18,6 @@ APPLY, LOAD, COMBINE, CALIBRATE, PROBE = (
 )
 # Stands for all that a blueprint is connected to once it is used. Readers refuse a file with a node of this class.
 OUTSIDE = "outside of the blueprint, node"
-_OURS = {
-    OUTSIDE: [{}, []],
-    APPLY: [{"model": "MODEL"}, ["MODEL", OTHER]],
-    LOAD: [{}, [OTHER, OTHER]],
-    COMBINE: [{"concepts": ANY}, [OTHER, OTHER, "IMAGE"]],
-    CALIBRATE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, "IMAGE"]],
-    PROBE: [{"model": "MODEL", "latent": "LATENT"}, [OTHER, OTHER, OTHER, "IMAGE", "IMAGE"]],
-    "SafeRoPE_RiskMap": [{"latent": "LATENT", "image": "IMAGE"}, [OTHER, OTHER, "IMAGE", "IMAGE", "IMAGE", "IMAGE"]],
-    "SafeRoPE_SaveConcept": [{}, [OTHER]],
-    "SafeRoPE_SaveImage": [{"latent": "LATENT", "recorders": ANY}, ["IMAGE"]],
-    "SafeRoPE_InspectConcept": [{}, ["IMAGE", "IMAGE", OTHER]],
-    "SafeRoPE_TinyWorld": [{}, ["MODEL", OTHER, OTHER]],
-}
 # Classes of other packs. Their helper models caption, cut out, estimate depth or fill in: they are of types of their
 # own, so that ComfyUI lets no diffusion model in or out there.
 _HELPERS = (
@@ -47,22 +34,20 @@ _CONTEXT = re.compile(r"Context.*\(rgthree\)")
 
 @cache
 def node_table() -> dict[str, list]:
-    """{node: [{input: type}, [types of outputs]]} of ComfyUI's own nodes, ours and some of others. No state: a file's
-    content.
+    """{node: [{input: type}, [types of outputs]]} of ComfyUI's own nodes, ours and some of others.
 
     Types are those of MODELS and DRAWN, ANY where a slot may take or give one of them, else OTHER.
     """
     text = (Path(__file__).parent / "comfyui_nodes.json").read_text(encoding="utf-8")
-    others = {kind: [{}, []] for kind in _HELPERS} | {kind: [{}, ["MODEL"]] for kind in _LOADERS}
-    return json.loads(text) | _OURS | others
+    others = {kind: [{}, []] for kind in (*_HELPERS, OUTSIDE)} | {kind: [{}, ["MODEL"]] for kind in _LOADERS}
+    return json.loads(text) | others
 
 
 def advice(kind: str) -> str:
     """What to do about a node that is not known."""
     if _VIRTUAL.fullmatch(kind):
         return (
-            "its links are not in the editor's file: audit the picture, or export the workflow in API form, which has "
-            "them"
+            "its links are not in the editor's file: audit the picture, or export the workflow in API form, with them"
         )
     if _CONTEXT.fullmatch(kind):
         return "put plain links in its place: what it carries has no name in the file"
