@@ -13,7 +13,7 @@ from typing import Any
 from .file import Unreadable
 from .graph import MAX_NODES, Graph, Input, Link, Node, Unknown, Value
 from .known import APPLY, OUTSIDE
-from .scope import BYPASSED, MUTED, End, Scope, objects, part
+from .scope import BYPASSED, MUTED, End, Scope, Sheet, objects, part
 from .widgets import WIDGETS, primitive, widgets
 
 MAX_NESTING = 32  # of subgraphs
@@ -36,14 +36,15 @@ def from_editor(workflow: Any) -> Graph:
     return _Plane(workflow).flat()
 
 
-def _definitions(workflow: dict) -> dict[str, dict]:
+def _definitions(workflow: dict) -> dict[str, Sheet]:
     """Subgraphs by id, those inside of others too."""
-    found: dict[str, dict] = {}
+    found: dict[str, Sheet] = {}
     todo = [workflow]
     while todo:
         for each in objects(part(todo.pop(), "definitions", dict), "subgraphs"):
-            if not isinstance(each.get("id"), str) or found.setdefault(each["id"], each) is not each:
+            if not isinstance(each.get("id"), str) or each["id"] in found:
                 raise Unreadable("has a subgraph without an id of its own")
+            found[each["id"]] = Sheet(each)
             todo.append(each)
     return found
 
@@ -58,18 +59,18 @@ class _Plane:
         self.placed: dict[str, tuple[Scope, dict]] = {}
         self.wires: dict[str, Callable[[int], End | Input | None]] = {}
         self.nodes = self.links = 0
-        root = Scope(workflow)
-        instance = [node for node in root.nodes.values() if node["type"] in self.definitions]
-        self.blueprint = instance[0] if len(root.nodes) == len(instance) == 1 and not root.links else None
-        self._unfold(root)
+        root = Sheet(workflow)
+        alone = list(root.nodes.values()) if len(root.nodes) == 1 and not root.links else []
+        self.blueprint = next((node for node in alone if node["type"] in self.definitions), None)
+        self._unfold(Scope(root))
 
     def _unfold(self, scope: Scope) -> None:
-        self.nodes += len(scope.nodes)
-        self.links += len(scope.links) + sum(len(node["inputs"]) for node in scope.nodes.values())
+        self.nodes += len(scope.sheet.nodes)
+        self.links += scope.sheet.size
         if self.nodes > MAX_NODES or self.links > MAX_LINKS:
             limits = f"{MAX_NODES} nodes or {MAX_LINKS} links and inputs"
             raise Unreadable(f"has more than {limits} with its subgraphs unfolded")
-        for key, node in scope.nodes.items():
+        for key, node in scope.sheet.nodes.items():
             self._place(scope, scope.prefix + key, node)
 
     def _place(self, scope: Scope, place: str, node: dict) -> None:
@@ -99,10 +100,10 @@ class _Plane:
         if place.count(":") >= MAX_NESTING:
             raise Unreadable(f"has subgraphs nested more than {MAX_NESTING} deep, or one inside itself")
         inner = Scope(self.definitions[node["type"]], f"{place}:", scope, node)
-        names = [slot.get("name") for slot in node["inputs"]]
+        entries, names = inner.sheet.entries, [slot.get("name") for slot in node["inputs"]]
 
         def enter(number: int) -> End | Input | None:
-            name = inner.entries[number].get("name") if number < len(inner.entries) else None
+            name = entries[number].get("name") if number < len(entries) else None
             if names.count(name) != 1:
                 return Unknown(f"an input {name!r:.40} of a subgraph that is there twice") if name in names else None
             index = names.index(name)

@@ -44,8 +44,8 @@ def as_json(file: str, verdict: Verdict, level: str | None = None) -> dict[str, 
         "form": verdict.form,
         "samplers": [_sampler_json(sampler) for sampler in verdict.samplers],
         "protections": [_protection_json(each, key in verdict.idle) for key, each in verdict.protections.items()],
-        "opaque": [{"node": node, "reason": reason} for node, reason in verdict.graph.opaque],
-        "notes": verdict.graph.notes,
+        "opaque": [{"node": node, "reason": reason} for node, reason in verdict.opaque],
+        "notes": verdict.notes,
     }
 
 
@@ -85,11 +85,11 @@ def as_text(file: str, verdict: Verdict, level: str | None = None) -> str:
         lines.append("  no sampler was found: nothing that draws with a model can be seen in it")
     if len(verdict.samplers) > SHOWN:
         lines.append(f"  and {len(verdict.samplers) - SHOWN} samplers more (--json tells of all)")
-    for key, reason in verdict.graph.opaque[:SHOWN]:
+    for key, reason in verdict.opaque[:SHOWN]:
         lines.append(f"  {_name(verdict.graph, key)}: {plain(reason, LONG)}; it counts as no protection")
     for each in list(verdict.protections.values())[:SHOWN]:
         lines += _protection_lines(_name(verdict.graph, each.node), each, each.node in verdict.idle)
-    notes = verdict.graph.notes[:SHOWN] + [PROMISE] * verdict.protected
+    notes = verdict.notes[:SHOWN] + [PROMISE] * verdict.protected
     return "\n".join([*lines, *(f"  note: {plain(note, LONG)}" for note in notes)])
 
 

@@ -1,7 +1,8 @@
-"""One scope of the editor's form: a workflow, or one instance of a subgraph, with its nodes and links checked."""
+"""Scopes of the editor's form: a workflow, and each instance of a subgraph; what is linked to what in them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from .file import Unreadable
@@ -16,30 +17,47 @@ INPUT_NODE, OUTPUT_NODE = -10, -20  # where a subgraph does not name its own
 End = tuple[str, int]  # an output: the place of its node in the whole workflow, and its number
 
 
-class Scope:
-    """`holder`: the workflow or the definition of the subgraph, of which node `host` of `parent` is an instance."""
+class Sheet:
+    """A workflow, or the definition of a subgraph, with its nodes and links checked.
 
-    def __init__(self, holder: dict, prefix: str = "", parent: Scope | None = None, host: dict | None = None) -> None:
-        self.prefix, self.parent, self.host = prefix, parent, host
+    `links`: their sources by number, with what they lead to; `leaving`: by output of the subgraph, the links to it.
+    """
+
+    def __init__(self, holder: dict) -> None:
         self.entries, self.exits = slots(holder, "inputs"), slots(holder, "outputs")
-        entry, leaving = (
+        self.entry, leaving = (
             str(part(holder, name, dict).get("id", default))
             for name, default in (("inputNode", INPUT_NODE), ("outputNode", OUTPUT_NODE))
         )
-        self.entry = prefix + entry
         nodes = [_node(node) for node in objects(holder, "nodes")]
         self.nodes = {str(node["id"]): node for node in nodes}
-        if len(self.nodes) < len(nodes) or entry in self.nodes:
+        if len(self.nodes) < len(nodes) or self.entry in self.nodes:
             raise Unreadable("has two nodes of one id")
         self.links = dict(_link(link) for link in part(holder, "links", list) if link is not None)
-        self.leaving: dict[int, list[Any]] = {}  # by output of the subgraph: the links that lead to it
+        self.size = len(self.links) + sum(len(node["inputs"]) for node in nodes)
+        self.leaving: dict[int, list[Any]] = {}
         for number, (_, target, slot) in self.links.items():
             if target == leaving:
                 self.leaving.setdefault(slot, []).append(number)
 
+
+@dataclass(frozen=True)
+class Scope:
+    """A workflow, or an instance of a subgraph: node `host` of `parent`. `prefix`: of the places of its nodes."""
+
+    sheet: Sheet
+    prefix: str = ""
+    parent: Scope | None = None
+    host: dict | None = None
+
+    @property
+    def entry(self) -> str:
+        """The place of the node that stands for the inputs of the subgraph."""
+        return self.prefix + self.sheet.entry
+
     def origin(self, number: Any) -> End:
         """The output that a link comes from."""
-        source, slot = self.links[number][0]
+        source, slot = self.sheet.links[number][0]
         return self.prefix + source, slot
 
     def into(self, node: dict, index: int) -> End | Unknown | None:
@@ -47,16 +65,16 @@ class Scope:
         number = node["inputs"][index].get("link") if index < len(node["inputs"]) else None
         if number is None:
             return None
-        link = self.links.get(number) if type(number) in (int, str) else None
+        link = self.sheet.links.get(number) if type(number) in (int, str) else None
         if link is None or link[1] != str(node["id"]):
             return Unknown(f"the link {number!r:.40}, which is not there or leads elsewhere")
         return self.origin(number)
 
     def out_of(self, slot: int) -> End | Unknown | None:
         """What is linked, inside, to an output of the subgraph. The editor goes by the list of the output."""
-        found, listed = self.leaving.get(slot, []), []
-        if slot < len(self.exits):
-            listed = self.exits[slot].get("linkIds")
+        found, listed = self.sheet.leaving.get(slot, []), []
+        if slot < len(self.sheet.exits):
+            listed = self.sheet.exits[slot].get("linkIds")
         if len(found) == 1 and listed == found:
             return self.origin(found[0])
         return Unknown("a subgraph's output that lists other links than lead to it") if found or listed else None

@@ -23,7 +23,7 @@ from .together import doubts, stops_by_samplers, unpinned
 
 ACTING = "an Apply that acts"
 MOST_PATHS = 4  # shown of a sampler
-MOST_LOOKED_AT = 200  # samplers and Applies; each is looked at together with those before and behind it
+MOST_LOOKED_AT, MOST_STEPS = 200, 1_000_000  # samplers and Applies; these, times the nodes that each may be behind
 
 
 @dataclass
@@ -45,25 +45,20 @@ class Sampler:
 
 @dataclass
 class Verdict:
-    """What is to be said of one graph."""
+    """What is to be said of one graph. `form`: that of the file."""
 
     graph: Graph
     samplers: list[Sampler]
     protections: dict[str, Protection]
     form: str = ""
 
+    def __post_init__(self) -> None:
+        self.opaque, self.notes = self.graph.opaque, self.graph.notes
+
     @property
     def protected(self) -> bool:
         """Every sampler, at least one, and nothing out of sight."""
-        return bool(self.samplers) and all(each.protected for each in self.samplers) and not self.graph.opaque
-
-    @property
-    def opaque(self) -> list[tuple[str, str]]:
-        return self.graph.opaque
-
-    @property
-    def notes(self) -> list[str]:
-        return self.graph.notes
+        return bool(self.samplers) and all(each.protected for each in self.samplers) and not self.opaque
 
     @property
     def idle(self) -> set[str]:
@@ -130,63 +125,67 @@ def _gist(verdict: Verdict) -> tuple:
 
 def audit(graph: Graph, required: Required, files: Files | None = None) -> Verdict:
     """The verdict on a graph. Raises Unreadable where it has too much to look at."""
-    if sum(node.draws or node.kind == APPLY for node in graph.nodes.values()) > MOST_LOOKED_AT:
-        raise Unreadable(f"has more than {MOST_LOOKED_AT} samplers and Applies, too many to look at")
+    samplers = [Sampler(node.id, node.kind) for node in graph.nodes.values() if node.draws]
+    looked_at = len(samplers) + sum(node.kind == APPLY for node in graph.nodes.values())
+    if looked_at > MOST_LOOKED_AT or looked_at * len(graph.nodes) > MOST_STEPS:
+        raise Unreadable(f"has {looked_at} samplers and Applies among {len(graph.nodes)} nodes, too many to look at")
     models = Models(graph)
     found = protections(models, files)
     for each in found.values():
         if each.acts:
             each.stops += stops_by_samplers(each, models)
-    verdict = Verdict(graph, [Sampler(node.id, node.kind) for node in graph.nodes.values() if node.draws], found)
-    for what, holds in required.tests():
-        ways = models.ways({key for key, each in found.items() if holds(each)})
-        for sampler in verdict.samplers:
-            sampler.failures += [(f"a path without {what}", path(way)) for way in ways[sampler.node]]
-    doubted = {key: _doubted(models, found, key, required) for key in found}
-    ways = models.ways(most=MOST_PATHS + 1)
-    for sampler in verdict.samplers:
+    _look(samplers, models, found, required)
+    for node in graph.nodes.values():
+        if node.strange and models.takes(node.id):
+            reason = f"is not known, takes what may be a model, and may draw with it; {advice(node.kind)}"
+            graph.opaque.append((node.id, reason))
+    graph.notes += _notes(models, found)
+    return Verdict(graph, samplers, found)
+
+
+def _look(samplers: list[Sampler], models: Models, found: dict[str, Protection], required: Required) -> None:
+    """Follows the ways of models to each sampler, and tells what is missing on them."""
+    bare = {
+        f"a path without {what}": models.ways({key for key, each in found.items() if holds(each)})
+        for what, holds in required.tests()
+    }
+    ways, against = models.ways(most=MOST_PATHS + 1), _against(models, found, required)
+    for sampler in samplers:
+        before = models.reached(sampler.node, models.before)
         sampler.paths = [path(way) for way in ways[sampler.node][:MOST_PATHS]]
         sampler.more_paths = len(ways[sampler.node]) > MOST_PATHS
-        _finish(sampler, models, doubted)
-    _tell_of_strangers(models)
-    if any(each.acts and not all(part.file for part in each.parts) for each in found.values()):
-        graph.notes.append(
-            "what the concepts turn was not looked at, only what the workflow asks for (--concepts FOLDER)"
-        )
-    return verdict
+        sampler.protections = [key for key in found if key in before]
+        sampler.unknown = [key for key in against if key in before and models.graph.nodes[key].strange]
+        sampler.failures = [(reason, path(way)) for reason, ways in bare.items() for way in ways[sampler.node]]
+        reasons = dict.fromkeys(reason for key, told in against.items() if key in before for reason in told)
+        sampler.failures += [(reason, []) for reason in reasons]
 
 
-def _doubted(models: Models, found: dict[str, Protection], key: str, required: Required) -> list[str]:
-    """What is to be said against an Apply together with those in front of it."""
-    before = models.reached(key, models.before)
-    chain = [each for key, each in found.items() if key in before and not each.inert]
-    told = list(doubts(chain, required.digests, required.full))
-    return [*told, *unpinned(chain)] if required.every_pinned else told
+def _against(models: Models, found: dict[str, Protection], required: Required) -> dict[str, list[str]]:
+    """What is to be said against each node on the way of a model; against Applies, together with those before."""
+    told: dict[str, list[str]] = {}
+    for node in (models.graph.nodes[key] for key in models.order):
+        if node.id in models.broken:
+            told.setdefault(node.id, []).append(f"{node} takes a model over {models.broken[node.id]}")
+        if node.strange:
+            reason = f"its model comes by {node}, which is not known; {advice(node.kind)}"
+            told.setdefault(node.id, []).append(reason)
+    for key in found:
+        before = models.reached(key, models.before)
+        chain = [each for key, each in found.items() if key in before and not each.inert]
+        told.setdefault(key, []).extend(doubts(chain, required.digests, required.full))
+        if required.every_pinned:
+            told[key] += unpinned(chain)
+    return told
 
 
-def _finish(sampler: Sampler, models: Models, doubted: dict[str, list[str]]) -> None:
-    """What else keeps a sampler from being protected: broken links, strange nodes, concepts that undo others."""
-    before = models.reached(sampler.node, models.before)
-    on_the_way = [models.graph.nodes[key] for key in models.order if key in before]
-    broken = [node for node in on_the_way if node.id in models.broken]
-    strange = [node for node in on_the_way if node.strange]
-    sampler.unknown = [node.id for node in strange]
-    sampler.protections = [key for key in doubted if key in before]
-    reasons = [
-        *(f"{node.kind} {node.id} takes a model over {models.broken[node.id]}" for node in broken),
-        *(f"its model comes by {node}, which is not known; {advice(node.kind)}" for node in strange),
-        *(reason for key in sampler.protections for reason in doubted[key]),
-    ]
-    sampler.failures += [(reason, []) for reason in dict.fromkeys(reasons)]
-
-
-def _tell_of_strangers(models: Models) -> None:
-    """Nodes that are not known: each that takes what may be a model may be a sampler; a note of the others."""
-    strange = [node for node in models.graph.nodes.values() if node.strange]
-    for node in strange:
-        if models.takes(node.id):
-            reason = f"is not known, takes what may be a model, and may draw with it; {advice(node.kind)}"
-            models.graph.opaque.append((node.id, reason))
-    if others := dict.fromkeys(node.kind for node in strange if not models.takes(node.id)):
+def _notes(models: Models, found: dict[str, Protection]) -> Iterator[str]:
+    """What a reader should know who sees the verdict alone."""
+    strange = dict.fromkeys(
+        node.kind for key, node in models.graph.nodes.items() if node.strange and not models.takes(key)
+    )
+    if strange:
         unseen = "not known, and not seen to take a model; if one loads and draws by itself, nobody sees it"
-        models.graph.notes.append(f"{unseen}: {', '.join(others)}")
+        yield f"{unseen}: {', '.join(strange)}"
+    if any(each.acts and not all(part.file for part in each.parts) for each in found.values()):
+        yield "what the concepts turn was not looked at, only what the workflow asks for (--concepts FOLDER)"

@@ -68,10 +68,11 @@ def _shown(scope: Scope, node: dict, name: str, value: Value | Unknown) -> Value
 
 def _shown_as(scope: Scope, host: dict, node: dict, name: str) -> str | None:
     """The name under which an instance shows a widget, by a link or a list of its own; None: it does not."""
+    entries = scope.sheet.entries
     for index, slot in enumerate(node["inputs"]):
         end = scope.into(node, index)
         if slot.get("name") == name and isinstance(end, tuple) and end[0] == scope.entry:
-            return str(scope.entries[end[1]].get("name")) if end[1] < len(scope.entries) else name
+            return str(entries[end[1]].get("name")) if end[1] < len(entries) else name
     listed = part(part(host, "properties", dict), "proxyWidgets", list)
     shown = [each[:2] for each in listed if isinstance(each, list) and len(each) >= 2]
     return name if any(str(key) == str(node["id"]) and of == name for key, of in shown) else None

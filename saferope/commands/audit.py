@@ -60,11 +60,11 @@ def audit(
     for file in files:
         try:
             documents = read(file)
-            whole, part = (
-                audit_file(documents, Required(digests, full, every_concept_pinned), files_at_hand)
-                for full in (True, False)
-            )
-            level, verdict = level_of(whole.protected, part.protected), whole if part.protected else part
+            whole, part = (Required(digests, full, every_concept_pinned) for full in (True, False))
+            verdict = audit_file(documents, whole, files_at_hand)
+            some = verdict if verdict.protected else audit_file(documents, part, files_at_hand)
+            level = level_of(verdict.protected, some.protected)
+            verdict = verdict if some.protected else some
             reports.append(as_json(str(file), verdict, level))
             texts.append(as_text(str(file), verdict, level))
         except (Unreadable, OSError) as error:
