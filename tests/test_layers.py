@@ -55,7 +55,7 @@ PARTS = {
         {"suites"},
     ),
     "saferope": (
-        {"concept_effect", "concept_report", "convert", "generate", "pipeline"},
+        {"audit_cost", "concept_effect", "concept_report", "convert", "generate", "pipeline"},
         {"commands"},
         {"cli"},
         {"__main__"},

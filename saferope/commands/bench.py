@@ -40,7 +40,7 @@ def bench(
         ),
     ] = False,
 ) -> None:
-    """Time rotation, files, extraction and training side by side, as a table and curves; needs 4 GB and some minutes.
+    """Time rotation, files, training and audits side by side, as a table and curves; needs 4 GB and some minutes.
 
     Says what this machine could not run. The block is a FLUX single block with random weights.
     """
@@ -57,6 +57,8 @@ def bench(
     from saferope_benchmark.costs import making, on_gpu, report, rotation, whole, work
     from saferope_training.flux.models import cpu_has_bf16
 
+    from .. import audit_cost
+
     torch.manual_seed(0)
     gpu = on_gpu.require_gpu() if device == "cuda" else None
     if dtype == "auto":
@@ -69,7 +71,7 @@ def bench(
         found = [*on_gpu.rows(size, repeats), *whole.rows(size, repeats)]
         return say(report.write(out, found, {}, setting))
     rows = [*rotation.beside_the_block(size, repeats), *work.not_here(), *work.file_rows(repeats)]
-    rows += [*making.rows(size, repeats), *work.start_rows(repeats)]
+    rows += [*making.rows(size, repeats), *work.start_rows(repeats), *audit_cost.rows(repeats)]
     grown = rotation.curves(size, repeats) if curves else {}
     setting = (
         f"{resolution} x {resolution}, {heads} heads, critical {critical:g}, concepts {concepts}, rank {rank}, batch "
