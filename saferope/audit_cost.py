@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -18,7 +19,7 @@ GOAL = 1.0  # s, of each
 def rows(repeats: int) -> Iterator[Row]:
     """Seconds for 1,000 nodes in a row, and for the subgraphs that unfold the furthest. No process is started."""
     forms = {"1,000 nodes": chained(1000), f"{2**DEEPEST * 2:,} nodes in nested subgraphs": nested(DEEPEST)}
-    taken = in_turns({name: lambda form=form: _asked(form) for name, form in forms.items()}, repeats)
+    taken = in_turns({name: partial(_asked, form) for name, form in forms.items()}, repeats)
     for name, each in taken.items():
         yield Row(f"saferope audit, {name}", median(each), "s", GOAL, spread=spread(each))
 
