@@ -10,6 +10,7 @@ import torch
 
 from tests.support import concepts as flat
 from tests.support.layouts import CPU, Reference, latent
+from tests.support.signing import keys, sampled, save, star, world  # noqa: F401  (fixtures)
 
 RANK = 4
 ANGLE = 10  # random vectors have an LRS of about RANK / 128: turn them visibly

@@ -6,71 +6,14 @@ import json
 import random
 
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from tests.support import concepts as flat
+from tests.support.signing import RAN
 
 pytestmark = pytest.mark.host
-STAR = "a red star in the center on a white background"
-STEPS = 2
 FORMATS = ["PNG", "JPEG", "WEBP"]
-PROMPT = {"1": {"class_type": "SafeRoPE_TinyWorld", "inputs": {}}}
-
-
-@pytest.fixture(scope="module")
-def world(node_classes):
-    return node_classes["SafeRoPE_TinyWorld"].execute().args
-
-
-@pytest.fixture(scope="module")
-def star(node_classes):
-    return node_classes["SafeRoPE_LoadConcept"].execute("star.safetensors")[0]
-
-
-@pytest.fixture
-def keys(monkeypatch, tmp_path):
-    """A local authority and a signer, as the command makes them."""
-    from saferope.cli import app
-
-    monkeypatch.setenv("SAFEROPE_KEYS", str(tmp_path / "keys"))
-    assert CliRunner().invoke(app, ["keys", "init", "--name", "a test"]).exit_code == 0
-    return tmp_path / "keys"
-
-
-@pytest.fixture
-def sampled(world):
-    """sampled(model, latent) -> ComfyUI's own KSampler's LATENT."""
-    import nodes
-
-    def run(model, start=None, denoise=1.0, cfg=1.0, batch=1):
-        conditioning = world[1].encode_from_tokens_scheduled(world[1].tokenize(STAR))
-        start = {"samples": torch.zeros(batch, 16, 12, 12)} if start is None else start
-        with torch.inference_mode():
-            args = (model, 3, STEPS, cfg, "euler", "simple", conditioning, conditioning, start)
-            return nodes.common_ksampler(*args, denoise=denoise)[0]
-
-    return run
-
-
-@pytest.fixture
-def save(node_classes, world, tmp_path, monkeypatch):
-    """save(latent, recorders, ...) -> the files that the node wrote."""
-    import folder_paths
-    from comfy_api.latest import io as api
-
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    hidden = {api.Hidden.prompt: PROMPT, api.Hidden.extra_pnginfo: {"workflow": {"nodes": []}}}
-    node = node_classes["SafeRoPE_SaveImage"].PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
-
-    def run(latent, *recorders, format="PNG", require="full protection", **more):
-        named = {f"recorder{number}": each for number, each in enumerate(recorders)}
-        with torch.inference_mode():
-            out = node.execute(latent, world[2], named, "proof", format, require, **more)
-        return [tmp_path / each["filename"] for each in out.ui["images"]]
-
-    return run
 
 
 def apply(node_classes, model, concepts, strength=1.0, **settings):
@@ -127,8 +70,8 @@ def test_one_pixel_metadata_and_manifest_are_named(picture, tmp_path):
 
 def test_comfyui_s_metadata_is_in_the_picture(picture):
     png, webp = Image.open(picture()), Image.open(picture("WEBP"))
-    assert json.loads(png.text["prompt"]) == PROMPT and json.loads(png.text["workflow"]) == {"nodes": []}
-    assert json.loads(webp.getexif()[0x0110].partition(":")[2]) == PROMPT
+    assert json.loads(png.text["prompt"]) == RAN and json.loads(png.text["workflow"]) == {"nodes": []}
+    assert json.loads(webp.getexif()[0x0110].partition(":")[2]) == RAN
 
 
 def test_who_signed_decides(picture, keys, tmp_path, monkeypatch):
@@ -249,11 +192,17 @@ def test_protection_in_part_is_signed_as_such_alone(node_classes, world, star, s
 
 @pytest.mark.parametrize(
     "settings",
-    [{"strength": 0.0}, {"strength": 1e-9}, {"gate": "fixed", "threshold": 1.0}, {"start_percent": 0.999}],
+    [
+        {"strength": 0.0},
+        {"strength": 1e-9},
+        {"gate": "fixed", "threshold": 1.0},
+        {"start_percent": 0.999},
+        {"start_percent": 0.5, "end_percent": 0.5},
+    ],
 )
 def test_no_effect_is_not_signed(node_classes, world, star, sampled, save, keys, settings):
     model, recorder = apply(node_classes, world[0], star, **settings)
-    with pytest.raises(ValueError, match=r"no concept turned anything|the strength is 0"):
+    with pytest.raises(ValueError, match=r"no concept turned anything|the strength is 0|are both 0\.5"):
         save(sampled(model), recorder, require="in part")
 
 
