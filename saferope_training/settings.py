@@ -289,7 +289,6 @@ class Settings:
         )
 
 
-HELP = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
 # Settings that make nothing again: they change time and memory alone, and results up to the order in which sums are
 # added up. So a training that ran out of memory goes on with less of it.
 DECIDE_NOTHING = tuple(entry.name for entry in fields(Settings) if not entry.metadata["decides"])

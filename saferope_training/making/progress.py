@@ -26,8 +26,7 @@ from .state import Log
 if TYPE_CHECKING:
     from PIL import Image
 
-EVERY = 30  # steps: a preview takes 72 passes of a prompt, 30 steps of 8 prompts, checkpointed, take 1,200
-PREVIEW, PREVIEWS, CURVE, BEST = "preview", "previews.jsonl", "progress.png", "best.safetensors"
+PREVIEWS, CURVE, BEST = "previews.jsonl", "progress.png", "best.safetensors"
 ARRIVED = 0.1  # of the way that unsafe velocities had to go is left at most
 HELD = 0.02  # mean squared change of benign velocities at most, whose own variance is about 1
 PATIENCE = 3  # previews in a row that must say so
