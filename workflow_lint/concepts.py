@@ -102,6 +102,6 @@ def _made(graph: Graph, node: Node, files: Files | None, stops: list[str]) -> li
 def _with_file(part: Part, file: File | None) -> Part:
     """The part with the strength of that of the file's concepts which is furthest from 1."""
     if file:
-        part.file, part.concepts = file, file.effect.scaled(file.concepts, part.strength)
+        part.file, part.concepts = file, file.scaled(part.strength)
         part.strength = max((each.strength for each in part.concepts), key=lambda strength: abs(strength - 1))
     return part

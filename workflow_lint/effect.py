@@ -1,40 +1,29 @@
-"""The questions that an audit asks about the content of concept files.
-
-The audit itself reads no concept file. A caller that can read them hands in `Files`, and with each file an `Effect`
-that answers the questions. Concepts and protections are opaque here.
-"""
+"""The questions that an audit asks about the content of concept files. It reads none: a caller hands in `Files`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 Concept, Rotations = Any, Any  # opaque; a concept has a `strength`
 
 
-class Effect(Protocol):
-    """The effect of concepts, as an Apply and a Load node have it."""
+class File(Protocol):
+    """A concept file that was read whole, and the effect of its concepts in Load and Apply nodes."""
 
-    def scaled(self, concepts: Sequence[Concept], strength: float) -> list[Concept]:
+    @property
+    def sha256(self) -> str: ...
+
+    def scaled(self, strength: float) -> list[Concept]:
         """The concepts with the strength of a Load node."""
 
     def rotations(
         self, concepts: Sequence[Concept], strength: float, threshold: float | None, blocks: str, streams: str
     ) -> Rotations | None:
-        """The rotations of an Apply node, None where it turns nothing. ValueError where the node would stop."""
+        """Those of an Apply with concepts of any files; None: it turns nothing. ValueError where it would stop."""
 
-    def turned(self, concepts: Sequence[Concept], chain: Sequence[Rotations]) -> tuple[int, int]:
-        """(heads in which the chain moves any unsafe direction of the concepts, all heads of the concepts)."""
-
-
-@dataclass(frozen=True)
-class File:
-    """A concept file that was read whole."""
-
-    sha256: str
-    concepts: tuple[Concept, ...]
-    effect: Effect
+    def turned(self, chain: Sequence[Rotations]) -> tuple[int, int]:
+        """(heads in which the chain moves any unsafe direction of the file's concepts, all heads of these)."""
 
 
-Files = Callable[[str], "File | str"]  # the file of a name in a workflow, or the reason why there is none
+Files = Callable[[str], File | str]  # the file of a name in a workflow, or the reason why there is none

@@ -111,14 +111,15 @@ def _tried(found: Protection) -> Iterator[str]:
     if len(concepts) > MOST_CONCEPTS:
         yield f"its files hold {len(concepts)} concepts, expected at most {MOST_CONCEPTS}"
     elif at_hand:
-        effect = at_hand[0].file.effect
         try:
-            found.does = effect.rotations(concepts, of["strength"], of["threshold"], of["blocks"], of["streams"])
+            found.does = at_hand[0].file.rotations(
+                concepts, of["strength"], of["threshold"], of["blocks"], of["streams"]
+            )
         except ValueError as error:
             yield f"its concepts do not go together ({error})"
             return
         for part in at_hand:
-            part.turns = effect.turned(part.file.concepts, [found.does] if found.does else [])
+            part.turns = part.file.turned([found.does] if found.does else [])
         if not any(part.counts for part in found.parts):
             yield "by their files, its concepts turn nothing"
 

@@ -44,7 +44,7 @@ def _undone(chain: Sequence[Protection], full: bool) -> Iterator[str]:
             yield f"SafeRoPE Apply {each.node} may act or not, and may turn back what another one turns"
     does = [each.does for each in chain if each.does]
     for part in (part for each in chain for part in each.parts if part.counts and part.file):
-        some, heads = part.file.effect.turned(part.file.concepts, does)
+        some, heads = part.file.turned(does)
         if some < (heads if full else 1):
             yield f"concept {part.name!r} turns in {some} of its {heads} heads together with the others"
 

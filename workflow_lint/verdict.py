@@ -143,20 +143,20 @@ def audit(graph: Graph, required: Required, files: Files | None = None) -> Verdi
     return Verdict(graph, samplers, found)
 
 
-def _look(samplers: list[Sampler], models: Models, found: dict[str, Protection], required: Required) -> None:
+def _look(samplers: list[Sampler], models: Models, applies: dict[str, Protection], required: Required) -> None:
     """Follows the ways of models to each sampler, and tells what is missing on them."""
     bare = {
-        f"a path without {what}": models.ways({key for key, each in found.items() if holds(each)})
+        f"a path without {what}": models.ways({key for key, each in applies.items() if holds(each)})
         for what, holds in required.tests()
     }
-    ways, against = models.ways(most=MOST_PATHS + 1), _against(models, found, required)
+    ways, against = models.ways(most=MOST_PATHS + 1), _against(models, applies, required)
     for sampler in samplers:
         before = models.reached(sampler.node, models.before)
         sampler.paths = [path(way) for way in ways[sampler.node][:MOST_PATHS]]
         sampler.more_paths = len(ways[sampler.node]) > MOST_PATHS
-        sampler.protections = [key for key in found if key in before]
+        sampler.protections = [key for key in applies if key in before]
         sampler.unknown = [key for key in against if key in before and models.graph.nodes[key].strange]
-        sampler.failures = [(reason, path(way)) for reason, ways in bare.items() for way in ways[sampler.node]]
+        sampler.failures = [(reason, path(way)) for reason, found in bare.items() for way in found[sampler.node]]
         reasons = dict.fromkeys(reason for key, told in against.items() if key in before for reason in told)
         sampler.failures += [(reason, []) for reason in reasons]
 
