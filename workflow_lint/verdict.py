@@ -163,17 +163,18 @@ def _look(samplers: list[Sampler], models: Models, applies: dict[str, Protection
 
 def _against(models: Models, found: dict[str, Protection], required: Required) -> dict[str, list[str]]:
     """What is to be said against each node on the way of a model; against Applies, together with those before."""
-    told: dict[str, list[str]] = {}
+    told: dict[str, list[str]] = {key: [] for key in models.order}
     for node in (models.graph.nodes[key] for key in models.order):
         if node.id in models.broken:
-            told.setdefault(node.id, []).append(f"{node} takes a model over {models.broken[node.id]}")
+            told[node.id].append(f"{node} takes a model over {models.broken[node.id]}")
+        elif node.bypassed and not models.takes(node.id):
+            told[node.id].append(f"no model comes out of {node}")
         if node.strange:
-            reason = f"its model comes by {node}, which is not known; {advice(node.kind)}"
-            told.setdefault(node.id, []).append(reason)
+            told[node.id].append(f"its model comes by {node}, which is not known; {advice(node.kind)}")
     for key in found:
         before = models.reached(key, models.before)
         chain = [each for key, each in found.items() if key in before and not each.inert]
-        told.setdefault(key, []).extend(doubts(chain, required.digests, required.full))
+        told[key] += doubts(chain, required.digests, required.full)
         if required.every_pinned:
             told[key] += unpinned(chain)
     return told

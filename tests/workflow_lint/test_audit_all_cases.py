@@ -13,6 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from saferope import cli
+from tests.support.workflows import editor, protected
+from workflow_lint.file import sorted_out
+from workflow_lint.verdict import Required, audit_file
 
 CASES = Path(__file__).parents[1] / "files" / "audit"
 ASKS, DOES_NOT = 0, 1
@@ -63,3 +66,10 @@ def test_no_pin_talks_a_case_through(name):
 
 def test_no_case_is_left_out():
     assert {path.stem for path in CASES.glob("*.json")} == set(EXPECTED)
+
+
+def test_a_bypassed_loader_gives_no_model():
+    """ComfyUI stops there: nothing is known of what would be drawn."""
+    for modes, answer in (({}, True), ({"1": 4}, False), ({"1": 2}, False)):
+        verdict = audit_file(sorted_out(editor(protected(), modes)), Required())
+        assert verdict.protected is answer
