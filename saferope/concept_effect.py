@@ -1,7 +1,7 @@
 """The effect of concept files, for the audit of workflows: the directions that they turn, sent through Apply nodes in
 a row.
 
-`in_folder` gives them as `workflow_lint.effect` asks for them.
+`in_folder` gives them as `workflow_lint.concepts` asks for them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from saferope_core import Concept, Protection, parse_blocks, restricted
 from saferope_core.concept.concept_file import MAX_BYTES, parse_concepts
 from saferope_core.concept.untrusted import read_whole
 from saferope_core.run.effect import LEAST_TURN, moved
-from workflow_lint.effect import Files
+from workflow_lint.concepts import Files
 
 
 @dataclass(frozen=True)
 class ConceptFile:
-    """The content of one file; see `workflow_lint.effect.File`."""
+    """The content of one file; see `workflow_lint.concepts.File`."""
 
     sha256: str
     concepts: tuple[Concept, ...]

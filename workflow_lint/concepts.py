@@ -1,11 +1,11 @@
-"""The concepts that come into an Apply, with what may be read of their files."""
+"""The concepts that come into an Apply, with what may be read of their files: a caller hands these in as `Files`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from .effect import File, Files
 from .graph import Graph, Input, Link, Node
 from .known import CALIBRATE, COMBINE, LOAD, OUTSIDE
 from .settings import OF_COMBINE, OF_LOAD, SHA256, settings
@@ -14,6 +14,28 @@ LEAST_STRENGTH = 0.05  # the nodes' smallest step: less rounds away
 MOST_CONCEPTS, MOST_LINKS = 64, 500  # of one Apply: concepts, links followed
 MOST_COMBINED = 32  # inputs of a Combine node
 UNSEEN = "is in its file, which is not at hand (--concepts FOLDER)"
+Concept, Rotations = Any, Any  # opaque; a concept has a `strength`
+
+
+class File(Protocol):
+    """A concept file that was read whole, and the effect of its concepts in Load and Apply nodes."""
+
+    @property
+    def sha256(self) -> str: ...
+
+    def scaled(self, strength: float) -> list[Concept]:
+        """The concepts with the strength of a Load node."""
+
+    def rotations(
+        self, concepts: Sequence[Concept], strength: float, threshold: float | None, blocks: str, streams: str
+    ) -> Rotations | None:
+        """Those of an Apply with concepts of any files; None: it turns nothing. ValueError where it would stop."""
+
+    def turned(self, chain: Sequence[Rotations]) -> tuple[int, int]:
+        """(heads in which the chain moves any unsafe direction of the file's concepts, all heads of these)."""
+
+
+Files = Callable[[str], File | str]  # the file of a name in a workflow, or the reason why there is none
 
 
 @dataclass

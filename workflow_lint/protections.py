@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .concepts import LEAST_STRENGTH, MOST_CONCEPTS, UNSEEN, Part, parts
-from .effect import Files
+from .concepts import LEAST_STRENGTH, MOST_CONCEPTS, UNSEEN, Files, Part, parts
 from .known import APPLY
 from .models import Models
 from .settings import FIXED, OF_APPLY, PAPER_THRESHOLD, settings

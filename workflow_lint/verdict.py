@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from .concepts import Files
 from .editor import from_editor
-from .effect import Files
 from .file import Documents, Unreadable
 from .graph import Graph, from_api
 from .known import APPLY, advice

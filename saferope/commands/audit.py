@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from saferope_training.console import say
-from workflow_lint.effect import Files
+from workflow_lint.concepts import Files
 
 from .common import command
 
