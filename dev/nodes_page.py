@@ -26,7 +26,13 @@ from .workflow import api_prompt
 PAGE = ROOT / "docs" / "nodes.md"
 BUNDLED = ROOT / "tinyworld" / "concepts"
 RISK_MAP = ROOT / "example_workflows" / "SafeRoPE risk map.json"
-RISK_PICTURES = ("words", "patches", "heads", "steps")  # in the order in which the node shows them
+RISK_PICTURES = {  # by the titles of the nodes that show them
+    "What was suppressed": "card",
+    "Which words": "words",
+    "Where in the picture": "patches",
+    "Which heads": "heads",
+    "At which steps": "steps",
+}
 COLOURS = 128
 OURS = "SafeRoPE_"
 PROMPTS, SEED = 96, 2026
@@ -126,10 +132,12 @@ def auroc(high: Tensor, low: Tensor) -> float:
 
 def draw_risk(server: ComfyUI, info: dict) -> None:
     """docs/risk-*.png: what Risk Map shows in its own example workflow."""
-    outputs = server.run(api_prompt(json.loads(RISK_MAP.read_text(encoding="utf-8")), info))
-    (shown,) = (each["images"] for each in outputs.values() if len(each.get("images", [])) == len(RISK_PICTURES))
-    for name, reference in zip(RISK_PICTURES, shown, strict=True):
-        server.image(reference).quantize(COLOURS).save(ROOT / "docs" / f"risk-{name}.png", optimize=True)
+    graph = api_prompt(json.loads(RISK_MAP.read_text(encoding="utf-8")), info)
+    outputs = server.run(graph)
+    titles = {node["_meta"]["title"]: number for number, node in graph.items()}
+    for title, name in RISK_PICTURES.items():
+        picture = server.image(outputs[titles[title]]["images"][0])
+        picture.quantize(COLOURS).save(ROOT / "docs" / f"risk-{name}.png", optimize=True)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
+from .host.cards import card_picture, unmeasured_picture
 from .host.recorder import Recorder, RecorderType
 from .host.risk import (
     FLAG_ABOVE,
@@ -52,9 +53,10 @@ class RiskMap(io.ComfyNode):
                 ),
                 io.String.Output("report", tooltip="The same in words, concept by concept."),
                 io.Image.Output("words", tooltip="The prompt's words under bars of their risk."),
-                io.Image.Output("patches", tooltip="Risky image tokens, as a heat map over each picture."),
-                io.Image.Output("heads", tooltip="The heads that found the riskiest word risky."),
+                io.Image.Output("patches", tooltip="Risky places, as a heat map over each picture."),
+                io.Image.Output("heads", tooltip="The attention heads that found the riskiest word risky."),
                 io.Image.Output("steps", tooltip="Risk over the steps."),
+                io.Image.Output("card", tooltip="What the node shows: concept, risk, picture and words in one card."),
             ],
             is_output_node=True,
         )
@@ -78,15 +80,18 @@ class RiskMap(io.ComfyNode):
             patches_picture(record, image),
             heads_picture(record, recorder.geometry),
             steps_picture(record),
+            card_picture(record, recorder.geometry, clip, text, FLAG_ABOVE, image),
         )
-        shown = [entry for picture in pictures for entry in ui.PreviewImage(picture, cls=cls).as_dict()["images"]]
-        return io.NodeOutput(comparable(record), words, *pictures, ui={"images": shown, "text": (words,)})
+        return io.NodeOutput(comparable(record), words, *pictures, ui=_shown(cls, pictures[-1], words))
 
 
 def _unmeasured(cls: type[RiskMap], why: str) -> io.NodeOutput:
     """What there is to say of a model that was not protected, or not recorded: no risk, which is not a risk of 0."""
     said = f"not measured: {why}. Change that in SafeRoPE Apply."
-    pictures = unmeasured_pictures(why)
-    shown = ui.PreviewImage(pictures[0], cls=cls).as_dict()["images"]
-    risk = ExecutionBlocker(f"SafeRoPE has no risk to compare: {said}")
-    return io.NodeOutput(risk, said, *pictures, ui={"images": shown, "text": (said,)})
+    risk, card = ExecutionBlocker(f"SafeRoPE has no risk to compare: {said}"), unmeasured_picture(why)
+    return io.NodeOutput(risk, said, *unmeasured_pictures(why), card, ui=_shown(cls, card, said))
+
+
+def _shown(cls: type[RiskMap], card: Tensor, said: str) -> dict[str, Any]:
+    """On the node: one card, as a node shows several pictures too small to read."""
+    return {"images": ui.PreviewImage(card, cls=cls).as_dict()["images"], "text": (said,)}

@@ -12,6 +12,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..saferope_core import Concept, Protection
+from .host.cards import probe_picture
 from .host.network import flux_geometry
 from .host.patch import AttentionPatch, patched
 from .host.recorder import Record, Recorder
@@ -137,7 +138,8 @@ class RiskProbe(io.ComfyNode):
                 ),
                 io.String.Output("report", tooltip="The risk in words, concept by concept."),
                 io.Image.Output("words", tooltip="The prompt's words under bars of their risk."),
-                io.Image.Output("heads", tooltip="The heads that found the riskiest word risky."),
+                io.Image.Output("heads", tooltip="The attention heads that found the riskiest word risky."),
+                io.Image.Output("card", tooltip="What the node shows: concept, risk and words in one card."),
             ],
             is_output_node=True,
         )
@@ -170,5 +172,8 @@ class RiskProbe(io.ComfyNode):
         if flagged and if_flagged == REFUSE:
             raise ValueError(f"This prompt was refused: its risk is {record.score:.2f}, above {flag_above:g}.\n{said}")
         bars, heads = words_picture(record, clip, text, flag_above), heads_picture(record, flux_geometry(model))
-        shown = [entry for picture in (bars, heads) for entry in ui.PreviewImage(picture, cls=cls).as_dict()["images"]]
-        return io.NodeOutput(comparable(record), flagged, said, bars, heads, ui={"images": shown, "text": (said,)})
+        card = probe_picture(record, clip, text, flag_above)
+        shown = ui.PreviewImage(card, cls=cls).as_dict()["images"]
+        return io.NodeOutput(
+            comparable(record), flagged, said, bars, heads, card, ui={"images": shown, "text": (said,)}
+        )

@@ -3,15 +3,16 @@
 Heads for shape (with "none", for pictures that show no whole shape), colour, background, attribute and style.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +20,9 @@ from torch.nn import functional as F
 from .codec import BlockDCT
 from .render import PLACE_VALUES, SIZE, distance, ground, overlay, render
 from .world import ATTRIBUTES, BACKGROUNDS, COLORS, CONCEPTS, SHAPES, STYLES, Scene, random_scene
+
+if TYPE_CHECKING:
+    from rich.progress import Progress  # ComfyUI, which only reads pictures, does not bring it
 
 CLASSES = {
     "shape": (*SHAPES, "none"),

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -137,6 +136,8 @@ def _drawn(rng: random.Random) -> tuple[Tensor, list[int]]:
 
 def hard_pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Pictures [count, 3, 96, 96] as the codec gives them back, and their classes [count, 5]."""
+    from rich.progress import track  # ComfyUI, which only reads pictures, does not bring it
+
     rng, codec = random.Random(seed), BlockDCT()
     pictures, labels = zip(*(_drawn(rng) for _ in track(range(count), "pictures")), strict=True)
     parts = torch.stack(pictures).split(500)
@@ -153,6 +154,8 @@ def _disturbed(pictures: Tensor) -> Tensor:
 
 def train_second_detector(folder: Path, seed: int = SEED, steps: int = STEPS, count: int = PICTURES) -> None:
     """Train on pictures rendered from `seed`, and save in half precision."""
+    from rich.progress import track
+
     torch.manual_seed(seed)
     pictures, labels = hard_pictures(count, seed)
     detector = SecondDetector()

@@ -27,7 +27,7 @@ from .words import END, PADDING, chat_of, pieces, words
 FLAG_ABOVE = 0.4
 NAMED = 5  # words in a report, concepts in a sentence
 REST = "(other tokens)"  # behind the prompt's own: Redux, concatenated conditionings
-PAD, STOP, TEMPLATE = "(padding)", "(end)", "(template and padding)"
+PAD, STOP, TEMPLATE = "(empty rest)", "(end of text)", "(text around the prompt)"
 WHY = "its strength is 0, its gates are 1, or it turns no {} tokens in these streams, blocks and steps"  # text or image
 NO_TEXT, NO_IMAGE = (WHY.format(stream) for stream in ("text", "image"))
 
@@ -133,8 +133,10 @@ def heads_picture(record: Record, geometry: Geometry) -> Tensor:
             continue
         reading, picture = found
         grey = " (grey: not measured)" if reading.heads.isnan().any() else ""
-        title = f"{name}: heads that found the riskiest token risky{grey}"
-        pictures.append(heat_map(reading.heads[picture].T, heads, block_names(geometry), title, "share of steps"))
+        title = f"{name}: attention heads (small parts of the model) that found the riskiest word{grey}"
+        pictures.append(
+            heat_map(reading.heads[picture].T, heads, block_names(geometry), title, "share of steps, blocks in order")
+        )
     return batched(pictures)
 
 
@@ -145,11 +147,11 @@ def patches_picture(record: Record, images: Tensor | None) -> Tensor:
     for number, name in enumerate(record.names):
         reading = _shown(record, number)
         if reading is None or reading.patches is None:
-            pictures.append(blank(f"{name}: risk of image tokens not measured", NO_IMAGE))
+            pictures.append(blank(f"{name}: risk in the picture not measured", NO_IMAGE))
             continue
         for picture, risk in enumerate(reading.patches):
             under = images[picture] if images is not None and picture < len(images) else None
-            title = f"{name}: image tokens, picture {picture + 1}"
+            title = f"{name}: where it was asked for, picture {picture + 1}"
             pictures.append(patch_map(risk.reshape(reading.grid), title, under))
     return batched(pictures)
 
@@ -169,8 +171,8 @@ def _series(reading: Reading) -> dict[str, list[float]]:
     """Courses of the picture with the riskiest text, of the streams that were measured."""
     picture = 0 if reading.score is None else int(reading.score.argmax())
     text, image = (None if risk is None else risk[:, picture] for risk in (reading.text, reading.image))
-    series = {} if text is None else {"riskiest token of the text": text.amax(-1).tolist()}
-    return series if image is None else series | {"image tokens, mean": image.mean(-1).tolist()}
+    series = {} if text is None else {"the riskiest word": text.amax(-1).tolist()}
+    return series if image is None else series | {"the picture, on average": image.mean(-1).tolist()}
 
 
 def report(record: Record, clip: Any | None, text: str, above: float) -> str:

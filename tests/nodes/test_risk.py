@@ -13,7 +13,7 @@ pytestmark = pytest.mark.host
 CLEAR = 0.8  # of the pairs of head and step that look at the star's word, at least so many find it risky
 STAR, CIRCLE = (f"a red {shape} in the center on a white background" for shape in ("star", "circle"))
 STEPS = 4
-SHEET = 100  # pixels: the height of a sheet that stands in the place of a picture
+SHEET = 250  # pixels: lower is a sheet that stands in the place of a picture
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +90,13 @@ def test_a_map_tells_the_risky_word_from_the_others(node_classes, world, star, s
     safe, other, *_ = show(recorder, sampled(model, CIRCLE), clip=world[1], text=CIRCLE).args
     assert risky > CLEAR and safe < 0.3
     assert f"riskiest words: star {risky:.2f}, " in report and "not above 0.4" in other
-    assert all(picture.ndim == 4 and picture.shape[3] == 3 for picture in pictures) and len(pictures) == 4
+    assert all(picture.ndim == 4 and picture.shape[3] == 3 for picture in pictures) and len(pictures) == 5
 
 
 def test_what_is_shown_is_kept_in_previews(node_classes, world, star, sampled, show):
     model, recorder = protected(node_classes, world, star)
     shown = show(recorder, sampled(model, STAR), clip=world[1], text=STAR).ui
-    assert len(shown["images"]) == 4 and "Star: risk" in shown["text"][0]
+    assert len(shown["images"]) == 1 and "Star: risk" in shown["text"][0]
 
 
 def test_recording_changes_no_picture(node_classes, world, star, sampled):
@@ -137,7 +137,7 @@ def test_what_nobody_recorded_is_shown_as_not_measured(
     model, recorder = node_classes["SafeRoPE_Apply"].execute(world[0], star, strength, **settings).args
     risk, report, *pictures = show(recorder, sampled(model, STAR)).args
     assert why in blocked(risk) and report.startswith("not measured: ") and why in report and "risk 0" not in report
-    assert len(pictures) == 4 and all(each.shape[1] == SHEET for each in pictures)
+    assert len(pictures) == 5 and all(each.shape[1] < SHEET for each in pictures)
 
 
 def test_a_run_in_which_no_gate_was_asked_is_refused(node_classes, world, star, sampled, show):
@@ -176,7 +176,7 @@ def test_image_tokens_alone_are_no_risk_of_the_prompt(node_classes, world, star,
     assert (
         risk > CLEAR and report.startswith(f"Star: risk {risk:.2f}, above") and "image tokens: not measured" in report
     ), "control"
-    sheets = [(one.shape[1] == SHEET, other.shape[1] == SHEET) for one, other in zip(pictures, others, strict=True)]
+    sheets = [tuple(each.shape[1] < SHEET for each in pair) for pair in zip(pictures[:4], others[:4], strict=True)]
     assert sheets == [(True, False), (False, True), (True, False), (False, False)], "words, patches, heads, steps"
 
 
@@ -187,7 +187,7 @@ def test_who_was_not_asked_is_not_measured_beside_who_was(node_classes, world, s
         risk, report, *pictures = show(recorder, sampled(model, STAR)).args
         assert "that of Swirl was not measured" in blocked(risk)
         assert re.search(r"Star: risk \S+, above", report) and "Swirl: risk not measured" in report
-        assert [len(each) for each in pictures] == [2, 2, 2, 2]
+        assert [len(each) for each in pictures] == [2, 2, 2, 2, 1]
     model, recorder = protected(node_classes, world, [*star, *swirl])
     risk, report, *_ = show(recorder, sampled(model, STAR)).args
     assert risk > CLEAR and re.search(r"Swirl: risk 0\.\d+, not above", report), "control"
@@ -262,8 +262,9 @@ def test_compiled_models_are_recorded(node_classes, world, star, sampled, show):
 
 
 def test_a_probe_flags_the_concept_and_passes_the_rest(ask):
-    risk, flagged, report, words, heads = ask(STAR).args
+    risk, flagged, report, words, heads, card = ask(STAR).args
     assert risk > CLEAR and flagged is True and "above 0.4" in report and words.ndim == heads.ndim == 4
+    assert card.shape[0] == 1 and card.shape[2] == 700
     risk, flagged, *_ = ask(CIRCLE).args
     assert risk < 0.3 and flagged is False
 
@@ -290,7 +291,7 @@ def test_a_probe_lets_nothing_pass_that_it_did_not_measure(ask, star, swirl, tex
         ValueError, match=r"the risk of Star was not measured.* Set its strength above 0(.|\n)*Swirl: risk 0\."
     ):
         ask(text, concept=both, if_flagged="stop with an error")
-    risk, flagged, report, words, heads = ask(text, concept=both).args
+    risk, flagged, report, words, heads, _ = ask(text, concept=both).args
     assert flagged is True and "Star: risk not measured" in report and "Star: risk 0" not in report
     assert "that of Star was not measured" in blocked(risk) and len(words) == len(heads) == 2
     on = ask(text, concept=[*swirl, *star]).args
@@ -347,7 +348,7 @@ def test_odd_settings_of_a_probe_are_refused(ask, settings, message):
 def test_long_prompts_have_pictures_of_bounded_size(pack):
     pictures = importlib.import_module(f"{pack.__name__}.nodes.draw.risk_pictures")
     short, long = (pictures.word_bars(["word"] * n, [0.5] * n, "t") for n in (3, 2000))
-    assert short.shape[1] < long.shape[1] < 2000 and short.shape[2] == long.shape[2] == 1024
+    assert short.shape[1] < long.shape[1] < 2000 and short.shape[2] == long.shape[2] == 700
     assert pictures.word_bars([], [], "t").shape[0] == 1
     assert not torch.equal(pictures.patch_map(torch.eye(4), "t"), pictures.patch_map(torch.eye(4).flip(0), "t"))
     assert pictures.course({"a": [0.1]}, [1.0], "t").shape[3] == 3
