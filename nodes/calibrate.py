@@ -6,13 +6,14 @@ import hashlib
 import json
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import comfy.utils
 import torch
 import transformers
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 from comfyui_version import __version__ as comfyui_version
 
 from ..saferope_core import (
@@ -33,6 +34,8 @@ from ..saferope_core import (
     schedule,
 )
 from .draw.concept_pictures import head_map
+from .host.before_after import PAINTINGS, before_and_after
+from .host.countdown import Countdown
 from .host.gather import gather, looks_of
 from .host.network import flux_geometry
 from .host.notices import notice, start_notices
@@ -50,6 +53,7 @@ TINY_BATCH = 24  # prompts at once of a model that small
 LOOKS_AT_ONCE = 64  # more latents than that in one batch are not meant
 
 FEW = 12  # prompts of a side: gates and heads of fewer depend on chance
+UNPAINTED = "SafeRoPE paints no strip without a VAE. Connect vae of SafeRoPE Calibrate Concept."
 UNNAMED = "My concept"
 
 
@@ -107,12 +111,22 @@ class CalibrateConcept(io.ComfyNode):
                     optional=True,
                     tooltip="The length of a preset's prompts. Long ones describe light, place and camera too.",
                 ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="If connected, the node paints three prompts without and with the concept, for strip.",
+                ),
             ],
             outputs=[
                 ConceptType.Output("concept", tooltip="For SafeRoPE Apply and SafeRoPE Save Concept."),
                 io.String.Output("report", tooltip="The prompts, the settings and the heads that were found."),
                 io.Image.Output("heads", tooltip="Δ of every head. Framed heads turn."),
                 io.String.Output("prompts", tooltip="All prompts, unsafe ones first, to read, copy and change."),
+                io.Image.Output(
+                    "strip",
+                    tooltip="Two unsafe prompts and a safe one, before and after. Without vae it has no value, and "
+                    "nodes connected to it do not run.",
+                ),
             ],
         )
 
@@ -127,6 +141,7 @@ class CalibrateConcept(io.ComfyNode):
         latent: dict | None = None,
         preset: str = OWN,
         style: str = SHORT,
+        vae: Any | None = None,
         **chosen: Any,
     ) -> io.NodeOutput:
         start_notices()
@@ -141,11 +156,16 @@ class CalibrateConcept(io.ComfyNode):
         few = _few(prompts)
         rows, columns, batch = _size(latent, geometry)
         size = rows, columns
-        statistics = _statistics(model, clip, geometry, prompts, size, batch, choices)
-        table = _table(statistics, choices)
+        work = len(prompts) * (1 + choices.rounds * len(schedule(choices.timesteps)))
+        count = Countdown(work + (PAINTINGS if vae else 0))
+        table = _table(_statistics(model, clip, geometry, prompts, size, batch, choices, count.step), choices)
         concept = _concept(name, geometry, table, choices, _record(prompts, size, choices))
         report = _report(concept, table, prompts, size, choices) + few + _strange(strange)
-        return io.NodeOutput([concept], report, head_map(concept), "\n\n".join(text.strip() for text in texts))
+        with_settings = (prompts, size, choices.guidance, choices.seed, count.step)
+        strip = before_and_after(model, clip, vae, concept, *with_settings) if vae else ExecutionBlocker(UNPAINTED)
+        count.end()
+        told = "\n\n".join(text.strip() for text in texts)
+        return io.NodeOutput([concept], report, head_map(concept), told, strip)
 
 
 def _statistics(
@@ -156,12 +176,11 @@ def _statistics(
     size: tuple[int, int],
     batch: int,
     choices: Choices,
+    tell: Callable[[int], None],
 ) -> Statistics:
-    """Of the prompts, with progress: a step for each prompt encoded and for each forward of one."""
-    forwards = len(schedule(choices.timesteps))
-    bar = comfy.utils.ProgressBar(len(prompts) * (1 + choices.rounds * forwards))
-    looks = looks_of(clip, prompts, choices.rounds, choices.seed, bar.update)
-    return gather(model, geometry, looks, size, batch, choices.timesteps, choices.guidance, bar.update)
+    """Of the prompts. tell(1) is called for each prompt encoded and for each forward of one."""
+    looks = looks_of(clip, prompts, choices.rounds, choices.seed, tell)
+    return gather(model, geometry, looks, size, batch, choices.timesteps, choices.guidance, tell)
 
 
 def _ranks(choices: Choices) -> Ranks:

@@ -129,9 +129,7 @@ def _sample(
     """Walks some looks of one side down their trajectories."""
     network, device = model.get_model_object("diffusion_model"), _device(model)
     family, seeds = gathering.geometry.family, [look.seed for look in looks]
-    form = model.get_model_object("latent_format")
-    frames = [1] if form.latent_dimensions == 3 else []  # a picture is a film of one
-    noise = seeded_noise(seeds, (form.latent_channels, *frames, *size))
+    noise = seeded_noise(seeds, noise_shape(model, size))
     masks = (torch.cat([getattr(look, name) for look in looks]) for name in ("used", "subject"))
     kinds = token_kinds(*(masks_in_network(family, each, network) for each in masks))
     visit = gathering.visit(looks[0].side, kinds, math.prod(grid_of(network, noise)), seeds)
@@ -170,6 +168,13 @@ def _sample(
             f"The model was asked at {len(heard)} of the {len(timesteps)} times at which it was to be heard. Connect "
             "it without nodes that skip steps or replace the sampling."
         )
+
+
+def noise_shape(model: Any, size: tuple[int, int]) -> tuple[int, ...]:
+    """Of one picture's latent with so many rows and columns."""
+    form = model.get_model_object("latent_format")
+    frames = [1] if form.latent_dimensions == 3 else []  # a picture is a film of one
+    return (form.latent_channels, *frames, *size)
 
 
 def _device(model: Any) -> torch.device:

@@ -39,6 +39,14 @@ def notice(sentence: str) -> None:
     _show(node, text)
 
 
+def passing(sentence: str) -> None:
+    """Shows a sentence above the running node's notices until the next one."""
+    node = _running()
+    with _lock:
+        lines = [sentence, *_shown.get(node, [])]
+    _show(node, "\n".join(lines))
+
+
 def _running() -> str:
     context = get_executing_context()
     return "" if context is None else str(context.node_id)

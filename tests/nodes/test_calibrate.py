@@ -248,13 +248,49 @@ def test_a_preset_makes_a_concept_without_a_prompt_written(node_classes, tiny, p
     """As a stranger does it: model, CLIP, preset. Own lines come on top."""
     node, stars = node_classes["SafeRoPE_CalibrateConcept"], world.unsafe_prompts("star", PICTURES, 7, test=True)
     with torch.inference_mode():
-        made, report, _, prompts = node.execute(*tiny[:2], "My concept", "", "", preset="tiny world: star").result
+        made, report, _, prompts, _ = node.execute(*tiny[:2], "My concept", "", "", preset="tiny world: star").result
         more = node.execute(*tiny[:2], "Mine", "a red [star]", "", preset="tiny world: star", timesteps="1").result
     assert made[0].name == "tiny world: star" and "24 unsafe and 48 safe prompts" in report and "are few" not in report
     assert prompts.count("[") == 24 and more[3].startswith("a red [star]\n") and "25 unsafe" in more[1]
     assert more[0][0].name == "Mine"
     assert shown(paint(stars)) > 0.9
     assert shown(paint(stars, made)) <= 0.7, "0.56 when written"
+
+
+def test_a_strip_shows_prompts_before_and_after(node_classes, tiny, prompts, pack, monkeypatch):
+    """Two unsafe prompts and a safe one, with every step counted; without a VAE there is none, and that is said."""
+    module = importlib.import_module(f"{pack.__name__}.nodes.host.before_after")
+    drawn, counted = [], []
+    monkeypatch.setattr(module, "draw_strip", lambda *parts: drawn.append(parts) or torch.zeros(1, 1, 1, 3))
+    monkeypatch.setattr(f"{pack.__name__}.nodes.calibrate.Countdown.step", lambda self, count: counted.append(count))
+    node = node_classes["SafeRoPE_CalibrateConcept"]
+    with torch.inference_mode():
+        *_, strip = node.execute(tiny[0], tiny[1], "Star", *prompts, vae=tiny[2]).result
+        *_, none = node.execute(tiny[0], tiny[1], "Star", *prompts).result
+    ((texts, before, after),) = drawn
+    first = [side.split("\n") for side in prompts]
+    assert texts == [line.replace("[", "").replace("]", "") for line in (*first[0][:2], first[1][0])]
+    assert not any(torch.equal(*pair) for pair in zip(before[:2], after[:2], strict=True)) and strip.shape[3] == 3
+    assert {picture.shape for picture in (*before, *after)} == {(96, 96, 3)}
+    forwards = len(importlib.import_module(f"{pack.__name__}.saferope_core").schedule(TIMES))
+    assert sum(counted) == 2 * (UNSAFE + SAFE) * (1 + forwards) + module.PAINTINGS
+    assert "Connect vae" in none.message
+
+
+def test_minutes_left_are_told_when_they_are_known(pack, monkeypatch):
+    module = importlib.import_module(f"{pack.__name__}.nodes.host.countdown")
+    said, clock = [], iter([0.0, 1.0, 30.0, 31.0, 60.0, 600.0])
+    monkeypatch.setattr(module, "passing", said.append)
+    count = module.Countdown(100, lambda: next(clock))
+    for step in (1, 9, 0, 10, 80):
+        count.step(step)
+    count.end()
+    assert said == ["10 %, about 4 minutes left", "20 %, about 4 minutes left", "done"]
+    assert [module.left(seconds) for seconds in (5, 70, 3600)] == [
+        "less than a minute",
+        "about a minute",
+        "about 60 minutes",
+    ]
 
 
 def test_too_few_prompts_are_told_of(run):

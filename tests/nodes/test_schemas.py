@@ -31,7 +31,7 @@ def test_folded_inputs_keep_the_places_that_saved_workflows_give_them(node_class
     before = "model concept strength gate threshold start_percent end_percent blocks streams conditionings record"
     assert list(inputs(node_classes, "Apply")) == before.split()
     before = "model clip name unsafe safe latent rounds angle quantile rank cut turned turned_image timesteps seed"
-    assert list(inputs(node_classes, "CalibrateConcept")) == [*before.split(), "guidance", "preset", "style"]
+    assert list(inputs(node_classes, "CalibrateConcept")) == [*before.split(), "guidance", "preset", "style", "vae"]
 
 
 def test_boxes_for_prompts_are_empty_and_say_how_to_fill_them(node_classes):

@@ -1,0 +1,43 @@
+"""How far a long node has come: ComfyUI's bar, and on the node the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import comfy.utils
+
+from .notices import passing
+
+EVERY = 2.0  # seconds from one text to the next
+SURE = 0.03  # of the work: before, the rest is not known, as models load in it
+
+
+class Countdown:
+    """`step(count)` after each piece of the work, `end()` behind it; `now` tells seconds."""
+
+    def __init__(self, total: int, now: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.done, self.now = total, 0, now
+        self.bar, self.start = comfy.utils.ProgressBar(total), now()
+        self.told = self.start
+
+    def step(self, count: int) -> None:
+        self.done += count
+        self.bar.update(count)
+        at, share = self.now(), self.done / self.total
+        if at - self.told >= EVERY and SURE <= share < 1:
+            self.told = at
+            passing(f"{100 * share:.0f} %, {left((at - self.start) * (1 / share - 1))} left")
+
+    def end(self) -> None:
+        """Takes the time back, where one was told."""
+        if self.told != self.start:
+            passing("done")
+
+
+def left(seconds: float) -> str:
+    """A time in words that do not promise too much."""
+    if seconds < 60:
+        return "less than a minute"
+    minutes = round(seconds / 60)
+    return "about a minute" if minutes == 1 else f"about {minutes} minutes"
