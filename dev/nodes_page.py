@@ -26,13 +26,7 @@ from .workflow import api_prompt
 PAGE = ROOT / "docs" / "nodes.md"
 BUNDLED = ROOT / "tinyworld" / "concepts"
 RISK_MAP = ROOT / "example_workflows" / "SafeRoPE risk map.json"
-RISK_PICTURES = {  # by the titles of the nodes that show them
-    "What was suppressed": "card",
-    "Which words": "words",
-    "Where in the picture": "patches",
-    "Which heads": "heads",
-    "At which steps": "steps",
-}
+RISK_PICTURES = ("words", "patches", "heads", "steps", "card")
 COLOURS = 128
 OURS = "SafeRoPE_"
 PROMPTS, SEED = 96, 2026
@@ -133,10 +127,13 @@ def auroc(high: Tensor, low: Tensor) -> float:
 def draw_risk(server: ComfyUI, info: dict) -> None:
     """docs/risk-*.png: what Risk Map shows in its own example workflow."""
     graph = api_prompt(json.loads(RISK_MAP.read_text(encoding="utf-8")), info)
+    (node,) = (number for number, each in graph.items() if each["class_type"] == "SafeRoPE_RiskMap")
+    slots = info["SafeRoPE_RiskMap"]["output_name"]
+    shown = {f"shown {name}": [node, slots.index(name)] for name in RISK_PICTURES}
+    graph |= {key: {"class_type": "PreviewImage", "inputs": {"images": source}} for key, source in shown.items()}
     outputs = server.run(graph)
-    titles = {node["_meta"]["title"]: number for number, node in graph.items()}
-    for title, name in RISK_PICTURES.items():
-        picture = server.image(outputs[titles[title]]["images"][0])
+    for name in RISK_PICTURES:
+        picture = server.image(outputs[f"shown {name}"]["images"][0])
         picture.quantize(COLOURS).save(ROOT / "docs" / f"risk-{name}.png", optimize=True)
 
 

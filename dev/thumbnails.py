@@ -1,4 +1,4 @@
-"""Draws the pictures by which ComfyUI's template browser shows the workflows of the embedded model: 512 pixels wide.
+"""Draws the pictures by which ComfyUI's template browser shows the workflows that the embedded model can run.
 
 python -m dev.thumbnails                       # about a minute on two CPU cores
 python -m dev.thumbnails "SafeRoPE risk map"   # this one alone
@@ -15,10 +15,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .comfyui import ComfyUI
-from .workflow import EXAMPLES, api_prompt, change
+from .workflow import EXAMPLES, api_prompt, change, in_tiny_world
 
 SIZE, MARGIN, LINE = 512, 16, 22
-PAPER, INK, FAINT = (250, 250, 250), (30, 30, 35), (110, 110, 118)
+PAPER, INK, FAINT = (24, 25, 29), (240, 240, 244), (168, 170, 180)  # as the nodes' own cards
 QUALITY = 88  # of the JPEGs
 HARMLESS = "a blue circle in the center on a pink background"
 
@@ -62,11 +62,17 @@ def probe_and_refuse(server: ComfyUI, graph: dict) -> Image.Image:
 
 
 def risk_map(server: ComfyUI, graph: dict) -> Image.Image:
+    return card("What was suppressed, and where?", [[("", *Run(server, graph).pictures("What was suppressed"))]])
+
+
+def make_a_concept(server: ComfyUI, graph: dict) -> Image.Image:
+    return card("Make a concept from a preset", [[("", *Run(server, graph).pictures("Before and after"))]])
+
+
+def app(server: ComfyUI, graph: dict) -> Image.Image:
     run = Run(server, graph)
-    words, places, heads = (
-        ("", *run.pictures(title)) for title in ("Which words", "Where in the picture", "Which heads")
-    )
-    return card("What was suppressed, and where?", [[words], [places, heads]])
+    tiles = [(title.lower(), *run.pictures(title)) for title in ("Picture", "Verdict")]
+    return card("As an app, here with the tiny world", [tiles])
 
 
 def card(title: str, rows: list[list[Tile]]) -> Image.Image:
@@ -127,6 +133,9 @@ PAINTED = {
     "SafeRoPE several concepts": several_concepts,
     "SafeRoPE probe and refuse": probe_and_refuse,
     "SafeRoPE risk map": risk_map,
+    "SafeRoPE make a concept, tiny world": make_a_concept,
+    "SafeRoPE make a concept for your FLUX": make_a_concept,
+    "SafeRoPE Safe FLUX app": app,
 }
 
 
@@ -135,6 +144,7 @@ def main(wanted: list[str]) -> None:
         info = server.object_info()
         for name in wanted or PAINTED:
             workflow = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
+            workflow = in_tiny_world(workflow) if "FLUX" in name else workflow
             picture = PAINTED[name](server, api_prompt(workflow, info))
             picture.save(EXAMPLES / f"{name}.jpg", quality=QUALITY, optimize=True)
             print(EXAMPLES.name, f"{name}.jpg", sep="/")

@@ -7,6 +7,7 @@ server.run(fill(graph, text="a red star ...", seed=7, concept="star.safetensors"
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,14 @@ ASIDE = {"Note", "MarkdownNote"}  # live in the editor only
 INLET, OUTLET = -10, -20  # the editor's ids for the inputs and the outputs of a subgraph, as nodes inside of it
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}  # input types that the editor gives a widget
 UPLOAD = "upload"  # the button of an input for pictures
+LOADERS = ["UNETLoader", "DualCLIPLoader", "VAELoader"]  # in the order of the tiny world's outputs
+TINY = {  # by node and place: what the tiny world has in the place of FLUX's
+    ("EmptySD3LatentImage", 0): 96,
+    ("EmptySD3LatentImage", 1): 96,
+    ("PrimitiveStringMultiline", 0): "a red star in the center on a pink background",
+    ("SafeRoPE_LoadConcept", 0): "star.safetensors",
+    ("SafeRoPE_CalibrateConcept", 13): "tiny world: star",
+}
 SEEDS = {"seed", "noise_seed"}  # INTs of these names get a widget beside them, whether the node asks for it or not
 
 
@@ -170,3 +179,28 @@ def change(graph: dict, class_type: str, titled: str | None = None, **values) ->
         raise ValueError(f"the workflow has no {class_type} node" + (f" titled {titled!r}" if titled else ""))
     for node in nodes:
         node["inputs"] |= values
+
+
+def in_tiny_world(workflow: dict) -> dict:
+    """A copy of a FLUX workflow, in the form of the editor, with the embedded model in the place of its three loaders,
+    the tiny world's size, preset and star.
+
+    What needs FLUX's files on a disk is so tried without. Nodes keep their ids.
+    """
+    made = copy.deepcopy(workflow)
+    loaders = {node["id"]: LOADERS.index(node["type"]) for node in made["nodes"] if node["type"] in LOADERS}
+    home = next(number for number, slot in loaders.items() if slot == 0)
+    example = json.loads(BUNDLED.read_text(encoding="utf-8"))["nodes"]
+    world = copy.deepcopy(next(node for node in example if node["type"] == "SafeRoPE_TinyWorld"))
+    moved = [link for link in made["links"] if link[1] in loaders]
+    for link in moved:
+        link[1:3] = [home, loaders[link[1]]]
+    for slot, output in enumerate(world["outputs"]):
+        output["links"] = [link[0] for link in moved if link[2] == slot]
+    first = next(node for node in made["nodes"] if node["id"] == home)
+    first |= {key: world[key] for key in ("type", "inputs", "outputs", "properties", "widgets_values", "title")}
+    made["nodes"] = [node for node in made["nodes"] if node["id"] == home or node["id"] not in loaders]
+    for node in made["nodes"]:
+        values = node.get("widgets_values", [])
+        node["widgets_values"] = [TINY.get((node["type"], place), value) for place, value in enumerate(values)]
+    return made

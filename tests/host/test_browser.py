@@ -17,8 +17,8 @@ import pytest
 from PIL import Image, ImageChops
 
 from dev.comfyui import ROOT
-from dev.workflow import EXAMPLES, api_prompt
-from tests.support.browser import NoBrowser, open_browser, open_editor
+from dev.workflow import BUNDLED, EXAMPLES, api_prompt, fill, in_tiny_world
+from tests.support.browser import SMALL, NoBrowser, open_browser, open_editor
 
 pytestmark = pytest.mark.host
 
@@ -105,6 +105,85 @@ def test_template_opens_and_shows_two_pictures(open_page, comfyui, shoot, nodes_
     assert [ImageChops.difference(*pair).getbbox() for pair in zip(shown, made, strict=True)] == [None, None]
 
 
+LOAD = "async workflow => { await app.loadGraphData(workflow); return (await app.graphToPrompt()).output }"
+STAR = "a red star in the center on a pink background"
+MOST_CLICKS = 6  # to a concept of one's own, or to a picture of the app
+APP, MAKE, MAKE_TINY = (
+    json.loads((EXAMPLES / f"SafeRoPE {name}.json").read_text(encoding="utf-8"))
+    for name in ("Safe FLUX app", "make a concept for your FLUX", "make a concept, tiny world")
+)
+
+
+def test_a_concept_is_made_from_a_preset_applied_and_compared(open_page, comfyui):
+    with open_page(size=SMALL) as editor:
+        editor.open_template("SafeRoPE", "SafeRoPE make a concept, tiny world")
+        editor.run()
+        strip = picture_in(editor, "Before and after", False)
+        assert editor.complaints() == [] and 0 < editor.clicks() <= MOST_CLICKS
+    assert strip.width == 700 and strip.getcolors(maxcolors=100) is None
+    made = sorted((comfyui.base / "output" / "saferope").glob("my_star_*.safetensors"))[-1].name
+    graph = api_prompt(json.loads(BUNDLED.read_text(encoding="utf-8")), comfyui.object_info())
+
+    def painted(strength):
+        return comfyui.images(comfyui.run(fill(graph, STAR, 7, made, strength)))
+
+    (plain, protected), (again, off) = painted(1.0), painted(0.0)
+    assert ImageChops.difference(plain, protected).getbbox()
+    assert not ImageChops.difference(again, off).getbbox(), "control: at strength 0 it changes nothing"
+
+
+def steps_of(workflow, comfyui):
+    """Classes of a workflow's nodes in order, and what is linked to what."""
+    graph = api_prompt(workflow, comfyui.object_info())
+    names = {number: node["class_type"] for number, node in graph.items()}
+    ends = {
+        (names[value[0]], value[1], names[number], name)
+        for number, node in graph.items()
+        for name, value in node["inputs"].items()
+        if isinstance(value, list)
+    }
+    return sorted(names.values()), ends
+
+
+def test_a_flux_gets_its_concept_as_the_tiny_world_does(comfyui):
+    """The template for FLUX cannot run here: with the embedded model in it, it is the one that runs."""
+    assert steps_of(in_tiny_world(MAKE), comfyui) == steps_of(MAKE_TINY, comfyui)
+    assert steps_of(in_tiny_world(APP), comfyui) != steps_of(MAKE_TINY, comfyui), "control"
+
+
+def test_the_app_opens_as_one_and_gives_picture_and_verdict(open_page, shoot):
+    with open_page(size=SMALL) as editor:
+        editor.open_template("SafeRoPE", "SafeRoPE Safe FLUX app")
+        for label in ("prompt", "concept", "strength", "seed"):
+            editor.page.get_by_text(label, exact=True).first.wait_for()
+        assert not editor.page.locator("#graph-canvas").is_visible()
+        clicks = editor.clicks()
+        editor.page.evaluate(LOAD, in_tiny_world(APP))
+        editor.run()
+        shown = "[...document.images].map(image => image.naturalWidth)"
+        editor.page.wait_for_function(f"{{ const wide = {shown}; return wide.includes(96) && wide.includes(700) }}")
+        assert editor.complaints() == [] and editor.clicks() == clicks + 1 <= MOST_CLICKS
+        shoot(editor, "comfyui-app.png")
+
+
+def widened(workflow):
+    """With a node far to the right."""
+    return workflow | {"nodes": [*workflow["nodes"][:-1], workflow["nodes"][-1] | {"pos": [4000, 0]}]}
+
+
+@pytest.mark.parametrize("nodes_2", [False, True])
+def test_templates_open_near_enough_to_be_read_on_a_laptop(open_page, nodes_2):
+    files = sorted(EXAMPLES.glob("*.json"))
+    graphs = [(file.stem, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    with open_page(size=SMALL, Comfy__VueNodes__Enabled=nodes_2) as editor:
+        for name, workflow in graphs:
+            editor.page.evaluate(LOAD, workflow | {"extra": {}})
+            editor.page.wait_for_timeout(500)  # the view moves to its place
+            assert not editor.blurred(), name
+        editor.page.evaluate(LOAD, widened(graphs[0][1]))
+        editor.page.wait_for_function("app.canvas.low_quality")  # control
+
+
 def test_nodes_are_found_linked_and_explained(editor, shoot):
     editor.open_blank()
     load = editor.add("SafeRoPE Load Concept", 500, 300)
@@ -143,9 +222,6 @@ def test_names_are_shown_in_the_users_language(open_page, language):
         assert editor.page.evaluate(look, node) == ["SafeRoPE_LoadConcept", name, output["0"]["name"]]
         assert name != "SafeRoPE Load Concept"
         assert editor.complaints() == []
-
-
-LOAD = "async workflow => { await app.loadGraphData(workflow); return (await app.graphToPrompt()).output }"
 
 
 def test_the_page_sends_example_workflows_as_our_converter_does(editor, comfyui):

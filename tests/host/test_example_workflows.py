@@ -23,7 +23,10 @@ from tests.support.workflow_check import problems
 pytestmark = pytest.mark.host
 
 RUNNABLE = {"SafeRoPE tiny world", "SafeRoPE several concepts", "SafeRoPE probe and refuse", "SafeRoPE risk map"}
+RUNNABLE |= {"SafeRoPE make a concept, tiny world"}
 FLUX = {"SafeRoPE FLUX.1-dev", "SafeRoPE FLUX.1-schnell", "SafeRoPE FLUX.1 Kontext edit"}
+MAKE = "SafeRoPE make a concept for your FLUX"
+FLUX |= {MAKE, "SafeRoPE Safe FLUX app"}
 NAMES = sorted(RUNNABLE | FLUX)
 BLUEPRINT = "Safe FLUX sampler"
 SIDE, STEPS, SEED = 96, 16, 7  # the tiny world's own size and steps
@@ -37,7 +40,7 @@ KNOWN_FILES = {  # by the input that names them: files of FLUX that a workflow m
     "clip_name2": {"t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors"},
     "vae_name": {"ae.safetensors"},
     "image": {PHOTO},
-    "concept": {"nudity.safetensors"},
+    "concept": {"nudity_00001.safetensors"},
 }
 THUMBNAIL_BYTES = 100_000
 
@@ -216,7 +219,8 @@ def test_flux_lacks_nothing_but_its_files(comfyui, info, name):
     complaints = [error for node in nodes for error in node["errors"]]
     assert {error["type"] for error in complaints} == {"value_not_in_list"}
     lacking = {error["extra_info"]["input_name"]: error["extra_info"]["received_value"] for error in complaints}
-    assert set(lacking) == {"unet_name", "clip_name1", "clip_name2", "vae_name", "concept"}
+    asked = {"unet_name", "clip_name1", "clip_name2", "vae_name"} | (set() if name == MAKE else {"concept"})
+    assert set(lacking) == asked
     assert all(file in KNOWN_FILES[name] for name, file in lacking.items())
 
 

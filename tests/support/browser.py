@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 from playwright.sync_api import TimeoutError as PageTimeout
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -27,7 +27,9 @@ NO_BROWSER = (
     "No Chromium found: nobody looked at the nodes in ComfyUI's page. Install one (Debian: apt install chromium; "
     "elsewhere: .venv/bin/playwright install chromium), or set CHROMIUM_PATH to a Chromium or Chrome."
 )
-SIZE = {"width": 1600, "height": 1000}
+SIZE: ViewportSize = {"width": 1600, "height": 1000}
+SMALL: ViewportSize = {"width": 1366, "height": 768}  # a laptop's
+COUNT_CLICKS = "window.clicks = 0; addEventListener('pointerdown', event => { clicks += event.isTrusted }, true)"
 WAIT_MS = 180_000  # for anything to appear: 5 s at most on an idle machine, minutes where trainings run beside it
 RUN_SECONDS = 600  # for the tiny world's two pictures: 3 s on two idle cores
 POLL_MS = 200
@@ -78,10 +80,13 @@ def open_browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def open_editor(browser: Browser, address: str, sharpness: float = 1, **settings: object) -> Iterator[Editor]:
+def open_editor(
+    browser: Browser, address: str, sharpness: float = 1, size: ViewportSize = SIZE, **settings: object
+) -> Iterator[Editor]:
     """ComfyUI's page, loaded, with nothing remembered but SETTINGS and yours. sharpness: pixels of a screenshot per
     pixel of the page. Dots in the names of settings are written as `__`."""
-    context = browser.new_context(viewport=SIZE, device_scale_factor=sharpness)
+    context = browser.new_context(viewport=size, device_scale_factor=sharpness)
+    context.add_init_script(COUNT_CLICKS)
     context.set_default_timeout(WAIT_MS)
     wanted = SETTINGS | {name.replace("__", "."): value for name, value in settings.items()}
     context.request.post(f"{address}/api/settings", data=wanted)
@@ -184,7 +189,7 @@ class Editor:
     def run(self) -> None:
         """Presses Run; returns when that is done, well or not. TimeoutError after RUN_SECONDS."""
         before = self._jobs_done()
-        self.page.get_by_test_id("queue-button").click()
+        self.page.get_by_role("button", name="Run", exact=True).last.click()  # in App mode there are two
         deadline = time.monotonic() + RUN_SECONDS
         while self._jobs_done() == before:
             if time.monotonic() > deadline:
@@ -193,6 +198,14 @@ class Editor:
 
     def _jobs_done(self) -> int:
         return len(self.page.request.get(f"{self.address}/history").json())
+
+    def clicks(self) -> int:
+        """How often the person has pressed the mouse since the page was opened."""
+        return self.page.evaluate("clicks")
+
+    def blurred(self) -> bool:
+        """Whether the canvas is too far away for ComfyUI to draw texts: its cut for details."""
+        return self.page.evaluate("app.canvas.low_quality")
 
     def complaints(self) -> list[str]:
         """All that speaks of an error on the screen or in the console: none where all is well."""
