@@ -70,24 +70,26 @@ class Scenes:
 
         The best velocity is the same without weights; with them, blocks agree about their brightness sooner.
         """
-        return ((velocity - target).square() * self.weights).mean()
+        return ((velocity - target.to(velocity.device)).square() * self.weights.to(velocity.device)).mean()
 
     def velocity(self, net: FluxTransformer2DModel, x: Tensor, t: Tensor, guidance: Tensor, text: Any) -> Tensor:
-        """The transformer's velocity, computed in bfloat16, returned in float32."""
-        with torch.autocast("cpu", torch.bfloat16):
-            return net(
-                hidden_states=x,
-                timestep=t,
-                guidance=guidance,
-                encoder_hidden_states=text[0],
-                pooled_projections=text[1],
-                img_ids=self.image_ids,
-                txt_ids=self.text_ids,
-                return_dict=False,
-            )[0].float()
+        """The transformer's velocity, computed in bfloat16 where the transformer is, returned in float32."""
+        given = {
+            "hidden_states": x,
+            "timestep": t,
+            "guidance": guidance,
+            "encoder_hidden_states": text[0],
+            "pooled_projections": text[1],
+            "img_ids": self.image_ids,
+            "txt_ids": self.text_ids,
+        }
+        moved = {name: value.to(net.device) for name, value in given.items()}
+        with torch.autocast(net.device.type, torch.bfloat16):
+            return net(**moved, return_dict=False)[0].float()
 
 
-def _noised(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def noised(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, t and the noise e. Drawn where the latents are, on the CPU, so that a seed means the same everywhere."""
     noise = torch.randn_like(latents)
     t = torch.sigmoid(torch.randn(len(latents)) + TIME_MEAN)
     at = t[:, None, None]
@@ -107,7 +109,7 @@ def _drop(text: tuple[Tensor, Tensor], empty: tuple[Tensor, Tensor]) -> tuple[Te
 def flow_loss(net: FluxTransformer2DModel, scenes: Scenes, rng: random.Random) -> Tensor:
     """Error of the plain velocity; guidance 1 stands for none."""
     latents, texts = scenes.draw(rng, BATCH)
-    x, t, noise = _noised(latents)
+    x, t, noise = noised(latents)
     text = _drop(scenes.text(texts), scenes.text([""]))
     return scenes.error(scenes.velocity(net, x, t, torch.ones(BATCH), text), noise - latents)
 
@@ -117,7 +119,7 @@ def distillation_loss(
 ) -> Tensor:
     """Error against the frozen model's guided velocity, at a random guidance in [1, 2 GUIDANCE - 1]."""
     latents, texts = scenes.draw(rng, BATCH)
-    x, t, _ = _noised(latents)
+    x, t, _ = noised(latents)
     hidden, pooled = _drop(scenes.text(texts), scenes.text([""]))
     empty = scenes.text([""])
     nothing = empty[0].expand(BATCH, -1, -1), empty[1].expand(BATCH, -1)
@@ -126,7 +128,7 @@ def distillation_loss(
         plain = torch.ones(BATCH)
         without = scenes.velocity(teacher, x, t, plain, nothing)
         along = scenes.velocity(teacher, x, t, plain, (hidden, pooled)) - without
-    scale = 1 + (guidance - 1) * (FULL_SCALE - 1) / (GUIDANCE - 1)
+    scale = (1 + (guidance - 1) * (FULL_SCALE - 1) / (GUIDANCE - 1)).to(along.device)
     return scenes.error(scenes.velocity(net, x, t, guidance, (hidden, pooled)), without + scale[:, None, None] * along)
 
 
@@ -150,7 +152,7 @@ def fit(
     checkpoint: Path,
     progress: Callable[[int, float], None],
 ) -> FluxTransformer2DModel:
-    """Minimise a loss; returns the exponential moving average of the weights.
+    """Minimise a loss, where the net is; returns the exponential moving average of the weights.
 
     Every CHECKPOINT_EVERY steps all state goes to `checkpoint`, from which an interrupted run goes on. Each step's
     randomness comes from the seed and its number alone.
@@ -159,7 +161,7 @@ def fit(
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     start = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
         net.load_state_dict(state["net"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
