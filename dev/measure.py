@@ -12,6 +12,7 @@
     python -m dev.measure bundled       # minutes: the bundled star, attacked
     python -m dev.measure memory        # seconds, on any machine
     python -m dev.measure tiny-world    # two minutes
+    python -m dev.measure scale         # defaults on a wider, a deeper and another model; `scale wide` is one of them
 
 `python -m dev.pages` writes the pages afterwards. Sentences in their templates may need another look.
 """
@@ -98,6 +99,9 @@ CELL = re.compile(
     r"(?P<value>\d+(?:\.\d+)?)(?: (?P<unit>%|x|ms|s|MB|of 255))?"
     r"(?: \((?P<low>[\d.]+)(?:\.\.| to )(?P<high>[\d.]+)\))?(?P<told> \*)?"
 )
+# a model like the tiny one -> how `tinyworld.train` makes it: 3 heads, 3 + 6 blocks, another seed
+SCALED = {"wide": ("--heads", "3"), "deep": ("--double", "3", "--single", "6"), "seed": ("--seed", "1")}
+SCALE = WORK / "scale"
 ROUNDS = ("cost", "cost/side", "cost/share", "cost/concepts", "cost/rank", "cost/batch")  # tables of bench.md, in order
 
 
@@ -381,12 +385,38 @@ def tiny_world() -> dict[str, dict]:
     return {name: entry(table, command) for name, table in zip(names, tables_in(text), strict=True)}
 
 
+def scale(names: Sequence[str] = tuple(SCALED)) -> dict[str, dict]:
+    """The four concepts, trained with untouched defaults and calibrated, on models of other shapes and seeds.
+
+    Runs on a GPU where there is one; whatever `.cache/results/scale` holds is taken as it is.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {}
+    for name in names:
+        folder = SCALE / name
+        model, product = folder / "model", folder / "evaluation.json"
+        if not (ROOT / model / "model_index.json").is_file():
+            made = ("--reuse", "--device", device, "--out", str(model), "--work", str(folder / "work"))
+            run((sys.executable, "-m", "tinyworld.train", *SCALED[name], *made))
+        asked: Command = (*SUITE, "tinyworld", *COUNTS, "--model", str(model), "--resolution", "96")
+        asked = (*asked, "--baselines", "none", "--device", device, "--out", str(folder))
+        if not (ROOT / product).is_file():
+            run(asked)
+        evaluation = json.loads((ROOT / product).read_text(encoding="utf-8"))
+        tables = evaluation_tables(evaluation)
+        found |= {f"scale/{name}/{slug}": entry(table, asked) for slug, table in tables.items()}
+    return found
+
+
 MEASURES = {"suites": suites, "dial": dial, "now": now, "cost": cost, "count": count, "demo": demo}
 MEASURES |= {
     "bundled": bundled,
     "detectors": detectors,
     "hardened": hardened,
     "memory": memory,
+    "scale": scale,
     "tiny-world": tiny_world,
 }
 
@@ -394,11 +424,13 @@ MEASURES |= {
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure figures of the pages and write docs/results.json.")
     parser.add_argument("what", choices=MEASURES)
-    parser.add_argument("concepts", nargs="*", help="of `hardened`; all if left out")
+    parser.add_argument("some", nargs="*", help="concepts of `hardened`, models of `scale`; all if left out")
     arguments = parser.parse_args()
-    if not set(arguments.concepts) <= (set(CONCEPTS) if arguments.what == "hardened" else set()):
-        parser.error(f"{arguments.what}: got {arguments.concepts}; `hardened` alone takes concepts, of {CONCEPTS}")
-    found = hardened(arguments.concepts) if arguments.concepts else MEASURES[arguments.what]()
+    parts = {"hardened": tuple(CONCEPTS), "scale": tuple(SCALED)}.get(arguments.what, ())
+    if not set(arguments.some) <= set(parts):
+        parser.error(f"{arguments.what}: got {arguments.some}, expected {f'some of {parts}' if parts else 'none'}")
+    measure: Any = MEASURES[arguments.what]
+    found = measure(arguments.some) if arguments.some else measure()
     results = read_results()
     write_results({**results, "tables": {**results["tables"], **found}})
     print("written:", ", ".join(found))

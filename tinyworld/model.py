@@ -24,6 +24,7 @@ from .world import vocabulary
 WEIGHTS = Path(__file__).parent / "weights"
 TEXT_LENGTH = 24  # T5 tokens; FLUX's own pipeline uses 512. The longest caption has 17
 TEXT_WIDTH = 64
+HEADS, DOUBLE, SINGLE = 2, 2, 4  # heads x 128, double and single blocks of the shipped weights
 STEPS = 16
 GUIDANCE = 3.5  # FLUX.1-dev's default, embedded as there
 TIME_SHIFT = 1.15  # FLUX.1-dev's, and ComfyUI's default for it at every size
@@ -71,15 +72,15 @@ class AutoencoderDCT(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
 
-def make_transformer() -> FluxTransformer2DModel:
-    """A FLUX transformer of the tiny geometry, randomly initialised. ComfyUI knows FLUX by axes of 16, 56 and 56."""
+def make_transformer(heads: int = HEADS, double: int = DOUBLE, single: int = SINGLE) -> FluxTransformer2DModel:
+    """A FLUX transformer of a tiny geometry, randomly initialised. ComfyUI knows FLUX by axes of 16, 56 and 56."""
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
-        num_layers=2,
-        num_single_layers=4,
+        num_layers=double,
+        num_single_layers=single,
         attention_head_dim=128,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         joint_attention_dim=TEXT_WIDTH,
         pooled_projection_dim=TEXT_WIDTH,
         guidance_embeds=True,

@@ -1,7 +1,8 @@
 """Makes all weights of the tiny world again, from a seed: text encoders, codec, FLUX, detector.
 
-    python -m tinyworld.train                   # about 50 minutes on 2 CPU cores, into tinyworld/weights python -m
-    tinyworld.train --flow-steps 40 --distillation-steps 20 --out tiny_weights   # a quick look at the machinery
+    python -m tinyworld.train       # about 50 minutes on 2 CPU cores, into tinyworld/weights
+    python -m tinyworld.train --flow-steps 40 --distillation-steps 20 --out tiny_weights   # a quick look
+    python -m tinyworld.train --heads 3 --reuse --device cuda --out wide        # another FLUX of the same world
 
 Interrupt it as you like: it goes on from its last checkpoint in --work. diffusers, transformers and rich are needed.
 """
@@ -20,7 +21,17 @@ from transformers import CLIPTextModel, T5EncoderModel
 from . import flow, text
 from .codec import BlockDCT
 from .detector import train_detector
-from .model import WEIGHTS, AutoencoderDCT, make_scheduler, make_tokenizer, make_transformer
+from .model import (
+    DOUBLE,
+    HEADS,
+    SINGLE,
+    WEIGHTS,
+    AutoencoderDCT,
+    load_pipeline,
+    make_scheduler,
+    make_tokenizer,
+    make_transformer,
+)
 from .render import render
 from .world import training_captions
 
@@ -35,9 +46,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--distillation-steps", type=int, default=500, help="steps of guidance distillation (default 500)"
     )
+    parser.add_argument("--heads", type=int, default=HEADS, help=f"of 128 channels each (default {HEADS})")
+    parser.add_argument("--double", type=int, default=DOUBLE, help=f"double blocks (default {DOUBLE})")
+    parser.add_argument("--single", type=int, default=SINGLE, help=f"single blocks (default {SINGLE})")
+    parser.add_argument(
+        "--reuse", action="store_true", help="take codec and text encoders of the shipped weights; train no detector"
+    )
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go (default tinyworld/weights)")
+    parser.add_argument("--device", default="cpu", help="that the transformer learns on (default cpu)")
     parser.add_argument("--work", type=Path, default=Path(".cache/tinyworld"), help="where checkpoints go")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    shipped = (arguments.seed, *geometry(arguments), arguments.reuse) == (0, HEADS, DOUBLE, SINGLE, False)
+    if arguments.out.resolve() == WEIGHTS.resolve() and not shipped:
+        parser.error(f"got another seed, size or --reuse, which would replace {WEIGHTS}; name another folder as --out")
+    arguments.work /= "-".join(map(str, (arguments.seed, *geometry(arguments), *["reuse"] * arguments.reuse)))
+    return arguments
+
+
+def geometry(arguments: argparse.Namespace) -> tuple[int, int, int]:
+    """Heads, double and single blocks."""
+    return arguments.heads, arguments.double, arguments.single
 
 
 def text_encoders(work: Path, seed: int, bar: Progress) -> tuple[CLIPTextModel, T5EncoderModel]:
@@ -63,9 +91,17 @@ def fit_codec(seed: int) -> AutoencoderDCT:
     return autoencoder.requires_grad_(False)
 
 
-def assemble(work: Path, seed: int, bar: Progress) -> FluxPipeline:
+def assemble(arguments: argparse.Namespace, bar: Progress) -> FluxPipeline:
     """The pipeline with everything trained but its transformer."""
-    clip, t5 = text_encoders(work, seed, bar)
+    seed = arguments.seed
+    if arguments.reuse:
+        pipeline = load_pipeline()
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+            part.eval().requires_grad_(False)
+        torch.manual_seed(seed)
+        pipeline.transformer = make_transformer(*geometry(arguments))
+        return pipeline
+    clip, t5 = text_encoders(arguments.work, seed, bar)
     torch.manual_seed(seed)
     return FluxPipeline(
         scheduler=make_scheduler(),
@@ -74,7 +110,7 @@ def assemble(work: Path, seed: int, bar: Progress) -> FluxPipeline:
         tokenizer=make_tokenizer(clip=True),
         text_encoder_2=t5,
         tokenizer_2=make_tokenizer(clip=False),
-        transformer=make_transformer(),
+        transformer=make_transformer(*geometry(arguments)),
     )
 
 
@@ -95,17 +131,17 @@ def train_transformer(pipeline: FluxPipeline, arguments: argparse.Namespace, bar
 
     teacher = stage(
         "flow",
-        pipeline.transformer.train(),
+        pipeline.transformer.train().to(arguments.device),
         lambda net, rng: flow.flow_loss(net, scenes, rng),
         arguments.flow_steps,
         flow.LEARNING_RATE,
         arguments.seed + 3,
     )
-    student = make_transformer()
+    student = make_transformer(*geometry(arguments))
     student.load_state_dict(teacher.state_dict())
     pipeline.transformer = stage(
         "distillation",
-        student,
+        student.to(arguments.device),
         lambda net, rng: flow.distillation_loss(net, teacher, scenes, rng),
         arguments.distillation_steps,
         flow.DISTIL_LEARNING_RATE,
@@ -115,9 +151,10 @@ def train_transformer(pipeline: FluxPipeline, arguments: argparse.Namespace, bar
 
 def export(pipeline: FluxPipeline, out: Path) -> None:
     """Write the pipeline as diffusers does; the transformer in bfloat16, the rest, which is small, in float32."""
-    pipeline.transformer.to(torch.bfloat16).save_pretrained(out / "transformer")
+    pipeline.transformer.to("cpu", torch.bfloat16).save_pretrained(out / "transformer")
     for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
         getattr(pipeline, name).save_pretrained(out / name)
+    pipeline.save_config(out)  # model_index.json, by which `--model` knows the folder
 
 
 def main() -> None:
@@ -129,10 +166,11 @@ def main() -> None:
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
     ) as bar:
-        pipeline = assemble(arguments.work, arguments.seed, bar)
+        pipeline = assemble(arguments, bar)
         train_transformer(pipeline, arguments, bar)
         export(pipeline, arguments.out)
-        train_detector(arguments.out, arguments.seed + 5, bar)
+        if not arguments.reuse:
+            train_detector(arguments.out, arguments.seed + 5, bar)
     print(f"The tiny world's weights are in {arguments.out}")
 
 

@@ -1,14 +1,17 @@
 """The tiny FLUX, its detector, and the machinery that makes them."""
 
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tinyworld import flow, world
+from saferope_core import Geometry
+from saferope_training.flux.loading import load_model
+from tinyworld import flow, train, world
 from tinyworld.detector import CLASSES, accuracy_on_labels, labelled_pictures, load_detector, shows
-from tinyworld.model import GUIDANCE, TEXT_LENGTH, WEIGHTS, encode, generate, load_pipeline
+from tinyworld.model import GUIDANCE, TEXT_LENGTH, WEIGHTS, encode, generate, load_pipeline, make_transformer
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +114,40 @@ def test_distillation_target_without_guidance_is_the_teacher_itself():
     assert flow.distillation_loss(teacher, teacher, scenes, random.Random(0)) == 0
     assert flow.distillation_loss(lambda x: 3 * x, teacher, scenes, random.Random(0)) > 0.1
     assert GUIDANCE > 1
+
+
+def test_training_runs_where_the_transformer_is(monkeypatch):
+    """`meta` knows devices and shapes alone, so it finds a tensor left on the CPU on any machine."""
+    monkeypatch.setattr(flow, "BATCH", 2)
+    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())  # which meta has not
+    net, scenes, rng = make_transformer(1, 1, 1).to("meta"), flow.Scenes(load_pipeline(), 3, 0, lambda: None), random
+    assert flow.flow_loss(net, scenes, rng).device.type == "meta"
+    assert flow.distillation_loss(net, net, scenes, rng).device.type == "meta"
+    net.norm_out.to_empty(device="cpu")  # the control
+    with pytest.raises(RuntimeError, match="meta"):
+        flow.flow_loss(net, scenes, rng)
+
+
+def test_a_wider_model_is_a_folder_that_evaluation_takes(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "SCENES", 3)
+    monkeypatch.setattr(flow, "BATCH", 1)
+    size = ["--heads", "3", "--double", "1", "--single", "1", "--seed", "1"]
+    few = ["--reuse", "--flow-steps", "1", "--distillation-steps", "1", "--work", str(tmp_path / "work")]
+    monkeypatch.setattr("sys.argv", ["train", *size, *few, "--out", str(tmp_path / "model")])
+    train.main()
+    model = load_model(str(tmp_path / "model"), resolution=96)
+    assert model.tiny and model.geometry == Geometry(1, 1, 3, 128)
+    shipped, own = load_pipeline(), load_pipeline(tmp_path / "model")
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        kept = getattr(own, name).state_dict()
+        assert all(torch.equal(kept[key], value) for key, value in getattr(shipped, name).state_dict().items())
+
+
+@pytest.mark.parametrize("change", [["--heads", "3"], ["--seed", "1"], ["--reuse"]])
+def test_no_other_model_replaces_the_shipped_weights(monkeypatch, capsys, change):
+    monkeypatch.setattr("sys.argv", ["train"])
+    assert train.parse_arguments().out == WEIGHTS
+    monkeypatch.setattr("sys.argv", ["train", *change])
+    with pytest.raises(SystemExit):
+        train.parse_arguments()
+    assert "--out" in capsys.readouterr().err
