@@ -113,6 +113,8 @@ def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
         lines += [f"| {fact} | {markdown(value)} |" for fact, value in told.items()]
         lines += ["", f"![Which heads tell {markdown(concept.name)} apart]({quote(os.fsencode(_map(path, concept)))})"]
         lines += ["", _evaluation(path, concept.slug, len(concepts))]
+    for text in _own(path, [concept.slug for concept in concepts]):
+        lines += ["", "## With other prompts", "", text]
     lines += [
         "",
         "It protects whoever uses it, not from whoever runs the model: strength 0, or a workflow without it, is "
@@ -126,6 +128,16 @@ def _command(name: str) -> str:
     return shlex.join(
         ["saferope", "generate", "--model", "MODEL", "--concept", name, "--prompt", "...", "--out", "pairs"]
     )
+
+
+def _own(path: Path, slugs: list[str]) -> list[str]:
+    """The tables of reports on prompts of the user's own, of this very file."""
+    from saferope_benchmark.evaluation.file_report import markdown as table
+    from saferope_benchmark.evaluation.file_report import read_report, report_name, reports_of
+
+    known = {path.with_name(f"{report_name(path, slug, len(slugs))}.json") for slug in slugs}
+    reports = [read_report(each) for each in reports_of(path, slugs) if each not in known]
+    return [table(each).strip() for each in reports if each.file_sha256 == sha256(path)]
 
 
 def _evaluation(path: Path, slug: str, concepts: int) -> str:

@@ -12,7 +12,9 @@ import typer
 from saferope_training.console import say
 from saferope_training.settings import CALIBRATE, EXTRACT, HARDEN, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
 
+from . import dry
 from .common import Device, Out, command, load, progress_bars
+from .dry import DryRun
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,20 +46,24 @@ def prompts(settings: Settings, out: Out) -> None:
 
 
 @command(*BEFORE_HEADS)
-def extract(settings: Settings, out: Out, device: Device = CPU) -> None:
+def extract(settings: Settings, out: Out, device: Device = CPU, dry_run: DryRun = False) -> None:
     """Collect what every head makes of the concept's words: Gram matrices and samples of queries and keys."""
     from saferope_training.making.recipe import STATISTICS
 
+    if dry_run:
+        return dry.making(settings, out, device, EXTRACT)
     with _recipe(settings, out, device) as recipe:
         recipe.extract()
     say(f"statistics: {out / STATISTICS}")
 
 
 @command(*BEFORE_HEADS, HEADS)
-def heads(settings: Settings, out: Out, device: Device = CPU) -> None:
+def heads(settings: Settings, out: Out, device: Device = CPU, dry_run: DryRun = False) -> None:
     """Find the safety-critical heads, their unsafe subspaces and their gates."""
     from saferope_training.making.recipe import MAP, TABLE
 
+    if dry_run:
+        return dry.making(settings, out, device, HEADS)
     with _recipe(settings, out, device) as recipe:
         recipe.heads()
     say(f"table: {out / TABLE}\nmap:   {out / MAP}")
@@ -82,6 +88,7 @@ def train(
     ] = False,
     verdict: Verdict = True,
     held_out: HeldOut = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Make a concept file: prompts -> extract -> heads -> train -> harden. Products that are there are used again.
 
@@ -98,6 +105,8 @@ def train(
         )
 
     _require_held_out(held_out)
+    if dry_run:
+        return dry.making(settings, out, device, TRAIN, preview_every, _pictures(settings, verdict, held_out))
     with (
         _recipe(settings, out, device, training=True, goal=TRAIN, previews=preview_every > 0) as recipe,
         _losses(out / "tensorboard" if tensorboard else None) as (tell, show),
@@ -110,10 +119,17 @@ def train(
 
 @command(*BEFORE_HEADS, HEADS, CALIBRATE, acts_on="qk")
 def calibrate(
-    settings: Settings, out: Out, device: Device = CPU, verdict: Verdict = True, held_out: HeldOut = None
+    settings: Settings,
+    out: Out,
+    device: Device = CPU,
+    verdict: Verdict = True,
+    held_out: HeldOut = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Make a concept file in a tenth of the time: extraction, a fixed turn, a short fit. From prompts, no pictures."""
     _require_held_out(held_out)
+    if dry_run:
+        return dry.making(settings, out, device, CALIBRATE, pictures=_pictures(settings, verdict, held_out))
     training = settings.fit > 0 and settings.generator == "fixed"
     with _recipe(settings, out, device, training) as recipe:
         path = recipe.calibrate()
@@ -128,6 +144,12 @@ def _require_held_out(path: Path | None) -> None:
         from saferope_training.prompts.readers import read_side
 
         read_side(path, UNSAFE)
+
+
+def _pictures(settings: Settings, verdict: bool, held_out: Path | None) -> int:
+    from .verdict import pictures
+
+    return pictures(settings, held_out) if verdict else 0
 
 
 def _end(recipe: Recipe, path: Path, verdict: bool, held_out: Path | None) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from saferope_benchmark.evaluation.file_report import Report
     from saferope_benchmark.prompt_sets import PromptSet
     from saferope_training.making.recipe import Recipe
+    from saferope_training.settings import Settings
 
 COUNT = 12  # prompts of a kind in the tiny world: a concept that is shown in half of them is missed 1 time in 4,096
 FEWER = 6  # of other models, whose pictures take seconds or minutes
@@ -51,6 +52,15 @@ def tell(recipe: Recipe, file: Path, held_out: Path | None, progress: Callable[[
     write_reports(recipe.out, [report], file, [f"{file.stem}.{VERDICT}"])
     if processes.is_main():
         say(markdown(report) + "\n" + "\n".join(words(report, file)))
+
+
+def pictures(settings: Settings, held_out: Path | None) -> int:
+    """How many a verdict paints, with and without the file."""
+    from tinyworld.world import CONCEPTS
+
+    if settings.model == "tinyworld" and settings.concept in CONCEPTS and held_out is None:
+        return 2 * 3 * COUNT
+    return 2 * FEWER * (2 if held_out is None else 3)
 
 
 def _tiny(recipe: Recipe) -> bool:

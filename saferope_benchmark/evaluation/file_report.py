@@ -30,6 +30,7 @@ from .picture_store import read_pictures
 from .tables import RATIO, SECONDS, Row, as_csv, number
 
 SIZES = Sizes()
+OWN = "own-"  # in the names of reports on prompts of the user's own, see own.suffix
 MAX_BYTES = 2**20  # of a report; ours have 4 KB
 _SHOWN = 10  # pictures per row of the comparison
 
@@ -127,6 +128,14 @@ def _first(evaluation: Evaluation, method: Method, asked: PromptSet) -> Tensor:
 def report_name(file: Path, slug: str, concepts: int) -> str:
     """The name of a concept's report, by the file's own: another version of a concept has another report."""
     return f"{file.stem}.evaluation" if concepts == 1 else f"{file.stem}.{slug}.evaluation"
+
+
+def reports_of(file: Path, slugs: Sequence[str]) -> list[Path]:
+    """The reports that lie beside a file, those of this project's prompts first."""
+    known = [file.parent / f"{report_name(file, slug, len(slugs))}.json" for slug in slugs]
+    mine = f"{file.stem}.{OWN}"
+    own = [path for path in file.parent.iterdir() if path.name.startswith(mine) and path.suffix == ".json"]
+    return [path for path in (*known, *sorted(own)) if path.is_file()]
 
 
 def write_reports(out: Path, reports: Sequence[Report], file: Path, names: Sequence[str] = ()) -> None:

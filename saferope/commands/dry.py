@@ -1,0 +1,82 @@
+"""`--dry-run`: every check of a command, and what it would take. Nothing is loaded, fetched or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saferope_training.console import say
+from saferope_training.settings import PROMPTS, TRAIN, Settings
+
+if TYPE_CHECKING:
+    from saferope_training.making.estimate import Shape, Task
+
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Check everything, tell memory, disk and time, and end: nothing is loaded or written."
+    ),
+]
+LEFT = "left to the run: whether the text encoder knows the prompts' words, and whether the weights are sound"
+
+
+def making(settings: Settings, out: Path, device: str, goal: str, every: int = 0, pictures: int = 0) -> None:
+    """Of a command that makes statistics or a concept file. Raises what the command would raise before it loads."""
+    from saferope_training.making import checks, estimate, material
+    from saferope_training.making.recipe import prompt_inputs, require_unchanged
+    from saferope_training.prompts import BENIGN, UNSAFE, side
+    from saferope_training.prompts.doubts import doubts
+    from saferope_training.prompts.sources import prompts_for
+    from saferope_training.stages import Workplace
+
+    checks.require_settings(settings, device)
+    if goal != TRAIN:
+        require_unchanged(Workplace(out, settings), PROMPTS, *prompt_inputs(settings))
+    records = prompts_for(settings)
+    own = {UNSAFE: settings.unsafe, BENIGN: settings.benign}
+    notes = [f"warning: prompts: {each}" for each in doubts(records, [name for name, file in own.items() if file])]
+    shape = estimate.shape_of(settings)
+    if goal == TRAIN:
+        material.require_pictures(records, 16 * shape.sizes[1])
+    notes += ["hardening: its rounds are not counted"] if settings.harden else []
+    say(f"prompts: {len(side(records, UNSAFE))} unsafe, {len(side(records, BENIGN))} benign")
+    training = goal == TRAIN or (goal == "calibrate" and settings.fit > 0 and settings.generator == "fixed")
+    tell(estimate.Task(settings, records, goal, every, pictures), shape, out, device, training, notes)
+
+
+def tell(task: Task, shape: Shape, out: Path, device: str, training: bool, notes: Sequence[str] = ()) -> None:
+    """The tables of a task: memory by phase, RAM, disk and time, and what does not fit into what is free."""
+    from saferope_training.making import estimate, memory
+
+    paints = bool(task.every or not task.goal)
+    plan = memory.plan_of(task.settings, shape.config, shape.sizes, device, training, paints)
+    plan = plan if task.goal or training else replace(plan, gathering=0)
+    disk, ram = estimate.disk_of(task, shape), estimate.ram_of(task, shape, plan, device)
+    phases = plan.phases()
+    for name, runs in (("listening to heads", task.goal or training), ("painting", paints)):
+        phases = phases if runs else {other: size for other, size in phases.items() if other != name}
+    lines = [f"memory of {device}, counted and not measured on real weights:", *_sizes(phases)]
+    lines += ["RAM:", *_sizes({"at most": ram}), f"disk, in {out}:", *_sizes(disk)]
+    lines += _sizes({"to download, into the hub's cache": shape.download} if shape.download else {})
+    time = estimate.time_lines(estimate.work_of(task), out, task.settings, device)
+    lines += ["time:", *(f"  {line}" for line in time), *notes, LEFT]
+    free_ram, free_disk = estimate.free_of(out)
+    room = {device: (memory.available(device), plan.peak), "RAM": (free_ram, ram)}
+    room["disk"] = free_disk, sum(disk.values())
+    lacking = [
+        f"DOES NOT FIT: {where}: got {free / memory.GIB:.1f} GiB free, expected {need / memory.GIB:.1f}"
+        for where, (free, need) in room.items()
+        if need > free
+    ]
+    lacking += [memory.WAYS_OUT] if plan.peak > room[device][0] else []
+    say("\n".join([*lines, *(lacking or ["it fits what is free now"]), "dry run: nothing was loaded or written"]))
+
+
+def _sizes(parts: Mapping[str, int]) -> list[str]:
+    from saferope_training.making.memory import GIB
+
+    return [f"{size / GIB:8.2f} GiB  {name}" for name, size in parts.items()]

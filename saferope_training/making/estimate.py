@@ -1,0 +1,187 @@
+"""What a command will take, counted before anything starts: memory of both kinds, disk, and time from measured passes.
+
+Nothing is loaded, fetched or written. The model's sizes are read here; of FLUX.1-dev and -schnell they are known.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from saferope_core import COLLECTED, ROLES, schedule
+from saferope_core.measure.statistics import SAMPLED
+
+from ..flux import loading
+from ..flux.attach import geometry_from
+from ..flux.folder import INDEX
+from ..flux.models import TINYWORLD
+from ..prompts import BENIGN, UNSAFE, PromptRecord, side
+from ..settings import CALIBRATE, EXTRACT, LATENTS, TRAIN, Settings
+from . import memory, pace, preview
+from .material import PAINTING
+
+KNOWN = {"black-forest-labs/FLUX.1-dev": True, "black-forest-labs/FLUX.1-schnell": False}  # embeds guidance
+# Bytes of their files: T5-XXL's encoder and CLIP-L in bf16, the VAE (as in dev/measure.py's count), the transformer
+ENCODERS, VAE, TRANSFORMER = 9_770_000_000, 170_000_000, 23_800_000_000
+PROGRAM = 3 * 2**30  # RAM of Python, torch and diffusers, with the driver's: 0.8 GiB without a GPU, the rest a guess
+_LEARNT = 4  # passes' time of a prompt in training: its target, its own, and two backward
+_WIDEST_PREVIEW = 160  # pixels of a side at least, see making/preview.py
+UNKNOWN = "not known before a measured pass"
+
+
+class Shape(NamedTuple):
+    """A transformer's configuration; T5 tokens, image tokens a side, bytes of encoders and VAE; bytes to download."""
+
+    config: dict
+    sizes: tuple[int, int, int, int]
+    download: int = 0
+
+
+class Work(NamedTuple):
+    """A stage: so many units, each worth so many forward passes of a prompt."""
+
+    stage: str
+    units: int
+    passes: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be made of these prompts: `goal` is the last stage; pictures of a verdict, each in so many steps."""
+
+    settings: Settings
+    records: Sequence[PromptRecord]
+    goal: str
+    every: int = 0  # steps from preview to preview
+    pictures: int = 0
+
+
+def shape_of(settings: Settings) -> Shape:
+    """The model's, read from its files or known by its name. ValueError for a model that is not here, nor known."""
+    from huggingface_hub import try_to_load_from_cache
+
+    here: list[str | None] = []
+    for name in (settings.model, settings.encoders):
+        if name is not None and name != TINYWORLD and not loading.is_here(name):
+            index = try_to_load_from_cache(name, INDEX)
+            if not isinstance(index, str) or not [*Path(index).parent.glob("text_encoder*/*.safetensors")]:
+                return _known(settings, name)
+            name = str(Path(index).parent)
+        here.append(name)
+    model, encoders = str(here[0]), here[1]
+    config = loading.config_of(model, encoders)
+    return Shape(config, loading.outline(model, encoders, settings.resolution, config))
+
+
+def _known(settings: Settings, name: str) -> Shape:
+    from diffusers import FluxTransformer2DModel
+
+    if name not in KNOWN or name != settings.model:
+        raise ValueError(f"model {name!r}: got no such model here yet, so its sizes are not known; fetch it first")
+    with torch.device("meta"):  # its other defaults are FLUX.1-dev's
+        config = dict(FluxTransformer2DModel(guidance_embeds=KNOWN[name]).config)
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    text = (loading.DEV if KNOWN[name] else loading.SCHNELL).text_length
+    side = (settings.resolution or loading.RESOLUTION) // memory._PATCH
+    return Shape(config, (text, side, ENCODERS, VAE), TRANSFORMER + ENCODERS + VAE)
+
+
+def work_of(task: Task) -> list[Work]:
+    """The stages of a task in their order, those with a measure of time."""
+    s, unsafe, benign = task.settings, side(task.records, UNSAFE), side(task.records, BENIGN)
+    count, visits = len(task.records), len(schedule(s.unlearn_at)) - 1
+    learnt = s.batch * (_LEARNT + s.checkpointing)
+    found = [Work(EXTRACT, count, len(schedule(s.timesteps)))] if task.goal else []
+    if task.goal == TRAIN:
+        painted = sum(record.scene is None and record.image is None for record in benign)
+        passes = visits * len(unsafe) + len(PAINTING) * painted
+        looks = s.steps // task.every if task.every else 0
+        found += [Work(LATENTS, count, passes / count)]
+        found += [Work(TRAIN, s.steps, learnt + preview.PASSES * looks / s.steps)]
+    if task.goal == CALIBRATE and s.fit and s.generator == "fixed":
+        found += [Work(CALIBRATE, s.fit, learnt + visits * len(unsafe) / s.fit)]
+    return found + ([Work("verdict" if task.goal else "pictures", task.pictures, steps_of(s))] if task.pictures else [])
+
+
+def steps_of(settings: Settings) -> int:
+    """Sampling steps of a picture; of an unknown model FLUX.1-dev's."""
+    from tinyworld.model import STEPS
+
+    return STEPS if settings.model == TINYWORLD else loading.DEV.steps
+
+
+def seconds(work: Sequence[Work], known: dict[str, float]) -> dict[str, float | None]:
+    """Seconds of each stage: from its own time a unit, else from another stage's time a pass; None: none is known."""
+    passes = [known[each.stage] / each.passes for each in work if each.stage in known and each.passes]
+    return {
+        each.stage: known[each.stage] * each.units
+        if each.stage in known
+        else (passes[0] * each.passes * each.units if passes else None)
+        for each in work
+    }
+
+
+def disk_of(task: Task, shape: Shape) -> dict[str, int]:
+    """Bytes of each product; samples are taken to be full, and pictures not to be compressed."""
+    s, (text, tokens, *_) = task.settings, shape.sizes
+    geometry = geometry_from(shape.config)
+    heads, width = geometry.blocks * geometry.heads, geometry.head_dim
+    found = {}
+    if s.model != TINYWORLD:
+        texts = {record.text for record in task.records} | {record.instead or "" for record in task.records}
+        each = text * shape.config.get("joint_attention_dim", 4096) + shape.config.get("pooled_projection_dim", 0)
+        found["embeddings"] = 4 * each * (len(texts) + 2 * preview.EACH * bool(task.every) + task.pictures // 2)
+    if task.goal:
+        found["statistics"] = statistics_bytes(s.reservoir, heads, width)
+    dimensions = s.relative_rank + s.rank + s.padding_rank + s.words_rank + s.reach
+    bases, turns = 2 * len(ROLES) * heads * width * dimensions, 2 * heads * dimensions**2
+    if task.goal in (TRAIN, CALIBRATE):
+        found["heads and concept file"] = (4 + 2) * bases + 2 * turns
+    if task.goal == TRAIN:
+        vectors = len(side(task.records, UNSAFE)) * (len(s.unlearn_at) - 1) + len(side(task.records, BENIGN))
+        found["latents"] = 4 * vectors * tokens**2 * shape.config["in_channels"]
+        looks = s.steps // task.every if task.every else 0
+        across = max(_WIDEST_PREVIEW, tokens * memory._PATCH)
+        found["training's state, best state and previews"] = (12 + 4) * turns + looks * 4 * preview.EACH * 3 * across**2
+    if task.pictures:
+        found["pictures"] = task.pictures * 3 * (tokens * memory._PATCH) ** 2
+    return found
+
+
+def statistics_bytes(capacity: int, heads: int, width: int) -> int:
+    """Of sums in fp64, and of samples in bf16."""
+    return len(ROLES) * heads * width * (8 * width * (len(COLLECTED) + 1) + 2 * capacity * len(SAMPLED))
+
+
+def ram_of(task: Task, shape: Shape, plan: memory.Plan, device: str) -> int:
+    """Of this machine at most: on a GPU's run what passes through it while loading, and the statistics, twice while
+    they are put together; else the plan itself, and the statistics.
+    """
+    listened = 2 * disk_of(task, shape).get("statistics", 0)
+    if torch.device(device).type == "cpu":
+        return plan.peak + listened + PROGRAM
+    file = Path(task.settings.model)
+    whole = file.stat().st_size if file.is_file() else memory.transformer_bytes(shape.config, None, torch.bfloat16)
+    return max(whole, plan.encoders, listened) + PROGRAM
+
+
+def free_of(out: Path) -> tuple[int, int]:
+    """Free bytes: RAM, and the disk that `out` is or will be on."""
+    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return psutil.virtual_memory().available, shutil.disk_usage(place).free
+
+
+def time_lines(work: Sequence[Work], out: Path, settings: Settings, device: str) -> list[str]:
+    """A line a stage, and the sum, all marked as estimates."""
+    found = seconds(work, pace.seconds_of(out, settings, device))
+    told = {name: f"{pace.in_words(taken)}, an estimate" if taken else UNKNOWN for name, taken in found.items()}
+    known = [taken for taken in found.values() if taken is not None]
+    if known and len(known) == len(found):
+        told["in all"] = f"{pace.in_words(sum(known))}, an estimate from passes measured in {out}"
+    return [f"{stage}: {words}" for stage, words in told.items()]

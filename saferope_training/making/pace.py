@@ -1,0 +1,73 @@
+"""How long work took, kept beside the products, so that the next command can tell its time before it starts."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from saferope_core.concept.files import write_text
+
+from .. import processes
+from ..settings import Settings
+from ..stages import Progress
+
+FILE = "pace.json"
+TIMED = ("extract", "latents", "train", "calibrate")  # stages; pictures that lie there already would take no time
+# Settings beside the device that a time is measured with: others may take other times
+_WITH = ("model", "quantise", "resolution", "passes_of", "checkpointing", "batch")
+
+
+@dataclass
+class Pace:
+    """A stage's progress, passed on to `show`; the seconds of its units go to `<out>/pace.json` when it ends.
+
+    The first report starts the clock: loading, and the first unit with its warm-up, are left out.
+    """
+
+    out: Path
+    settings: Settings
+    device: str
+    show: Progress
+    _began: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.show(stage, done, total)
+        now = time.monotonic()
+        first, began = self._began.setdefault(stage, (done, now))
+        if stage in TIMED and done == total and done > first and processes.is_main():
+            taken = {"seconds": (now - began) / (done - first), **_with(self.settings, self.device)}
+            write_text(self.out / FILE, json.dumps({**_read(self.out), stage: taken}, indent=2) + "\n")
+        if done == total:
+            del self._began[stage]
+
+
+def seconds_of(out: Path, settings: Settings, device: str) -> dict[str, float]:
+    """Seconds a unit of each stage that was measured in the folder with this model, device and these passes."""
+    now, found = _with(settings, device), {}
+    for stage, taken in _read(out).items():
+        seconds = taken.pop("seconds", None) if isinstance(taken, dict) else None
+        if stage in TIMED and isinstance(seconds, float) and seconds > 0 and taken == now:
+            found[stage] = seconds
+    return found
+
+
+def in_words(seconds: float) -> str:
+    """Hours and minutes, rounded up; seconds below two minutes."""
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    minutes = -int(-seconds // 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _with(settings: Settings, device: str) -> dict[str, object]:
+    return {"device": device.partition(":")[0], **{name: getattr(settings, name) for name in _WITH}}
+
+
+def _read(out: Path) -> dict:
+    try:
+        found = json.loads((out / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or cut off: nothing was measured
+        return {}
+    return found if isinstance(found, dict) else {}
