@@ -1,4 +1,4 @@
-"""Pictures from diffusers' own FLUX pipeline, with or without protection: the reference path."""
+"""Pictures from diffusers' own pipeline, with or without protection: the reference path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from saferope_training.flux.attach import Visitor, attached
-from saferope_training.flux.models import Model, Text, decode_pictures, encode, seeded_noise
+from saferope_training.flux.models import Model, Text, encode, seeded_noise
+from saferope_training.flux.painting import decode_pictures, paint
 
 _BATCH = 16
 
@@ -43,20 +44,10 @@ def sample(
 def _denoise(
     model: Model, text: Text, seeds: list[int], visit: Visitor | None, steps: int, span: tuple[float, float]
 ) -> Tensor:
-    pipe, dtype = model.pipe, model.pipe.transformer.dtype
     active = active_steps(steps, span)
     with _Switched(model, visit, 0 in active) as switch:
-        return pipe(
-            prompt_embeds=text.states.to(model.device, dtype),
-            pooled_prompt_embeds=text.pooled.to(model.device, dtype),
-            num_inference_steps=steps,
-            guidance_scale=model.guidance,
-            latents=seeded_noise(model, seeds).to(dtype),
-            height=8 * model.latent_side,
-            width=8 * model.latent_side,
-            output_type="latent",
-            callback_on_step_end=switch.after_step(active),
-        ).images
+        noise = seeded_noise(model, seeds)
+        return paint(model, text, noise, steps, callback_on_step_end=switch.after_step(active))
 
 
 def active_steps(steps: int, span: tuple[float, float]) -> set[int]:

@@ -34,7 +34,7 @@ class Settings:
     model: str = _choice(
         "model",
         "tinyworld",
-        "`tinyworld`, a diffusers FLUX.1 folder, a hub id, or a single file (.safetensors, .gguf).",
+        "`tinyworld`, a diffusers folder, a hub id, or a single file of FLUX.1 (.safetensors, .gguf).",
     )
     quantise: str | None = _choice(
         "model", None, "Hold the frozen model in fewer bits: nf4, int8 (GPU), torchao-int8 or torchao-float8."

@@ -47,6 +47,8 @@ class _Posterior:
 class AutoencoderDCT(ModelMixin, ConfigMixin):
     """The block DCT codec with the face of a diffusers autoencoder (FLUX's 16 channels and eightfold reduction)."""
 
+    temperal_downsample = (False, True, True)  # its length tells Qwen-Image's pipeline the reduction, 2 ** 3
+
     @register_to_config
     def __init__(
         self,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saferope_training.flux.models import Model, Text, encode, seeded_noise, velocity
+from saferope_training.flux.painting import paint
 
 _BATCH = 16
 
@@ -28,25 +29,15 @@ class Lessons:
 @torch.no_grad()
 def trajectories(model: Model, text: Text, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Times [S], the latents [S, B, L, C] that the pipeline has at them, and those [B, L, C] that it ends with."""
-    pipe, dtype, met = model.pipe, model.transformer.dtype, []
+    dtype, met = model.transformer.dtype, []
     start = seeded_noise(model, seeds).to(dtype)
 
     def note(_pipe: Any, _step: int, _t: Any, kwargs: dict) -> dict:
         met.append(kwargs["latents"].float().cpu())
         return kwargs
 
-    pipe(
-        prompt_embeds=text.states.to(model.device, dtype),
-        pooled_prompt_embeds=text.pooled.to(model.device, dtype),
-        num_inference_steps=model.steps,
-        guidance_scale=model.guidance,
-        latents=start,
-        height=8 * model.latent_side,
-        width=8 * model.latent_side,
-        output_type="latent",
-        callback_on_step_end=note,
-    )
-    times = pipe.scheduler.sigmas[: model.steps].float().cpu()
+    paint(model, text, start, model.steps, callback_on_step_end=note)
+    times = model.pipe.scheduler.sigmas[: model.steps].float().cpu()
     return times, torch.stack([start.float().cpu(), *met[:-1]]), met[-1]
 
 

@@ -66,6 +66,15 @@ LAYOUTS = {
 }
 
 
+# What a configuration calls the number of blocks in a list
+_COUNTS = {
+    "transformer_blocks": "num_layers",
+    "txt_mode_blocks": "num_layers",
+    "single_transformer_blocks": "num_single_layers",
+    "layers": "n_layers",
+}
+
+
 def layout_of(transformer: Any) -> Layout:
     """The layout of a transformer's class, or of the one that it is derived from. ValueError for every other."""
     for cls in type(transformer).__mro__:
@@ -88,18 +97,37 @@ def sites(transformer: Any) -> Iterator[Site]:
 
 def geometry_of(transformer: Any) -> Geometry:
     """The geometry a concept must have to fit this transformer."""
-    layout, config = layout_of(transformer), transformer.config
+    layout = layout_of(transformer)
     double, single = len(_doubles(transformer, layout)), len(_blocks(transformer, layout.single))
+    return _geometry(layout, transformer.config, double, single)
+
+
+def geometry_from(config: dict) -> Geometry:
+    """The same of a transformer's configuration, by its `_class_name`. ValueError for an unknown one."""
+    layout = _named(config)
+    double, single = (config[_COUNTS[name]] if name else 0 for name in (layout.double, layout.single))
+    return _geometry(layout, config, double, single)
+
+
+def with_blocks(config: dict, double: int, single: int) -> dict:
+    """The configuration with so many blocks of each kind that the class has."""
+    layout = _named(config)
+    counts = ((layout.double, double), (layout.single, single))
+    return {**config, **{_COUNTS[name]: count for name, count in counts if name}}
+
+
+def _named(config: dict) -> Layout:
+    name = config.get("_class_name", "FluxTransformer2DModel")
+    if name not in LAYOUTS:
+        raise ValueError(f"got a {name!r:.80}, expected one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def _geometry(layout: Layout, config: Any, double: int, single: int) -> Geometry:
     heads = config.get("num_attention_heads") or config["n_heads"]  # Z-Image's name for it
     keys = config.get("num_key_value_heads") or config.get("n_kv_heads")
     head_dim = config.get("attention_head_dim") or config["dim"] // heads
     return Geometry(double, single, heads, head_dim, layout.family, keys)
-
-
-def geometry_from(config: dict) -> Geometry:
-    """The same of a FLUX.1 transformer's configuration."""
-    names = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim")
-    return Geometry(*(config[name] for name in names))
 
 
 def _blocks(transformer: Any, name: str) -> Sequence[Any]:

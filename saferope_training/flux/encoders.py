@@ -19,30 +19,30 @@ from torch import Tensor, nn
 from saferope_core import sha256
 
 from ..stages import save_tensors
-from .folder import load_part
+from .folder import load_part, parts_of
 from .plausible import require_plausible
-
-_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """Where CLIP and T5 of a pipeline lie: a diffusers folder, and the dtype they run in."""
+    """Where the text encoders of a pipeline lie: a diffusers folder, and the dtype they run in."""
 
     folder: Path
     dtype: torch.dtype
 
-    def load(self) -> tuple[nn.Module, nn.Module]:
-        """CLIP and T5, frozen, on the CPU. ValueError where their weights are implausible."""
-        clip, t5 = (load_part(self.folder, part, dtype=self.dtype, use_safetensors=True) for part in _PARTS[:2])
-        for part, encoder in zip(_PARTS, (clip, t5), strict=False):
-            require_plausible(encoder.requires_grad_(False).eval(), f"{self.folder}, {part}")
-        return clip, t5
+    def load(self) -> tuple[nn.Module, ...]:
+        """FLUX.1's CLIP and T5, or the one of another family, frozen, on the CPU. ValueError where their weights are
+        implausible."""
+        found = []
+        for part in parts_of(self.folder, "text_encoder"):
+            found.append(load_part(self.folder, part, dtype=self.dtype, use_safetensors=True))
+            require_plausible(found[-1].requires_grad_(False).eval(), f"{self.folder}, {part}")
+        return tuple(found)
 
     def fingerprint(self) -> str:
         """sha256 over the dtype and the bytes of all files of encoders and tokenizers; nothing is loaded."""
         digest = hashlib.sha256(str(self.dtype).encode())
-        for part in _PARTS:
+        for part in parts_of(self.folder, "text_encoder", "tokenizer"):
             for path in sorted(file for file in (self.folder / part).rglob("*") if file.is_file()):
                 digest.update(f";{path.relative_to(self.folder).as_posix()};{sha256(path)}".encode())
         return digest.hexdigest()
@@ -62,7 +62,7 @@ class EmbeddingCache:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-        """T5's states [B, L, C] and pooled vectors [B, C'] in the encoders' dtype; None unless all are whole."""
+        """States [B, L, ...] and `pooled` [B, C'] in the encoders' dtype; None unless all are whole."""
         try:
             files = [load_file(self.path(text)) for text in texts]
             states, pooled = (torch.stack([file[part] for file in files]) for part in ("states", "pooled"))

@@ -1,4 +1,4 @@
-"""A FLUX.1 pipeline as a folder: found here or fetched, and checked before use. It may be a stranger's.
+"""A pipeline as a folder: found here or fetched, and checked before use. It may be a stranger's.
 
 A folder can name code in several places. `model_index.json` names a module for each part, which diffusers imports (up
 to 0.37 even one that lies in the folder); the parts' own JSON files may name Python files, attention kernels of the
@@ -9,7 +9,7 @@ loaded by that class alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,47 @@ from typing import Any
 from .scaled import is_scale
 
 INDEX, PIPELINE, TRANSFORMER = "model_index.json", "FluxPipeline", "FluxTransformer2DModel"
+Parts = dict[str, dict[tuple[str, str], str]]  # part -> what the index may say of it -> the class that loads it
 TOKENIZERS = {  # transformers 5 writes TokenizersBackend, which 4 calls PreTrainedTokenizerFast
     ("transformers", "PreTrainedTokenizerFast"): "PreTrainedTokenizerFast",
     ("transformers", "TokenizersBackend"): "PreTrainedTokenizerFast",
 }
-# Part -> what model_index.json may say of it -> the class of that library which loads it
-PARTS: dict[str, dict[tuple[str, str], str]] = {
-    "scheduler": {("diffusers", "FlowMatchEulerDiscreteScheduler"): "FlowMatchEulerDiscreteScheduler"},
-    "vae": {("diffusers", "AutoencoderKL"): "AutoencoderKL", ("tinyworld.model", "AutoencoderDCT"): "AutoencoderDCT"},
-    "text_encoder": {("transformers", "CLIPTextModel"): "CLIPTextModel"},
-    "text_encoder_2": {("transformers", "T5EncoderModel"): "T5EncoderModel"},
-    "tokenizer": {
-        ("transformers", "CLIPTokenizer"): "CLIPTokenizer",
-        ("transformers", "CLIPTokenizerFast"): "CLIPTokenizerFast",
-        **TOKENIZERS,
-    },
-    "tokenizer_2": {
-        ("transformers", "T5Tokenizer"): "T5Tokenizer",
-        ("transformers", "T5TokenizerFast"): "T5TokenizerFast",
-        **TOKENIZERS,
-    },
-    "transformer": {("diffusers", TRANSFORMER): TRANSFORMER},
+
+
+def _parts(transformer: str, vae: str, encoders: tuple[str, ...], words: tuple[str, ...]) -> Parts:
+    """The table of a pipeline: classes of its parts, and of each encoder and its tokenizer ("CLIP", ...)."""
+    found: Parts = {
+        "scheduler": _named("diffusers", "FlowMatchEulerDiscreteScheduler"),
+        "vae": {**_named("diffusers", vae), ("tinyworld.model", "AutoencoderDCT"): "AutoencoderDCT"},
+    }
+    for number, encoder in enumerate(encoders):
+        found[f"text_encoder{_nth(number)}"] = _named("transformers", encoder)
+    for number, kind in enumerate(words):
+        names = _named("transformers", f"{kind}Tokenizer", f"{kind}TokenizerFast")
+        found[f"tokenizer{_nth(number)}"] = {**names, **TOKENIZERS}
+    return {**found, "transformer": _named("diffusers", transformer)}
+
+
+def _named(library: str, *classes: str) -> dict[tuple[str, str], str]:
+    return {(library, name): name for name in classes}
+
+
+def _nth(number: int) -> str:
+    return f"_{number + 1}" if number else ""
+
+
+# model_index.json's class -> its parts, as diffusers 0.42.1's pipelines save them
+KINDS: dict[str, Parts] = {
+    PIPELINE: _parts(TRANSFORMER, "AutoencoderKL", ("CLIPTextModel", "T5EncoderModel"), ("CLIP", "T5")),
+    "ChromaPipeline": _parts("ChromaTransformer2DModel", "AutoencoderKL", ("T5EncoderModel",), ("T5",)),
+    "Flux2KleinPipeline": _parts("Flux2Transformer2DModel", "AutoencoderKLFlux2", ("Qwen3ForCausalLM",), ("Qwen2",)),
+    "QwenImagePipeline": _parts(
+        "QwenImageTransformer2DModel", "AutoencoderKLQwenImage", ("Qwen2_5_VLForConditionalGeneration",), ("Qwen2",)
+    ),
+    "Krea2Pipeline": _parts("Krea2Transformer2DModel", "AutoencoderKLQwenImage", ("Qwen3VLModel",), ("Qwen2",)),
 }
+# What else an index tells of a pipeline; Krea 2 names the encoder's layers that are read
+DISTILLED, LAYERS = "is_distilled", "text_encoder_select_layers"
 NOT_LOADED = ("image_encoder", "feature_extractor")  # IP-Adapters need them, text-to-image does not
 _FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a part: neither code nor pickles
 _VARIANTS = ["*.fp16*", "*.bf16*"]  # copies of the same weights, which nothing here loads
@@ -52,8 +71,7 @@ def require_parts(folder: Path, name: str, transformer: bool = True) -> None:
 
     `transformer`: the transformer is wanted too. Reads JSON and headers of weights; imports and loads nothing.
     """
-    _require_index(folder, name, transformer)
-    for part in _wanted(transformer):
+    for part in _require_index(folder, name, transformer):
         if not (folder / part).is_dir():
             raise ValueError(f"model {name!r}: got no folder {part!r} in it, expected one; fetch the whole model")
         _require_part(folder / part, name)
@@ -61,9 +79,31 @@ def require_parts(folder: Path, name: str, transformer: bool = True) -> None:
 
 def load_part(folder: Path, part: str, **choices: Any) -> Any:
     """One part of a folder that `require_parts` found good, by the class that the table has for it."""
-    said = read_json(folder / INDEX, str(folder))[part]
-    kind = getattr(import_module(said[0]), PARTS[part][tuple(said)])
+    index = read_json(folder / INDEX, str(folder))
+    said = index[part]
+    kind = getattr(import_module(said[0]), KINDS[index["_class_name"]][part][tuple(said)])
     return kind.from_pretrained(folder, subfolder=part, **choices)
+
+
+def kind_of(folder: Path) -> str:
+    """The pipeline's class, as the index of a folder that `require_parts` found good names it: one of KINDS."""
+    return str(read_json(folder / INDEX, str(folder))["_class_name"])
+
+
+def transformer_of(kind: str) -> str:
+    """The class of a pipeline's transformer."""
+    (name,) = KINDS[kind]["transformer"].values()
+    return name
+
+
+def parts_of(folder: Path, *beginnings: str) -> list[str]:
+    """A good folder's parts whose names begin so, in the table's order."""
+    return [part for part in KINDS[kind_of(folder)] if part.startswith(beginnings)]
+
+
+def told(folder: Path, name: str) -> Any:
+    """What the index says of DISTILLED or LAYERS; None where it says nothing."""
+    return read_json(folder / INDEX, str(folder)).get(name)
 
 
 def fetch(name: str, transformer: bool) -> Path:
@@ -75,8 +115,7 @@ def fetch(name: str, transformer: bool) -> Path:
 
     try:
         index = hf_hub_download(name, INDEX)
-        _require_index(Path(index).parent, name, transformer)
-        wanted = patterns(transformer)
+        wanted = patterns(transformer, _require_index(Path(index).parent, name, transformer))
         return Path(
             snapshot_download(name, allow_patterns=wanted["allow_patterns"], ignore_patterns=wanted["ignore_patterns"])
         )
@@ -88,9 +127,9 @@ def fetch(name: str, transformer: bool) -> Path:
         ) from error
 
 
-def patterns(transformer: bool) -> dict[str, list[str]]:
+def patterns(transformer: bool, parts: Iterable[str] = KINDS[PIPELINE]) -> dict[str, list[str]]:
     """Which files of a repository are fetched, and which of those are not, as huggingface_hub asks for it."""
-    wanted = [INDEX, *(f"{part}/{ending}" for part in _wanted(transformer) for ending in _FETCHED)]
+    wanted = [INDEX, *(f"{part}/{ending}" for part in _wanted(parts, transformer) for ending in _FETCHED)]
     return {"allow_patterns": wanted, "ignore_patterns": _VARIANTS}
 
 
@@ -123,26 +162,36 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _wanted(transformer: bool) -> list[str]:
-    return [part for part in PARTS if transformer or part != "transformer"]
+def _wanted(parts: Iterable[str], transformer: bool) -> list[str]:
+    return [part for part in parts if transformer or part != "transformer"]
 
 
-def _require_index(folder: Path, name: str, transformer: bool) -> None:
+def _require_index(folder: Path, name: str, transformer: bool) -> list[str]:
+    """The parts that are wanted."""
     index = read_json(folder / INDEX, name)
-    if index.get("_class_name") != PIPELINE:
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
-            f"model {name!r}: got a {index.get('_class_name')!r:.80}, expected a {PIPELINE!r}; name a FLUX.1 model"
+            f"model {name!r}: got a {kind!r:.80}, expected one of {', '.join(KINDS)}; name a model of these"
         )
-    wanted = _wanted(transformer)
+    parts = KINDS[kind]
+    wanted = _wanted(parts, transformer)
     others = {part for part, value in index.items() if isinstance(value, list) and value != [None, None]}
-    for part in sorted({*wanted, *others} - {*NOT_LOADED, *(PARTS.keys() - wanted)}):
-        value, known = index.get(part), PARTS.get(part, {})
+    if _layers(index.get(LAYERS)):
+        others.discard(LAYERS)
+    for part in sorted({*wanted, *others} - {*NOT_LOADED, *(parts.keys() - wanted)}):
+        value, known = index.get(part), parts.get(part, {})
         if not (isinstance(value, list) and all(isinstance(each, str) for each in value) and tuple(value) in known):
             classes = " or ".join(".".join(pair) for pair in known) or "no such part"
             raise ValueError(
                 f"model {name!r}: {INDEX} names {value!r:.80} as its {part!r:.40}, expected {classes}: a class of "
-                "another name could be the folder's own code; name a FLUX.1 model as diffusers saves it"
+                "another name could be the folder's own code; name a model as diffusers saves it"
             )
+    return wanted
+
+
+def _layers(value: object) -> bool:
+    return isinstance(value, list) and all(type(each) is int for each in value)
 
 
 def _require_part(part: Path, name: str) -> None:

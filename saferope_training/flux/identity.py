@@ -42,13 +42,18 @@ def facts(model: Model) -> dict[str, object]:
     vae = model.pipe.vae
     return {
         "transformer": fingerprint(model.transformer),
-        "axes": list(model.transformer.config.axes_dims_rope),  # RoPE's, which the weights do not show
+        "axes": axes_of(model.transformer.config),  # RoPE's, which the weights do not show
         "encoders": encoders_fingerprint(model),
         "text_length": model.text_length,
         "latent_side": model.latent_side,
         "guidance": model.guidance,
         "vae": [fingerprint(vae), vae.config.get("scaling_factor"), vae.config.get("shift_factor")],
     }
+
+
+def axes_of(config: Any) -> list[int]:
+    """RoPE's axes, by either of diffusers' names."""
+    return list(config.get("axes_dims_rope") or config["axes_dims"])
 
 
 def identity(model: Model) -> str:

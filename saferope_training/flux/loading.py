@@ -1,6 +1,8 @@
-"""Finds a FLUX.1 model by its name and loads it for training: embedded, folder, hub id or single file.
+"""Finds a model by its name and loads it for training: embedded, folder or hub id of any pipeline that is known, or a
+single file of FLUX.1.
 
-FLUX.1-dev and FLUX.1-schnell are told apart by the transformer's own configuration: dev has a guidance embedding.
+FLUX.1-dev and FLUX.1-schnell are told apart by the transformer's own configuration: dev has a guidance embedding. Of
+other families the folder's index says whether they are distilled.
 """
 
 from __future__ import annotations
@@ -11,30 +13,45 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
+from .attach import LAYOUTS, geometry_from, geometry_of
 from .checkpoint import SUFFIXES, read_shapes, read_weights, require_names, require_none, transformer_config
 from .encoders import EncoderSource
-from .folder import INDEX, TRANSFORMER, fetch, first_line, load_part, read_json, require_parts
+from .folder import (
+    DISTILLED,
+    INDEX,
+    KINDS,
+    LAYERS,
+    PIPELINE,
+    TRANSFORMER,
+    fetch,
+    first_line,
+    kind_of,
+    load_part,
+    parts_of,
+    read_json,
+    require_parts,
+    told,
+    transformer_of,
+)
 from .models import GUIDANCE, TINYWORLD, Model, from_pipeline
+from .pipelines import asked_of
 from .plausible import require_plausible
 from .quantise import in_place, is_torchao, quantisation_config, require_library, require_quantised
 
-if TYPE_CHECKING:
-    from diffusers import FluxTransformer2DModel
-
 RESOLUTION = 512  # pixels: statistics and rotations do not depend on resolution, time and memory do
-_ENCODERS = ("text_encoder", "text_encoder_2")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PATCH = 16  # pixels per image token and side: eightfold VAE, 2 x 2 packing
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a kind of FLUX.1 is run with: T5 tokens, sampling steps, embedded guidance."""
+    """What a kind of model is run with: tokens of text, sampling steps, guidance."""
 
     text_length: int
     steps: int
@@ -43,6 +60,13 @@ class Defaults:
 
 DEV = Defaults(512, 28, GUIDANCE)  # diffusers' FluxPipeline's
 SCHNELL = Defaults(256, 4, 0.0)  # its model card's
+# Of other families, and where they are distilled: diffusers' pipelines' (0.42.1) and model cards'
+OTHERS = {
+    "chroma": (Defaults(512, 35, 5.0), Defaults(512, 8, 1.0)),
+    "flux2": (Defaults(512, 50, 4.0), Defaults(512, 4, 1.0)),
+    "qwen-image": (Defaults(512, 50, 4.0), Defaults(512, 8, 1.0)),
+    "krea2": (Defaults(512, 28, 4.5), Defaults(512, 8, 0.0)),
+}
 
 
 def load_model(
@@ -52,11 +76,11 @@ def load_model(
     encoders: str | None = None,
     resolution: int | None = None,
 ) -> Model:
-    """A frozen FLUX: `tinyworld`, a diffusers folder, a hub id, or a single file with `encoders`.
+    """A frozen model: `tinyworld`, a diffusers folder, a hub id, or a single file of FLUX.1 with `encoders`.
 
     `encoders` is a diffusers folder or hub id too. `quantise` is one of `quantise.KINDS`; `resolution` in pixels, a
     multiple of 16, RESOLUTION unless told. Text encoders of folders are loaded when first asked for, see `encoders`.
-    ValueError or OSError, one line, where there is no such model or it is not a FLUX.1.
+    ValueError or OSError, one line, where there is no such model or its pipeline is not one of folder.KINDS.
     """
     if name == TINYWORLD:
         return _tiny_world(device, quantise, encoders, resolution)
@@ -71,7 +95,13 @@ def load_model(
                 f"model {name!r}: got a single file, which holds the transformer alone; name the rest with --encoders "
                 "(a diffusers FLUX.1 folder or hub id)"
             )
-        rest, transformer = find_folder(encoders, transformer=False), _from_file(path, quantise, device, dtype)
+        rest = find_folder(encoders, transformer=False)
+        if kind_of(rest) != PIPELINE:
+            raise ValueError(
+                f"encoders {encoders!r}: got a {kind_of(rest)}, expected a {PIPELINE}: of other families "
+                "a whole folder is read, and no single file"
+            )
+        transformer = _from_file(path, quantise, device, dtype)
     else:
         if encoders is not None:
             raise ValueError(f"encoders {encoders!r}: got a whole model {name!r} beside them; leave them out")
@@ -91,7 +121,7 @@ def is_here(name: str) -> bool:
 
 
 def find_folder(name: str, transformer: bool) -> Path:
-    """The local folder of a diffusers FLUX.1 pipeline, found good: `name` itself, or the hub's.
+    """The local folder of a diffusers pipeline, found good: `name` itself, or the hub's.
 
     `transformer`: whether its transformer is wanted too. OSError where the hub cannot be asked, ValueError else.
     """
@@ -100,8 +130,9 @@ def find_folder(name: str, transformer: bool) -> Path:
         folder = fetch(name, transformer)
     if not (folder / INDEX).is_file():
         raise ValueError(
-            f"model {name!r}: got no folder with a {INDEX}, expected `{TINYWORLD}`, a diffusers FLUX.1 folder, "
-            f"a single file ({', '.join(SUFFIXES)}) or a hub id such as black-forest-labs/FLUX.1-dev"
+            f"model {name!r}: got no folder with a {INDEX}, expected `{TINYWORLD}`, a diffusers folder "
+            f"({', '.join(KINDS)}), a single file ({', '.join(SUFFIXES)}) or a hub id such as "
+            "black-forest-labs/FLUX.1-dev"
         )
     require_parts(folder, name, transformer)
     return folder
@@ -122,19 +153,33 @@ def outline(name: str, encoders: str | None, resolution: int | None, config: dic
     if name == TINYWORLD:
         from tinyworld import model, render
 
-        return model.TEXT_LENGTH, render.SIZE // _PATCH, _bytes_of(model.WEIGHTS, _ENCODERS), 0
+        parts = ["text_encoder", "text_encoder_2"]
+        return model.TEXT_LENGTH, render.SIZE // _PATCH, _bytes_of(model.WEIGHTS, parts), 0
     folder = find_folder(encoders or name, transformer=False)
-    text = defaults_for(config["guidance_embeds"]).text_length
-    return text, (resolution or RESOLUTION) // _PATCH, _bytes_of(folder, _ENCODERS), _bytes_of(folder, ("vae",))
+    text, parts = defaults_of(config, folder).text_length, parts_of(folder, "text_encoder")
+    return text, (resolution or RESOLUTION) // _PATCH, _bytes_of(folder, parts), _bytes_of(folder, ["vae"])
 
 
-def _bytes_of(folder: Path, parts: tuple[str, ...]) -> int:
+def _bytes_of(folder: Path, parts: list[str]) -> int:
     return sum(path.stat().st_size for part in parts for path in (folder / part).glob("*.safetensors"))
 
 
-def defaults_for(guidance_embeds: bool) -> Defaults:
-    """FLUX.1-dev's where the transformer embeds guidance, else FLUX.1-schnell's."""
-    return DEV if guidance_embeds else SCHNELL
+def defaults_of(config: Any, folder: Path) -> Defaults:
+    """FLUX.1-dev's where a FLUX.1 transformer embeds guidance, else FLUX.1-schnell's; the family's own elsewhere."""
+    family = geometry_from(config).family
+    if family not in OTHERS:
+        return DEV if config["guidance_embeds"] else SCHNELL
+    plain, distilled = OTHERS[family]
+    return distilled if told(folder, DISTILLED) else plain
+
+
+def made_of(config: Any) -> Any:
+    """A transformer of this configuration, of the class that it names or FLUX.1's; weights are random, or nowhere."""
+    import diffusers
+
+    name = config.get("_class_name", TRANSFORMER)
+    assert name in LAYOUTS, name
+    return getattr(diffusers, name).from_config(config)
 
 
 def _tiny_world(device: str, quantise: str | None, encoders: str | None, resolution: int | None) -> Model:
@@ -150,39 +195,38 @@ def _tiny_world(device: str, quantise: str | None, encoders: str | None, resolut
     return from_pipeline(TINYWORLD, pipe, model.TEXT_LENGTH, render.SIZE // 8, model.GUIDANCE, model.STEPS)
 
 
-def _assemble(name: str, folder: Path, transformer: FluxTransformer2DModel, resolution: int) -> Model:
+def _assemble(name: str, folder: Path, transformer: Any, resolution: int) -> Model:
     """The pipeline around a loaded transformer; the text encoders wait until they are asked for."""
-    from diffusers import FluxPipeline
+    import diffusers
 
+    kind = getattr(diffusers, kind_of(folder))
+    known = {each: told(folder, each) for each in (DISTILLED, LAYERS) if each in signature(kind.__init__).parameters}
     with _readable(name):
-        pipe = FluxPipeline(
-            scheduler=load_part(folder, "scheduler"),
+        pipe = kind(
+            **{part: load_part(folder, part) for part in parts_of(folder, "scheduler", "tokenizer")},
+            **dict.fromkeys(parts_of(folder, "text_encoder")),
             vae=load_part(folder, "vae", use_safetensors=True),
-            text_encoder=None,
-            tokenizer=load_part(folder, "tokenizer"),
-            text_encoder_2=None,
-            tokenizer_2=load_part(folder, "tokenizer_2"),
             transformer=transformer,
+            **{each: value for each, value in known.items() if value is not None},
         )
     pipe.set_progress_bar_config(disable=True)
     require_plausible(pipe.vae, f"{name}, vae")
     pipe.vae.to(transformer.device)
-    found = defaults_for(transformer.config.guidance_embeds)
-    length = min(found.text_length, pipe.tokenizer_2.model_max_length)
+    found = defaults_of({**transformer.config, "_class_name": type(transformer).__name__}, folder)
+    words = getattr(pipe, asked_of(geometry_of(transformer).family).tokenizer)
+    length = min(found.text_length, words.model_max_length)
     source = EncoderSource(folder, transformer.dtype)
     side = resolution // 8
     return from_pipeline(name, pipe, length, side, found.guidance, found.steps, source)
 
 
-def _from_folder(
-    folder: Path, name: str, quantise: str | None, device: str, dtype: torch.dtype
-) -> FluxTransformer2DModel:
-    from diffusers import FluxTransformer2DModel
+def _from_folder(folder: Path, name: str, quantise: str | None, device: str, dtype: torch.dtype) -> Any:
+    import diffusers
 
-    _folder_config(folder, name)
+    kind = getattr(diffusers, _folder_config(folder, name)["_class_name"])
     config = quantisation_config(quantise, device, dtype) if quantise else None
     with _readable(name):
-        transformer, report = FluxTransformer2DModel.from_pretrained(
+        transformer, report = kind.from_pretrained(
             folder,
             subfolder="transformer",
             torch_dtype=dtype,
@@ -196,14 +240,13 @@ def _from_folder(
 
 def _folder_config(folder: Path, name: str) -> dict:
     config = read_json(folder / "transformer" / "config.json", name)
-    if config.get("_class_name") != TRANSFORMER:
-        raise ValueError(
-            f"model {name!r}: got a transformer {config.get('_class_name')!r:.80}, expected {TRANSFORMER!r}"
-        )
+    wanted = transformer_of(kind_of(folder)) if (folder / INDEX).is_file() else TRANSFORMER  # ours has no index
+    if config.get("_class_name") != wanted:
+        raise ValueError(f"model {name!r}: got a transformer {config.get('_class_name')!r:.80}, expected {wanted!r}")
     return config
 
 
-def _from_file(path: Path, quantise: str | None, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+def _from_file(path: Path, quantise: str | None, device: str, dtype: torch.dtype) -> Any:
     """The transformer of a .safetensors or .gguf file; its configuration comes from the file, never from the hub."""
     from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
 

@@ -258,22 +258,3 @@ def _faster_in_fp32(transformer: nn.Module, device: torch.device) -> bool:
     if device.type != "cpu" or cpu_has_bf16():
         return False
     return all(type(each) is nn.Parameter and each.dtype == torch.float32 for each in transformer.parameters())
-
-
-def encode_pictures(model: Model, pictures: Tensor) -> Tensor:
-    """Pictures [B, 3, h, w] in [-1, 1] -> packed latents [B, L, C] in model space."""
-    vae = model.pipe.vae
-    with torch.no_grad():
-        raw = vae.encode(pictures.to(model.device, vae.dtype)).latent_dist.mode()
-    latents = (raw.float() - vae.config.shift_factor) * vae.config.scaling_factor
-    return model.pipe._pack_latents(latents, *latents.shape)
-
-
-@torch.no_grad()
-def decode_pictures(model: Model, tokens: Tensor) -> Tensor:
-    """Packed latents [B, L, C] in model space -> pictures [B, 3, h, w] in [-1, 1], fp32 on the CPU."""
-    pipe, vae = model.pipe, model.pipe.vae
-    side = 8 * model.latent_side
-    latents = pipe._unpack_latents(tokens.float(), side, side, pipe.vae_scale_factor)
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1).cpu()

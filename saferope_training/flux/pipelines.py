@@ -34,6 +34,11 @@ class Asked(NamedTuple):
     cut: Callable[[Any], int] = lambda pipe: 0
     suffix: Callable[[Any], str] = lambda pipe: ""
     masked: bool = False  # `pooled` tells which tokens are attended to
+    pooled: str = "prompt_embeds_mask"  # what its pipeline calls `pooled`; "": it takes none
+    scale: str = "guidance_scale"  # what it calls the scale of guidance
+    free_above: float | None = 1.0  # above this scale it guides by a second pass; None: the transformer embeds it
+    states: Callable[[dict], tuple[int, ...]] = lambda config: (config["joint_attention_dim"],)  # of a token
+    pooled_width: Callable[[dict, int], int] = lambda config, length: length
     tokenizer: str = "tokenizer"
     encoders: tuple[str, ...] = ("text_encoder",)
 
@@ -156,15 +161,23 @@ PIPELINES = {
         lambda model: (None, model.transformer.pos_embed(model.image_ids)),
         tokenizer="tokenizer_2",
         encoders=("text_encoder", "text_encoder_2"),
+        pooled="pooled_prompt_embeds",
+        free_above=None,
+        pooled_width=lambda config, length: config["pooled_projection_dim"],
     ),
     "chroma": Asked(
-        _chroma, _chroma_inputs, lambda model: (None, model.transformer.pos_embed(model.image_ids)), masked=True
+        _chroma,
+        _chroma_inputs,
+        lambda model: (None, model.transformer.pos_embed(model.image_ids)),
+        masked=True,
+        pooled="prompt_attention_mask",
     ),
     "flux2": Asked(
         _flux2,
         _flux2_inputs,
         lambda model: (model.transformer.pos_embed(_flux2_text(model)), model.transformer.pos_embed(grid(model, 4))),
         written=_flux2_written,
+        pooled="",
     ),
     "qwen-image": Asked(
         _qwen,
@@ -173,6 +186,7 @@ PIPELINES = {
         written=lambda pipe, text: (pipe.prompt_template_encode.format(text), pipe.prompt_template_encode.index("{}")),
         cut=lambda pipe: pipe.prompt_template_encode_start_idx,
         masked=True,
+        scale="true_cfg_scale",
     ),
     "krea2": Asked(
         _krea,
@@ -182,6 +196,8 @@ PIPELINES = {
         cut=lambda pipe: pipe.prompt_template_encode_start_idx,
         suffix=lambda pipe: pipe.prompt_template_encode_suffix,
         masked=True,
+        free_above=0.0,
+        states=lambda config: (config["num_text_layers"], config["text_hidden_dim"]),
     ),
 }
 

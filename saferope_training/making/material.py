@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from saferope_core import SUBJECT
 
 from .. import processes, prompts
-from ..flux.models import Model, Text, encode, encode_pictures, seeded_noise, text_tokens
+from ..flux.models import Model, Text, encode, seeded_noise, text_tokens
+from ..flux.painting import encode_pictures
 from ..prompts.instead import stand_ins, with_instead
 from ..stages import load_tensors, save_tensors
 from . import extract

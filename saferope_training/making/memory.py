@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-from saferope_core import COLLECTED, ROLES, gated, latent_risk_score, rotate_by_generator
+from saferope_core import COLLECTED, ROLES, Geometry, gated, latent_risk_score, rotate_by_generator
 
-from ..flux.attach import sites
+from ..flux import loading
+from ..flux.attach import geometry_from, sites, with_blocks
+from ..flux.models import Model, Text
+from ..flux.pipelines import asked_of
 from ..flux.quantise import require_kind
 from ..settings import Settings
 from .extract import BATCH
@@ -75,10 +80,8 @@ class Plan:
 
 def transformer_bytes(config: dict, quantise: str | None, dtype: torch.dtype) -> int:
     """Of the frozen weights. Linear layers are held in the bits of `quantise`, everything else in `dtype`."""
-    from diffusers import FluxTransformer2DModel
-
     with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(config)
+        model = loading.made_of(config)
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     rest = sum(parameter.numel() for parameter in model.parameters()) - linear
     if quantise:
@@ -95,14 +98,15 @@ def activation_bytes(
     `dtype` is the weights': of fp32 ones autocast keeps bf16 copies. With checkpointing: the inputs of every block, and
     all of the one block that is being recomputed.
     """
-    doubles, singles = config["num_layers"], config["num_single_layers"]
+    geometry = geometry_from(config)
+    doubles, singles = geometry.double_blocks, geometry.single_blocks
     tokens = text, image, batch
     one = _kept(config, 1, 1, *tokens, dtype)
     double, single = _kept(config, 2, 1, *tokens, dtype) - one, _kept(config, 1, 2, *tokens, dtype) - one
     around = max(0, one - double - single)
     if not checkpointing:
         return around + doubles * double + singles * single
-    width = config["num_attention_heads"] * config["attention_head_dim"]
+    width = geometry.heads * geometry.head_dim
     inputs = dtype.itemsize * batch * (text + image) * width
     return around + (doubles + singles) * inputs + max(double, single)
 
@@ -112,8 +116,8 @@ def gathering_bytes(config: dict, text: int, image: int, batch: int, dtype: torc
 
     What autograd would keep of a block stands for what it makes.
     """
-    heads = config["num_attention_heads"] * (config["num_layers"] + config["num_single_layers"])
-    sums = len(ROLES) * (len(COLLECTED) + 1) * heads * config["attention_head_dim"] ** 2
+    geometry = geometry_from(config)
+    sums = len(ROLES) * (len(COLLECTED) + 1) * _heads(geometry) * geometry.head_dim**2
     return _block_bytes(config, text, image, batch, dtype) + torch.float64.itemsize * sums
 
 
@@ -122,6 +126,10 @@ def _block_bytes(config: dict, text: int, image: int, batch: int, dtype: torch.d
     tokens = text, image, batch
     one = _kept(config, 1, 1, *tokens, dtype)
     return max(_kept(config, 2, 1, *tokens, dtype), _kept(config, 1, 2, *tokens, dtype)) - one
+
+
+def _heads(geometry: Geometry) -> int:
+    return geometry.heads * (geometry.double_blocks + geometry.single_blocks)
 
 
 def generator_bytes(heads: int, widths: tuple[int, ...]) -> int:
@@ -143,8 +151,6 @@ def plan_for(settings: Settings, device: str, training: bool, previews: bool = F
     `previews`: training paints them. Every head is taken to be critical. ValueError or OSError where there is no such
     model.
     """
-    from ..flux import loading
-
     config = loading.config_of(settings.model, settings.encoders)
     sizes = loading.outline(settings.model, settings.encoders, settings.resolution, config)
     return plan_of(settings, config, sizes, device, training, previews)
@@ -160,7 +166,7 @@ def plan_of(
     unsafe = settings.rank + settings.padding_rank + settings.words_rank
     image = unsafe if settings.relative_rank else settings.image_rank
     widths = tuple(settings.relative_rank + own + settings.reach for own in (unsafe, image))
-    heads = config["num_attention_heads"] * (config["num_layers"] + config["num_single_layers"])
+    heads = _heads(geometry_from(config))
     file = Path(settings.model)
     return Plan(
         # GGUF stays as it is in the file
@@ -249,41 +255,38 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _kept(config: dict, doubles: int, singles: int, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
-    from diffusers import FluxTransformer2DModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    config = {**config, "num_layers": doubles, "num_single_layers": singles}
+    config = with_blocks(config, doubles, singles)
+    geometry, side = geometry_from(config), isqrt(image)
+    row = asked_of(geometry.family)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with _default(dtype):
-            model = FluxTransformer2DModel.from_config(config).requires_grad_(False).eval()
+            model = loading.made_of(config).requires_grad_(False).eval()
         for site in sites(model):
             if site.stream != "image":  # image tokens of double blocks stay at rest
-                site.module.register_forward_hook(_turning(config))
+                site.module.register_forward_hook(_turned)
+        prompts = Text(
+            torch.empty(batch, text, *row.states(config)), torch.empty(batch, row.pooled_width(config, text))
+        )
         inputs = {
-            "hidden_states": torch.empty(batch, image, config["in_channels"]),
-            "encoder_hidden_states": torch.empty(batch, text, config["joint_attention_dim"]),
-            "pooled_projections": torch.empty(batch, config["pooled_projection_dim"]),
+            "hidden_states": torch.empty(batch, side**2, config["in_channels"]),
+            "encoder_hidden_states": prompts.states,
             "timestep": torch.empty(batch),
-            "guidance": torch.empty(batch) if config["guidance_embeds"] else None,
-            "txt_ids": torch.zeros(text, 3),
-            "img_ids": torch.zeros(image, 3),
             "return_dict": False,
+            **row.inputs(Model("", SimpleNamespace(transformer=model), geometry, text, 2 * side), prompts),
         }
         with torch.autocast("cpu", torch.bfloat16), counting(storages(model)) as total:
             model(**inputs)
     return total[0]
 
 
-def _turning(config: dict) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+def _turned(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
     """A hook that turns every vector of every head, as training does."""
-    heads, width = config["num_attention_heads"], config["attention_head_dim"]
+    x = output.transpose(1, 2)
+    heads, width = x.shape[1], x.shape[3]  # of keys fewer heads, where they are grouped
     basis = torch.zeros(heads, width, min(width, _WIDTH))
     generator = torch.zeros(heads, *2 * [basis.shape[-1]], requires_grad=True)
     eigen = torch.zeros(generator.shape[:2]), torch.zeros_like(generator, dtype=torch.complex64)
-
-    def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-        x = output.transpose(1, 2)
-        scale = gated(latent_risk_score(x, basis), torch.zeros(heads))
-        return rotate_by_generator(x, basis, generator, scale, eigen).transpose(1, 2).contiguous()
-
-    return hook
+    scale = gated(latent_risk_score(x, basis), torch.zeros(heads))
+    return rotate_by_generator(x, basis, generator, scale, eigen).transpose(1, 2).contiguous()

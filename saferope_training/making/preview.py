@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..flux.attach import attached
-from ..flux.models import Model, Text, decode_pictures, encode, seeded_noise, velocity
+from ..flux.models import Model, Text, encode, seeded_noise, velocity
+from ..flux.painting import decode_pictures, paint
 from ..prompts import BENIGN, UNSAFE, PromptRecord, side
 from ..prompts.instead import replaced, stand_ins
 from ..prompts.sources import prompts_for
@@ -91,20 +92,10 @@ class Preview:
 
     def _painted(self) -> Tensor:
         """Pictures [n, 3, h, w] in [-1, 1], on the CPU, by the pipeline's own sampler in STEPS steps."""
-        model, pipe = self._model, self._model.pipe
-        dtype, pixels, pictures = pipe.transformer.dtype, 8 * model.latent_side, []
+        model, pictures = self._model, []
         for part in self._parts():
             text = self._text.pick(part)
-            latents = pipe(
-                prompt_embeds=text.states.to(model.device, dtype),
-                pooled_prompt_embeds=text.pooled.to(model.device, dtype),
-                num_inference_steps=STEPS,
-                guidance_scale=model.guidance,
-                latents=seeded_noise(model, [self._seeds[place] for place in part.tolist()]).to(dtype),
-                height=pixels,
-                width=pixels,
-                output_type="latent",
-            ).images
+            latents = paint(model, text, seeded_noise(model, [self._seeds[place] for place in part.tolist()]), STEPS)
             pictures += [
                 decode_pictures(model, each[None]) for each in latents
             ]  # one by one: a VAE takes the most room

@@ -1,8 +1,6 @@
-"""Tiny random pipelines of other families than FLUX.1, with real classes of tokenizers and text encoders."""
+"""Tiny random pipelines of other families than FLUX.1, with real classes of tokenizers, text encoders and VAEs."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import diffusers
 import torch
@@ -31,16 +29,37 @@ def _words():
     return tokenizer
 
 
+_VAE = {"block_out_channels": (4, 4, 4, 4), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
+_FOUR = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "mid_block_add_attention": False,
+}
+
+
+def _qwen_vae():
+    means = {"latents_mean": [0.5, -0.5, 0.1, 0.2], "latents_std": [2.0, 1.0, 3.0, 0.5]}
+    return diffusers.AutoencoderKLQwenImage(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **means)
+
+
+def _flux2_vae():
+    vae = diffusers.AutoencoderKLFlux2(**_VAE, **_FOUR)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
 def _chroma(transformer):
     t5 = transformers.T5EncoderModel(tiny.make_text_encoders()[1].config)
-    return diffusers.ChromaPipeline(tiny.make_scheduler(), None, t5, tiny.make_tokenizer(clip=False), transformer)
+    vae = diffusers.AutoencoderKL(**_VAE, **_FOUR, shift_factor=0.1, scaling_factor=0.4)
+    return diffusers.ChromaPipeline(tiny.make_scheduler(), vae, t5, tiny.make_tokenizer(clip=False), transformer)
 
 
 def _flux2(transformer):
     words = _words()
     config = transformers.Qwen3Config(**_TEXT, vocab_size=len(words), num_hidden_layers=28, head_dim=8)
     text = transformers.Qwen3ForCausalLM(config)
-    return diffusers.Flux2KleinPipeline(tiny.make_scheduler(), None, text, words, transformer)
+    return diffusers.Flux2KleinPipeline(tiny.make_scheduler(), _flux2_vae(), text, words, transformer)
 
 
 def _qwen(transformer):
@@ -50,7 +69,7 @@ def _qwen(transformer):
     )
     config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     text = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    return diffusers.QwenImagePipeline(tiny.make_scheduler(), None, text, words, transformer)
+    return diffusers.QwenImagePipeline(tiny.make_scheduler(), _qwen_vae(), text, words, transformer)
 
 
 def _krea(transformer):
@@ -62,24 +81,31 @@ def _krea(transformer):
     config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     text = transformers.Qwen3VLModel(config)
     return diffusers.Krea2Pipeline(
-        tiny.make_scheduler(), None, text, words, transformer, text_encoder_select_layers=(1, 2)
+        tiny.make_scheduler(), _qwen_vae(), text, words, transformer, text_encoder_select_layers=(1, 2)
     )
 
 
 _MAKERS = {
     "chroma": (_chroma, {"joint_attention_dim": tiny.TEXT_WIDTH}),
-    "flux2": (_flux2, {"joint_attention_dim": 48}),  # three layers of 16
+    "flux2": (_flux2, {"joint_attention_dim": 48, "guidance_embeds": False}),  # three layers of 16; klein's
     "qwen-image": (_qwen, {"joint_attention_dim": 16}),
     "krea2": (_krea, {"text_hidden_dim": 16}),
 }
 FAMILIES = list(_MAKERS)
 
 
-def make_model(family: str) -> Model:
-    """The pipeline as training sees it. Its codec is the tiny world's, which only tells that it is random."""
+def make_pipeline(family: str) -> diffusers.DiffusionPipeline:
+    """Every part of its real class; tokenizers take LENGTH tokens."""
     make, sizes = _MAKERS[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe = make(TINY[family].make(**sizes))
-    pipe.vae = SimpleNamespace(config={})
-    return from_pipeline("random", pipe, LENGTH, SIDE)
+    pipe.tokenizer.model_max_length = LENGTH
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.eval()
+    return pipe
+
+
+def make_model(family: str) -> Model:
+    """The pipeline as training sees it."""
+    return from_pipeline("random", make_pipeline(family), LENGTH, SIDE)

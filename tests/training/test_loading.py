@@ -175,7 +175,7 @@ def test_other_pipelines_and_layouts_are_refused(folder, single, tmp_path):
     (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"}))
     with pytest.raises(ValueError) as error:
         load_model(str(other))
-    told(error, "got a 'StableDiffusionXLPipeline'", "expected a 'FluxPipeline'")
+    told(error, "got a 'StableDiffusionXLPipeline'", "expected one of FluxPipeline, ")
 
     (other / "model_index.json").write_text("{")
     with pytest.raises(ValueError) as error:
