@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
@@ -64,7 +65,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in TURN])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, eos_token=TURN[1], padding_side="right"
+        tokenizer_object=tokenizer,
+        model_max_length=TEXT_LENGTH,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=TURN[1],
+        padding_side="right",
     )
 
 
@@ -149,7 +155,7 @@ def train(pipe: QwenImagePipeline, scenes: flow.Scenes, arguments: argparse.Name
     """Both stages; `pipe` holds the result."""
     log = (arguments.work / "log.jsonl").open("a", buffering=1)
 
-    def stage(name: str, net: nn.Module, loss_of, steps: int, rate: float, seed: int) -> nn.Module:  # noqa: ANN001
+    def stage(name: str, net: nn.Module, loss_of: Any, steps: int, rate: float, seed: int) -> Any:
         task = bar.add_task(name, total=steps)
 
         def progress(step: int, loss: float) -> None:
@@ -175,6 +181,13 @@ def train(pipe: QwenImagePipeline, scenes: flow.Scenes, arguments: argparse.Name
     ).eval()
 
 
+def save(pipe: QwenImagePipeline, out: Path) -> None:
+    """Writes the pipeline as diffusers does, its transformer in bfloat16."""
+    pipe.transformer.to(torch.bfloat16)
+    pipe.register_to_config(is_distilled=True)  # so that nobody guides it once more
+    pipe.save_pretrained(out)
+
+
 def main() -> None:
     arguments = parse_arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -183,8 +196,7 @@ def main() -> None:
         task = bar.add_task("scenes", total=arguments.scenes)
         scenes = flow.Scenes(load_pipeline(), arguments.scenes, SEED, lambda: bar.update(task, advance=1))
         train(pipe, scenes, arguments, bar)
-    pipe.transformer.to(torch.bfloat16)
-    pipe.save_pretrained(arguments.out)
+    save(pipe, arguments.out)
     print(f"The tiny model of double blocks is in {arguments.out}")
 
 

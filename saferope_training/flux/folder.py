@@ -22,13 +22,14 @@ TOKENIZERS = {  # transformers 5 writes TokenizersBackend, which 4 calls PreTrai
     ("transformers", "PreTrainedTokenizerFast"): "PreTrainedTokenizerFast",
     ("transformers", "TokenizersBackend"): "PreTrainedTokenizerFast",
 }
+_CODEC = ("tinyworld.model", "AutoencoderDCT")
 
 
 def _parts(transformer: str, vae: str, encoders: tuple[str, ...], words: tuple[str, ...]) -> Parts:
     """The table of a pipeline: classes of its parts, and of each encoder and its tokenizer ("CLIP", ...)."""
     found: Parts = {
         "scheduler": _named("diffusers", "FlowMatchEulerDiscreteScheduler"),
-        "vae": {**_named("diffusers", vae), ("tinyworld.model", "AutoencoderDCT"): "AutoencoderDCT"},
+        "vae": {**_named("diffusers", vae), _CODEC: _CODEC[1]},
     }
     for number, encoder in enumerate(encoders):
         found[f"text_encoder{_nth(number)}"] = _named("transformers", encoder)
@@ -101,8 +102,13 @@ def parts_of(folder: Path, *beginnings: str) -> list[str]:
     return [part for part in KINDS[kind_of(folder)] if part.startswith(beginnings)]
 
 
+def paints_tiny_world(folder: Path) -> bool:
+    """Whether it is a folder here whose autoencoder is the tiny world's."""
+    return (folder / INDEX).is_file() and told(folder, "vae") == list(_CODEC)
+
+
 def told(folder: Path, name: str) -> Any:
-    """What the index says of DISTILLED or LAYERS; None where it says nothing."""
+    """What the index says under a name, such as DISTILLED or LAYERS; None where it says nothing."""
     return read_json(folder / INDEX, str(folder)).get(name)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from saferope_core import presets, sha256
 
+from ..flux.folder import paints_tiny_world
 from ..flux.models import TINYWORLD
 from ..settings import Settings
 from . import BENIGN, UNSAFE, PromptRecord, tiny_world_prompts
@@ -25,11 +26,18 @@ def prompts_for(settings: Settings) -> list[PromptRecord]:
 
     A side whose file is named comes from it. ValueError where a side has no source, or too few prompts.
     """
-    if settings.unsafe is None and settings.benign is None and settings.model == TINYWORLD:
+    if settings.unsafe is None and settings.benign is None and _tiny(settings):
         records = tiny_world_prompts(settings.concept, settings.unsafe_prompts, settings.benign_prompts, settings.seed)
     else:
         records = _unsafe(settings) + _benign(settings)
     return with_instead(records, itertools.cycle(settings.instead)) if settings.instead else records
+
+
+def _tiny(settings: Settings) -> bool:
+    """Whether the tiny world is to ask: for the embedded model, and for its concepts in a folder with its pictures."""
+    from tinyworld.world import CONCEPTS
+
+    return settings.model == TINYWORLD or (settings.concept in CONCEPTS and paints_tiny_world(Path(settings.model)))
 
 
 def origins(settings: Settings) -> dict[str, str]:
@@ -39,7 +47,7 @@ def origins(settings: Settings) -> dict[str, str]:
     A hub id counts by its name.
     """
     files = (settings.unsafe, settings.benign)
-    if files == (None, None) and settings.model == TINYWORLD:
+    if files == (None, None) and _tiny(settings):
         return {}
     known = (*presets.names(), presets.BENIGN)
     names = [name for name, file in zip((settings.concept, presets.BENIGN), files, strict=True) if file is None]
