@@ -52,6 +52,10 @@ KINDS: dict[str, Parts] = {
     PIPELINE: _parts(TRANSFORMER, "AutoencoderKL", ("CLIPTextModel", "T5EncoderModel"), ("CLIP", "T5")),
     "ChromaPipeline": _parts("ChromaTransformer2DModel", "AutoencoderKL", ("T5EncoderModel",), ("T5",)),
     "Flux2KleinPipeline": _parts("Flux2Transformer2DModel", "AutoencoderKLFlux2", ("Qwen3ForCausalLM",), ("Qwen2",)),
+    "Flux2Pipeline": {
+        **_parts("Flux2Transformer2DModel", "AutoencoderKLFlux2", ("Mistral3ForConditionalGeneration",), ()),
+        "tokenizer": _named("transformers", "PixtralProcessor"),
+    },
     "QwenImagePipeline": _parts(
         "QwenImageTransformer2DModel", "AutoencoderKLQwenImage", ("Qwen2_5_VLForConditionalGeneration",), ("Qwen2",)
     ),

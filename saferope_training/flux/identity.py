@@ -24,7 +24,8 @@ def encoders_fingerprint(model: Model) -> str:
         return model.source.fingerprint()
     names = asked(model).encoders
     parts = [fingerprint(getattr(model.pipe, name)) for name in names]
-    words = [_words(getattr(model.pipe, name.replace("text_encoder", "tokenizer"))) for name in names]
+    tokenizers = [getattr(model.pipe, name.replace("text_encoder", "tokenizer")) for name in names]
+    words = [_words(getattr(each, "tokenizer", each)) for each in tokenizers]  # a processor has one within
     return hashlib.sha256("".join(parts + words).encode()).hexdigest()
 
 

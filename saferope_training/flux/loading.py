@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .attach import LAYOUTS, geometry_from, geometry_of
+from .attach import LAYOUTS, geometry_from
 from .checkpoint import SUFFIXES, read_shapes, read_weights, require_names, require_none, transformer_config
 from .encoders import EncoderSource
 from .folder import (
@@ -40,7 +40,7 @@ from .folder import (
     transformer_of,
 )
 from .models import GUIDANCE, TINYWORLD, Model, from_pipeline
-from .pipelines import asked_of
+from .pipelines import tokenizer_of
 from .plausible import require_plausible
 from .quantise import in_place, is_torchao, quantisation_config, require_library, require_quantised
 
@@ -60,6 +60,7 @@ class Defaults:
 
 DEV = Defaults(512, 28, GUIDANCE)  # diffusers' FluxPipeline's
 SCHNELL = Defaults(256, 4, 0.0)  # its model card's
+FLUX2_DEV = Defaults(512, 50, 4.0)  # diffusers' Flux2Pipeline's
 # Of other families, and where they are distilled: diffusers' pipelines' (0.42.1) and model cards'
 OTHERS = {
     "chroma": (Defaults(512, 35, 5.0), Defaults(512, 8, 1.0)),
@@ -167,6 +168,8 @@ def _bytes_of(folder: Path, parts: list[str]) -> int:
 def defaults_of(config: Any, folder: Path) -> Defaults:
     """FLUX.1-dev's where a FLUX.1 transformer embeds guidance, else FLUX.1-schnell's; the family's own elsewhere."""
     family = geometry_from(config).family
+    if family == "flux2" and config["guidance_embeds"]:
+        return FLUX2_DEV
     if family not in OTHERS:
         return DEV if config["guidance_embeds"] else SCHNELL
     plain, distilled = OTHERS[family]
@@ -213,8 +216,7 @@ def _assemble(name: str, folder: Path, transformer: Any, resolution: int) -> Mod
     require_plausible(pipe.vae, f"{name}, vae")
     pipe.vae.to(transformer.device)
     found = defaults_of({**transformer.config, "_class_name": type(transformer).__name__}, folder)
-    words = getattr(pipe, asked_of(geometry_of(transformer).family).tokenizer)
-    length = min(found.text_length, words.model_max_length)
+    length = min(found.text_length, tokenizer_of(pipe).model_max_length)
     source = EncoderSource(folder, transformer.dtype)
     side = resolution // 8
     return from_pipeline(name, pipe, length, side, found.guidance, found.steps, source)

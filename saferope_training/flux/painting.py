@@ -27,11 +27,11 @@ def paint(model: Model, text: Text, noise: Tensor, steps: int, **choices: Any) -
     pipe, row, dtype = model.pipe, asked(model), model.transformer.dtype
     side = model.latent_side // 2
     prompts = _prompts(model, text)
-    if row.free_above is not None and model.guidance > row.free_above:
+    if model.guidance > row.free_above and not model.transformer.config.get("guidance_embeds"):
         empty = _prompts(model, encode(model, [""] * len(noise)))
         prompts |= {f"negative_{name}": value for name, value in empty.items()}
     start = noise.to(dtype)
-    unpacked = model.geometry.family == "flux2"  # its pipeline packs noise itself, and undoes all at the end
+    unpacked = model.geometry.family == "flux2"  # its pipelines pack noise themselves; klein's undoes all
     found = pipe(
         **prompts,
         **{row.scale: model.guidance},
@@ -42,7 +42,7 @@ def paint(model: Model, text: Text, noise: Tensor, steps: int, **choices: Any) -
         output_type="latent",
         **choices,
     ).images
-    return _to_model(pipe.vae, found) if unpacked else found
+    return _to_model(pipe.vae, found) if found.ndim == 4 else found
 
 
 def _prompts(model: Model, text: Text) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ Written = tuple[str, int]  # a text in its template, and the place of its first 
 
 
 class Asked(NamedTuple):
-    """One family's pipeline. `cut` tokens of the template's beginning are dropped; `tokenizer` and `encoders` are its
+    """One family's pipeline. `cut` tokens of the template's beginning are dropped; `encoders` are its
     attributes' names; `suffix` is what stands behind the padding.
     """
 
@@ -36,10 +36,9 @@ class Asked(NamedTuple):
     masked: bool = False  # `pooled` tells which tokens are attended to
     pooled: str = "prompt_embeds_mask"  # what its pipeline calls `pooled`; "": it takes none
     scale: str = "guidance_scale"  # what it calls the scale of guidance
-    free_above: float | None = 1.0  # above this scale it guides by a second pass; None: the transformer embeds it
+    free_above: float = 1.0  # above this scale it guides by a second pass, unless the transformer embeds guidance
     states: Callable[[dict], tuple[int, ...]] = lambda config: (config["joint_attention_dim"],)  # of a token
     pooled_width: Callable[[dict, int], int] = lambda config, length: length
-    tokenizer: str = "tokenizer"
     encoders: tuple[str, ...] = ("text_encoder",)
 
 
@@ -53,6 +52,12 @@ def asked_of(family: str) -> Asked:
     if family not in PIPELINES:
         raise ValueError(f"family {family!r}: its pipeline is not known, expected one of {', '.join(PIPELINES)}")
     return PIPELINES[family]
+
+
+def tokenizer_of(pipe: Any) -> Any:
+    """The tokenizer of the text that a concept's words are found in: the last one, and a processor's own."""
+    last = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
+    return getattr(last, "tokenizer", last)
 
 
 def grid(model: Model, axes: int) -> Tensor:
@@ -111,6 +116,12 @@ def _flux2_inputs(model: Model, text: Text) -> dict[str, Any]:
 
 
 def _flux2_written(pipe: Any, text: str) -> Written:
+    if not hasattr(pipe.config, "is_distilled"):  # dev, whose Mistral is told first how to answer
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        said = format_input([text], pipe.system_message)[0]
+        whole = pipe.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=False)
+        return whole, whole.rindex(text)
     whole = pipe.tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
@@ -159,10 +170,8 @@ PIPELINES = {
         _flux,
         _flux_inputs,
         lambda model: (None, model.transformer.pos_embed(model.image_ids)),
-        tokenizer="tokenizer_2",
         encoders=("text_encoder", "text_encoder_2"),
         pooled="pooled_prompt_embeds",
-        free_above=None,
         pooled_width=lambda config, length: config["pooled_projection_dim"],
     ),
     "chroma": Asked(
@@ -207,7 +216,7 @@ def tokens_of(pipe: Any, row: Asked, texts: Sequence[str], length: int) -> tuple
 
     Tokens of the template and padding lie outside of the text, at (0, 0).
     """
-    tokenizer, cut = getattr(pipe, row.tokenizer), row.cut(pipe)
+    tokenizer, cut = tokenizer_of(pipe), row.cut(pipe)
     behind = tokenizer(row.suffix(pipe))["input_ids"] if row.suffix(pipe) else []
     written = [row.written(pipe, text) for text in texts]
     batch = tokenizer(

@@ -20,7 +20,7 @@ from saferope_core import (
 from .. import processes
 from ..flux import loading
 from ..flux.models import Model, text_tokens
-from ..flux.pipelines import asked
+from ..flux.pipelines import tokenizer_of
 from ..flux.quantise import require_library, require_usable
 from ..prompts import PromptRecord, side
 from ..settings import Settings
@@ -70,7 +70,7 @@ def require(model: Model, records: Sequence[PromptRecord], settings: Settings) -
 
 def _require_words(model: Model, records: Sequence[PromptRecord]) -> None:
     """That the text encoder knows the concept's words; others are told."""
-    tokenizer = getattr(model.pipe, asked(model).tokenizer)
+    tokenizer = tokenizer_of(model.pipe)
     batch = tokenizer(
         [record.text for record in records], max_length=model.text_length, truncation=True, return_offsets_mapping=True
     )

@@ -8,13 +8,19 @@ import transformers
 
 from dev.comfyui import find_comfyui
 from saferope_training.flux.models import Model, from_pipeline
+from saferope_training.flux.pipelines import tokenizer_of
 from tests.support.diffusers_models import TINY
 from tinyworld import model as tiny
 
 LENGTH, SIDE = 24, 4  # tokens of text; rows and columns of the latent: 2 x 2 image tokens
+LENGTHS = {"flux2-dev": 64}  # where the template is longer
 TEMPLATE = (  # Qwen3's, less what one prompt does not need
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+_MISTRAL = (  # Mistral's, less what one prompt does not need
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content[0].text }}"
+    "{% else %}[INST]{{ m.content[0].text }}[/INST]{% endif %}{% endfor %}"
 )
 _TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 _TEXT |= {"max_position_embeddings": 256}
@@ -62,6 +68,20 @@ def _flux2(transformer):
     return diffusers.Flux2KleinPipeline(tiny.make_scheduler(), _flux2_vae(), text, words, transformer)
 
 
+def _flux2_dev(transformer):
+    words = _words()
+    words.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
+    words.padding_side = words.init_kwargs["padding_side"] = "left"  # Mistral's; the second is what is saved
+    processor = transformers.PixtralProcessor(transformers.PixtralImageProcessor(), words, chat_template=_MISTRAL)
+    config = transformers.Mistral3Config(
+        text_config=_TEXT | {"model_type": "mistral", "vocab_size": len(words), "num_hidden_layers": 31, "head_dim": 8},
+        vision_config={"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "head_dim": 8},
+    )
+    text = transformers.Mistral3ForConditionalGeneration(config)
+    return diffusers.Flux2Pipeline(tiny.make_scheduler(), _flux2_vae(), text, processor, transformer)
+
+
 def _qwen(transformer):
     words = _words()
     config = transformers.Qwen2_5_VLConfig(
@@ -88,6 +108,7 @@ def _krea(transformer):
 _MAKERS = {
     "chroma": (_chroma, {"joint_attention_dim": tiny.TEXT_WIDTH}),
     "flux2": (_flux2, {"joint_attention_dim": 48, "guidance_embeds": False}),  # three layers of 16; klein's
+    "flux2-dev": (_flux2_dev, {"joint_attention_dim": 48}),
     "qwen-image": (_qwen, {"joint_attention_dim": 16}),
     "krea2": (_krea, {"text_hidden_dim": 16}),
 }
@@ -99,8 +120,8 @@ def make_pipeline(family: str) -> diffusers.DiffusionPipeline:
     make, sizes = _MAKERS[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipe = make(TINY[family].make(**sizes))
-    pipe.tokenizer.model_max_length = LENGTH
+        pipe = make(TINY[family.removesuffix("-dev")].make(**sizes))
+    tokenizer_of(pipe).model_max_length = LENGTHS.get(family, LENGTH)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.eval()
     return pipe
@@ -108,4 +129,4 @@ def make_pipeline(family: str) -> diffusers.DiffusionPipeline:
 
 def make_model(family: str) -> Model:
     """The pipeline as training sees it."""
-    return from_pipeline("random", make_pipeline(family), LENGTH, SIDE)
+    return from_pipeline("random", make_pipeline(family), LENGTHS.get(family, LENGTH), SIDE)
