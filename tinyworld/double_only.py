@@ -1,7 +1,7 @@
 """Makes a second tiny model of the same world, of Qwen-Image's layout: double blocks alone, and a language model in
 front.
 
-    python -m tinyworld.double_only --out double_only       # an hour on one CPU core
+    python -m tinyworld.double_only --out double_only       # an hour on one CPU core; --device cuda
 
 Four double blocks of 2 heads x 128, between a Qwen2.5-VL of width 64 that reads the pipeline's own chat template word
 by word, and the tiny world's codec. Encoder and transformer are trained together on rectified flow; then the
@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         "--distillation-steps", type=int, default=DISTILLATION_STEPS, help=f"(default {DISTILLATION_STEPS})"
     )
     parser.add_argument("--scenes", type=int, default=SCENES, help=f"to learn from (default {SCENES})")
+    parser.add_argument("--device", default="cpu", help="that learns, such as cuda (default cpu)")
     parser.add_argument("--work", type=Path, default=Path(".cache/double_only"), help="where checkpoints go")
     return parser.parse_args()
 
@@ -112,15 +113,16 @@ def make_pipeline(seed: int = SEED) -> QwenImagePipeline:
 
 def encode(pipe: QwenImagePipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
     """States [B, TEXT_LENGTH, 64] behind the template's beginning, and which tokens are attended to."""
-    states, mask = pipe._get_qwen_prompt_embeds(texts, "cpu")
+    states, mask = pipe._get_qwen_prompt_embeds(texts, pipe.text_encoder.device)
     missing = TEXT_LENGTH - states.shape[1]
     return pad(states, (0, 0, 0, missing)), pad(mask, (0, missing)).bool()
 
 
 def velocity(net: nn.Module, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+    """Where the transformer is, as the text is already."""
     (found,) = net(
-        hidden_states=x,
-        timestep=t,
+        hidden_states=x.to(net.device),
+        timestep=t.to(net.device),
         encoder_hidden_states=text[0],
         encoder_hidden_states_mask=text[1],
         img_shapes=[SHAPES] * len(x),
@@ -132,7 +134,7 @@ def velocity(net: nn.Module, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor]) 
 def flow_loss(both: nn.ModuleDict, pipe: QwenImagePipeline, scenes: flow.Scenes, rng: random.Random) -> Tensor:
     """Error of the plain velocity, captions sometimes dropped."""
     latents, texts = scenes.draw(rng, flow.BATCH)
-    x, t, noise = flow._noised(latents)
+    x, t, noise = flow.noised(latents)
     pipe.text_encoder = both["text_encoder"]
     text = encode(pipe, ["" if rng.random() < flow.CAPTION_DROPOUT else each for each in texts])
     return scenes.error(velocity(both["transformer"], x, t, text), noise - latents)
@@ -143,7 +145,7 @@ def distillation_loss(
 ) -> Tensor:
     """Error against the frozen model's velocity guided at FULL_SCALE."""
     latents, texts = scenes.draw(rng, flow.BATCH)
-    x, t, _ = flow._noised(latents)
+    x, t, _ = flow.noised(latents)
     with torch.no_grad():
         text = encode(pipe, texts)
         without = velocity(teacher, x, t, encode(pipe, [""] * len(texts)))
@@ -164,7 +166,8 @@ def train(pipe: QwenImagePipeline, scenes: flow.Scenes, arguments: argparse.Name
 
         return flow.fit(net, loss_of, steps, rate, seed, arguments.work / f"{name}.pt", progress)
 
-    both = nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}).train()
+    both = nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
+    both = both.train().to(arguments.device)
     both = stage(
         "flow", both, lambda net, rng: flow_loss(net, pipe, scenes, rng), arguments.steps, flow.LEARNING_RATE, SEED + 1
     )
@@ -173,7 +176,7 @@ def train(pipe: QwenImagePipeline, scenes: flow.Scenes, arguments: argparse.Name
     student.load_state_dict(teacher.state_dict())
     pipe.transformer = stage(
         "distillation",
-        student.train(),
+        student.train().to(arguments.device),
         lambda net, rng: distillation_loss(net, teacher, pipe, scenes, rng),
         arguments.distillation_steps,
         flow.DISTIL_LEARNING_RATE,
@@ -183,7 +186,7 @@ def train(pipe: QwenImagePipeline, scenes: flow.Scenes, arguments: argparse.Name
 
 def save(pipe: QwenImagePipeline, out: Path) -> None:
     """Writes the pipeline as diffusers does, its transformer in bfloat16."""
-    pipe.transformer.to(torch.bfloat16)
+    pipe.to("cpu").transformer.to(torch.bfloat16)
     pipe.register_to_config(is_distilled=True)  # so that nobody guides it once more
     pipe.save_pretrained(out)
 

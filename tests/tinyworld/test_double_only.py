@@ -20,7 +20,7 @@ from tinyworld.model import TEXT_LENGTH, load_pipeline
 def folder(tmp_path_factory):
     """Made by the command's own stages, a few steps each."""
     path = tmp_path_factory.mktemp("double_only")
-    arguments = argparse.Namespace(steps=2, distillation_steps=2, work=path)
+    arguments = argparse.Namespace(steps=2, distillation_steps=2, work=path, device="cpu")
     pipe = double_only.make_pipeline()
     scenes = flow.Scenes(load_pipeline(), 8, 0, lambda: None)
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
