@@ -8,6 +8,8 @@
     python -m dev.measure demo          # the star of `make demo`, evaluated
     python -m dev.measure hardened      # an hour or two: concepts hardened by two rounds, evaluated and attacked;
                                         # `hardened star` does one of them
+    python -m dev.measure double-only   # the four concepts in the second tiny model, which is made first where it is
+                                        # not there; `double-only star` does one of them
     python -m dev.measure detectors     # a minute: the tiny world's two detectors where the truth is known
     python -m dev.measure bundled       # minutes: the bundled star, attacked
     python -m dev.measure memory        # seconds, on any machine
@@ -41,7 +43,7 @@ WORK = Path(".cache/results")
 DOCS = ROOT / "docs"
 COLOURS = 128  # of the pictures in the docs: a quarter of the size, hardly a difference
 TABLE1, TABLE2, FEW_STEP = WORK / "tinyworld", WORK / "ablations", WORK / "few_step"
-DIAL, NOW, HARDENED = WORK / "dial", WORK / "now", WORK / "hardened"
+DIAL, NOW, HARDENED, DOUBLE_ONLY = WORK / "dial", WORK / "now", WORK / "hardened", WORK / "double_only"
 SAFEROPE = (sys.executable, "-m", "saferope")
 SUITE = (*SAFEROPE, "evaluate", "--suite")
 FILES = ("--concepts", str(TABLE1 / "concepts"))
@@ -97,7 +99,7 @@ DEMO_ROWS = {
 }
 CELL = re.compile(
     r"(?P<value>\d+(?:\.\d+)?)(?: (?P<unit>%|x|ms|s|MB|of 255))?"
-    r"(?: \((?P<low>[\d.]+)(?:\.\.| to )(?P<high>[\d.]+)\))?(?P<told> \*)?"
+    r"(?: \((?P<low>-?[\d.]+)(?:\.\.| to )(?P<high>[\d.]+)\))?(?P<told> \*)?"
 )
 # a model like the tiny one -> how `tinyworld.train` makes it: 3 heads, 3 + 6 blocks, another seed
 SCALED = {"wide": ("--heads", "3"), "deep": ("--double", "3", "--single", "6"), "seed": ("--seed", "1")}
@@ -330,16 +332,34 @@ def hardened(slugs: Sequence[str] = tuple(CONCEPTS)) -> dict[str, dict]:
         if not (ROOT / files["hardened"]).is_file():
             run((*SAFEROPE, "train", slug, "--harden", "2", "--no-verdict", "--out", str(folder)))
         for name, file in files.items():
-            asked, attack = (*SAFEROPE, "evaluate", str(file)), (*SAFEROPE, "attack", str(file))
+            attack = (*SAFEROPE, "attack", str(file))
             run(attack)
             text = (ROOT / file.with_suffix(".attack") / "attack.md").read_text(encoding="utf-8")
             found[f"{name}-attack/{slug}"] = entry(_titled(text)[slug], attack)
-            run(asked)
-            (table,) = tables_in((ROOT / folder / f"{file.stem}.evaluation.md").read_text(encoding="utf-8"))
-            found[f"{name}/{slug}"] = entry(
-                [["", "pictures", "unprotected", "protected"], *_chosen(table, slug)], asked
-            )
+            found[f"{name}/{slug}"] = _evaluated(file, slug)
     return found
+
+
+def double_only(slugs: Sequence[str] = tuple(CONCEPTS)) -> dict[str, dict]:
+    """Concepts trained by the defaults in the second tiny model, of Qwen-Image's layout, as README's table."""
+    folder, found = DOUBLE_ONLY / "model", {}
+    if not (ROOT / folder / "model_index.json").is_file():
+        make = (sys.executable, "-m", "tinyworld.double_only", "--out", str(folder))
+        run((*make, "--work", str(DOUBLE_ONLY / "work")))
+    model = ("--model", str(folder))
+    for slug in slugs:
+        file = DOUBLE_ONLY / slug / f"{slug}.safetensors"
+        run((*SAFEROPE, "train", slug, *model, "--no-verdict", "--out", str(file.parent)))
+        found[f"double-only/{slug}"] = _evaluated(file, slug, *model)
+    return found
+
+
+def _evaluated(file: Path, slug: str, *more: str) -> dict:
+    """README's rows of one concept's file."""
+    command = (*SAFEROPE, "evaluate", str(file), *more)
+    run(command)
+    (table,) = tables_in((ROOT / file.with_suffix(".evaluation.md")).read_text(encoding="utf-8"))
+    return entry([["", "pictures", "unprotected", "protected"], *_chosen(table, slug)], command)
 
 
 def bundled() -> dict[str, dict]:
@@ -414,19 +434,21 @@ MEASURES = {"suites": suites, "dial": dial, "now": now, "cost": cost, "count": c
 MEASURES |= {
     "bundled": bundled,
     "detectors": detectors,
+    "double-only": double_only,
     "hardened": hardened,
     "memory": memory,
     "scale": scale,
     "tiny-world": tiny_world,
 }
+PARTS = {"hardened": tuple(CONCEPTS), "double-only": tuple(CONCEPTS), "scale": tuple(SCALED)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure figures of the pages and write docs/results.json.")
     parser.add_argument("what", choices=MEASURES)
-    parser.add_argument("some", nargs="*", help="concepts of `hardened`, models of `scale`; all if left out")
+    parser.add_argument("some", nargs="*", help="concepts, or models of `scale`; all if left out")
     arguments = parser.parse_args()
-    parts = {"hardened": tuple(CONCEPTS), "scale": tuple(SCALED)}.get(arguments.what, ())
+    parts = PARTS.get(arguments.what, ())
     if not set(arguments.some) <= set(parts):
         parser.error(f"{arguments.what}: got {arguments.some}, expected {f'some of {parts}' if parts else 'none'}")
     measure: Any = MEASURES[arguments.what]

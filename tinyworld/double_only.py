@@ -1,7 +1,7 @@
 """Makes a second tiny model of the same world, of Qwen-Image's layout: double blocks alone, and a language model in
 front.
 
-    python -m tinyworld.double_only --out double_only       # an hour on one CPU core; --device cuda
+    python -m tinyworld.double_only --out double_only    # --device cuda: on a GPU
 
 Four double blocks of 2 heads x 128, between a Qwen2.5-VL of width 64 that reads the pipeline's own chat template word
 by word, and the tiny world's codec. Encoder and transformer are trained together on rectified flow; then the

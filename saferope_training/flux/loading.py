@@ -33,6 +33,7 @@ from .folder import (
     first_line,
     kind_of,
     load_part,
+    paints_tiny_world,
     parts_of,
     read_json,
     require_parts,
@@ -79,13 +80,14 @@ def load_model(
 ) -> Model:
     """A frozen model: `tinyworld`, a diffusers folder, a hub id, or a single file of FLUX.1 with `encoders`.
 
-    `encoders` is a diffusers folder or hub id too. `quantise` is one of `quantise.KINDS`; `resolution` in pixels, a
-    multiple of 16, RESOLUTION unless told. Text encoders of folders are loaded when first asked for, see `encoders`.
-    ValueError or OSError, one line, where there is no such model or its pipeline is not one of folder.KINDS.
+    `encoders` is a diffusers folder or hub id too. `quantise` is one of `quantise.KINDS`. `resolution` is in pixels, a
+    multiple of 16; left out, it is RESOLUTION, or the tiny world's where the folder paints that. Text encoders of
+    folders are loaded when first asked for, see `encoders`. ValueError or OSError, one line, where there is no such
+    model or its pipeline is not one of folder.KINDS.
     """
     if name == TINYWORLD:
         return _tiny_world(device, quantise, encoders, resolution)
-    resolution = resolution or RESOLUTION
+    resolution = resolution or _own_resolution(name)
     if resolution % _PATCH:
         raise ValueError(f"resolution: got {resolution}, expected a multiple of {_PATCH} pixels")
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -158,7 +160,13 @@ def outline(name: str, encoders: str | None, resolution: int | None, config: dic
         return model.TEXT_LENGTH, render.SIZE // _PATCH, _bytes_of(model.WEIGHTS, parts), 0
     folder = find_folder(encoders or name, transformer=False)
     text, parts = defaults_of(config, folder).text_length, parts_of(folder, "text_encoder")
-    return text, (resolution or RESOLUTION) // _PATCH, _bytes_of(folder, parts), _bytes_of(folder, ["vae"])
+    return text, (resolution or _own_resolution(name)) // _PATCH, _bytes_of(folder, parts), _bytes_of(folder, ["vae"])
+
+
+def _own_resolution(name: str) -> int:
+    from tinyworld import render
+
+    return render.SIZE if paints_tiny_world(Path(name)) else RESOLUTION
 
 
 def _bytes_of(folder: Path, parts: list[str]) -> int:

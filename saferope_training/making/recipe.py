@@ -333,7 +333,7 @@ def concept_of(
     return Concept(
         slug=settings.concept,
         name=settings.concept.capitalize(),
-        description=f"{settings.concept} of the tiny world" if settings.model == "tinyworld" else settings.concept,
+        description=f"{settings.concept} of the tiny world" if model.tiny else settings.concept,
         geometry=model.geometry,
         discrimination=discrimination,
         threshold=settings.threshold,

@@ -7,7 +7,11 @@ import argparse
 import pytest
 import torch
 from rich.progress import Progress
+from typer.testing import CliRunner
 
+from dev import measure
+from saferope import cli
+from saferope_core import load_concepts
 from saferope_training.flux.loading import load_model
 from saferope_training.flux.models import text_tokens
 from saferope_training.prompts.sources import prompts_for
@@ -46,7 +50,8 @@ def test_every_caption_fits_with_its_template():
 
 
 def test_its_folder_is_the_tiny_world_to_the_trainer(folder):
-    model = load_model(str(folder), resolution=96)
+    model = load_model(str(folder))
+    assert model.latent_side == 12
     assert model.tiny and model.guidance == 1 and model.text_length == TEXT_LENGTH
     geometry = model.geometry
     assert (geometry.family, geometry.double_blocks, geometry.single_blocks) == ("qwen-image", 4, 0)
@@ -56,3 +61,27 @@ def test_its_folder_is_the_tiny_world_to_the_trainer(folder):
         prompts_for(Settings(concept="xylophone", model=str(folder)))
     kinds = text_tokens(model, [own[0].text], [own[0].subject])
     assert kinds["subject"].sum() == 1
+
+
+FEW = "--steps 2 --phase 1 --batch 4 --unsafe-prompts 8 --benign-prompts 8 --cut=-1 --no-verdict".split()
+
+
+@pytest.mark.parametrize("slug", world.CONCEPTS)
+def test_every_concept_is_trained_and_evaluated_in_it(folder, tmp_path, slug, monkeypatch):
+    """By the commands that `dev.measure double-only` runs, less prompts and steps: its figures are all there."""
+    fewer = {"train": FEW, "evaluate": ["--unsafe", "2", "--benign", "2"]}
+
+    def run(command):
+        asked = [*command[len(measure.SAFEROPE) :], *fewer[command[3]]]
+        result = CliRunner().invoke(cli.app, asked)
+        assert result.exit_code == 0, result.output
+
+    monkeypatch.setattr(measure, "run", run)
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "_git", lambda *_: "")
+    monkeypatch.setattr(measure, "DOUBLE_ONLY", folder.parent)
+    found = measure.double_only([slug])[f"double-only/{slug}"]["rows"]
+    assert len(found) == len(measure.DEMO_ROWS)
+    assert {f"{slug} shown", f"{slug} shown, held-out words"} < found.keys()
+    (concept,) = load_concepts(tmp_path / measure.DOUBLE_ONLY / slug / f"{slug}.safetensors")
+    assert concept.text.generator.any(), "it turns something"
