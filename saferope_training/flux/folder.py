@@ -56,6 +56,7 @@ KINDS: dict[str, Parts] = {
         **_parts("Flux2Transformer2DModel", "AutoencoderKLFlux2", ("Mistral3ForConditionalGeneration",), ()),
         "tokenizer": _named("transformers", "PixtralProcessor"),
     },
+    "OvisImagePipeline": _parts("OvisImageTransformer2DModel", "AutoencoderKL", ("Qwen3Model",), ("Qwen2",)),
     "QwenImagePipeline": _parts(
         "QwenImageTransformer2DModel", "AutoencoderKLQwenImage", ("Qwen2_5_VLForConditionalGeneration",), ("Qwen2",)
     ),

@@ -66,6 +66,7 @@ FLUX2_DEV = Defaults(512, 50, 4.0)  # diffusers' Flux2Pipeline's
 OTHERS = {
     "chroma": (Defaults(512, 35, 5.0), Defaults(512, 8, 1.0)),
     "flux2": (Defaults(512, 50, 4.0), Defaults(512, 4, 1.0)),
+    "ovis-image": (Defaults(256, 50, 5.0),) * 2,
     "qwen-image": (Defaults(512, 50, 4.0), Defaults(512, 8, 1.0)),
     "krea2": (Defaults(512, 28, 4.5), Defaults(512, 8, 0.0)),
 }

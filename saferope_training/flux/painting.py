@@ -6,6 +6,7 @@ each channel moved and scaled as its pipeline does.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def paint(model: Model, text: Text, noise: Tensor, steps: int, **choices: Any) -
     if model.guidance > row.free_above and not model.transformer.config.get("guidance_embeds"):
         empty = _prompts(model, encode(model, [""] * len(noise)))
         prompts |= {f"negative_{name}": value for name, value in empty.items()}
+        if "negative_prompt" in signature(pipe.__call__).parameters:
+            prompts["negative_prompt"] = None  # Ovis-Image's is "" unless told
     start = noise.to(dtype)
     unpacked = model.geometry.family == "flux2"  # its pipelines pack noise themselves; klein's undoes all
     found = pipe(
@@ -45,9 +48,9 @@ def paint(model: Model, text: Text, noise: Tensor, steps: int, **choices: Any) -
     return _to_model(pipe.vae, found) if found.ndim == 4 else found
 
 
-def _prompts(model: Model, text: Text) -> dict[str, Tensor]:
+def _prompts(model: Model, text: Text) -> dict[str, Tensor | None]:
     row, dtype = asked(model), model.transformer.dtype
-    found = {"prompt_embeds": text.states.to(model.device, dtype)}
+    found: dict[str, Tensor | None] = {"prompt_embeds": text.states.to(model.device, dtype)}
     if row.pooled:
         found[row.pooled] = text.pooled.to(model.device, torch.bool if row.pooled == "prompt_embeds_mask" else dtype)
     return found

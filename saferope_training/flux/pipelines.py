@@ -69,6 +69,13 @@ def grid(model: Model, axes: int) -> Tensor:
     return ids.flatten(0, 1)
 
 
+def _line(model: Model, axes: int, *along: int) -> Tensor:
+    """Positions [L, axes] of text tokens: a token's number on the axes `along`."""
+    ids = torch.zeros(model.text_length, axes, device=model.device)
+    ids[:, along] = torch.arange(model.text_length, device=model.device, dtype=ids.dtype)[:, None]
+    return ids
+
+
 def _flux(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     states, pooled, _ = pipe.encode_prompt(texts, None, device=device, max_sequence_length=length)
     return states, pooled
@@ -102,17 +109,11 @@ def _flux2(pipe: Any, texts: list[str], length: int, device: torch.device) -> tu
     return states, torch.ones(states.shape[:2])
 
 
-def _flux2_text(model: Model) -> Tensor:
-    ids = torch.zeros(model.text_length, 4, device=model.device)
-    ids[:, 3] = torch.arange(model.text_length, device=model.device)
-    return ids
-
-
 def _flux2_inputs(model: Model, text: Text) -> dict[str, Any]:
     guidance = None
     if model.transformer.config.guidance_embeds:
         guidance = torch.full((len(text.states),), model.guidance, device=model.device)
-    return {"guidance": guidance, "txt_ids": _flux2_text(model), "img_ids": grid(model, 4)}
+    return {"guidance": guidance, "txt_ids": _line(model, 4, 3), "img_ids": grid(model, 4)}
 
 
 def _flux2_written(pipe: Any, text: str) -> Written:
@@ -126,6 +127,16 @@ def _flux2_written(pipe: Any, text: str) -> Written:
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
     return whole, whole.index(text)
+
+
+def _ovis(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    states, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, device=device, max_sequence_length=length)
+    return states, torch.ones(states.shape[:2])
+
+
+def _ovis_written(pipe: Any, text: str) -> Written:
+    (whole,) = pipe._get_messages(text)
+    return whole, whole.index(pipe.system_prompt) + len(pipe.system_prompt)
 
 
 def _qwen(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -184,8 +195,16 @@ PIPELINES = {
     "flux2": Asked(
         _flux2,
         _flux2_inputs,
-        lambda model: (model.transformer.pos_embed(_flux2_text(model)), model.transformer.pos_embed(grid(model, 4))),
+        lambda model: (model.transformer.pos_embed(_line(model, 4, 3)), model.transformer.pos_embed(grid(model, 4))),
         written=_flux2_written,
+        pooled="",
+    ),
+    "ovis-image": Asked(
+        _ovis,
+        lambda model, text: {"txt_ids": _line(model, 3, 1, 2), "img_ids": model.image_ids},
+        lambda model: tuple(model.transformer.pos_embed(ids) for ids in (_line(model, 3, 1, 2), model.image_ids)),
+        written=_ovis_written,
+        cut=lambda pipe: pipe.user_prompt_begin_id,
         pooled="",
     ),
     "qwen-image": Asked(

@@ -68,6 +68,15 @@ def _flux2(transformer):
     return diffusers.Flux2KleinPipeline(tiny.make_scheduler(), _flux2_vae(), text, words, transformer)
 
 
+def _ovis(transformer):
+    words = _words()
+    text = transformers.Qwen3Model(
+        transformers.Qwen3Config(**_TEXT, vocab_size=len(words), num_hidden_layers=2, head_dim=8)
+    )
+    vae = diffusers.AutoencoderKL(**_VAE, **_FOUR, shift_factor=0.1, scaling_factor=0.4)
+    return diffusers.OvisImagePipeline(tiny.make_scheduler(), vae, text, words, transformer)
+
+
 def _flux2_dev(transformer):
     words = _words()
     words.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
@@ -109,6 +118,7 @@ _MAKERS = {
     "chroma": (_chroma, {"joint_attention_dim": tiny.TEXT_WIDTH}),
     "flux2": (_flux2, {"joint_attention_dim": 48, "guidance_embeds": False}),  # three layers of 16; klein's
     "flux2-dev": (_flux2_dev, {"joint_attention_dim": 48}),
+    "ovis-image": (_ovis, {"joint_attention_dim": 16}),
     "qwen-image": (_qwen, {"joint_attention_dim": 16}),
     "krea2": (_krea, {"text_hidden_dim": 16}),
 }
