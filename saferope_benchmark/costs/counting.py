@@ -38,6 +38,7 @@ from .rotation import TRAINED, Size, concept_of
 
 LAUNCH = 5e-6  # seconds a kernel takes at least: what PyTorch needs to send one
 FORMS: tuple[Form, ...] = ("dense", "plain", "fused")
+OUTPUTS = ("out", "grad_input")  # arguments that are written, not read
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty")
 
 
@@ -141,7 +142,7 @@ def _kernel(name: str, args: tuple, kwargs: dict, out: Any) -> Kernel:
     if name in ("bmm", "baddbmm", "baddbmm_"):
         left, right = args[-2:] if name == "bmm" and len(args) == 2 else args[:2] if name == "bmm" else args[1:3]
         products = left.numel() * right.shape[-1]
-    read = {name: value for name, value in kwargs.items() if name != "out"}
+    read = {name: value for name, value in kwargs.items() if name not in OUTPUTS}
     return Kernel(name, written + sum(map(_bytes, _tensors((args, read)))), products)
 
 
@@ -167,7 +168,8 @@ def _fused_kernel(
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Each once."""
+    return list({id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}.values())
 
 
 def _bytes(tensor: Tensor) -> int:

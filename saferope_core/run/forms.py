@@ -3,7 +3,7 @@
     gathered   on a CPU: only the few vectors that may turn (`few`), in exact arithmetic (`dense`)
     dense      where gradients are kept: all vectors, in exact arithmetic
     fused      on a GPU with Triton: one kernel (`fused`)
-    plain      on any other device, and in float64: a dozen PyTorch kernels (`plain`)
+    plain      on any other device, and in float64: ten PyTorch kernels (`plain`)
 
 Axes: B batch, H heads, L tokens, D head dimension.
 """
@@ -108,10 +108,10 @@ def _fused(tokens: Tensor, plan: Packed, counts: Tensor | None, heads: bool) -> 
 
 def _plain(tokens: Tensor, plan: Packed, counts: Tensor | None) -> Tensor | None:
     """As `_fused`."""
-    scales = turn_plain(tokens, plan)
-    if counts is None or not scales:
+    above = turn_plain(tokens, plan)
+    if counts is None or not above:
         return None
-    passed = (torch.stack(scales) if len(scales) > 1 else scales[0][None]).ne(0)
+    passed = (torch.stack(above) if len(above) > 1 else above[0][None]).gt(0)
     counts.add_(passed.sum(1, dtype=counts.dtype).movedim(-1, 0))
     return passed
 

@@ -20,6 +20,9 @@ from .plan import Part, Plan
 
 # The cut of a gate of 1, which no LRS is above. Rounded directions may give an LRS above 1, but none near NEVER².
 NEVER = 2.0
+# e^iθ/4 tells every θ below two turns. Trained planes turn by up to half a turn, which e^iθ does not tell from −θ.
+QUARTERS = 4.0
+TWO_TURNS = 12.5  # radians, below 4π
 
 
 class Packed(NamedTuple):
@@ -34,7 +37,9 @@ class Packed(NamedTuple):
     cut: Tensor  # [H, C]: the share of its length above which a vector turns, times the root of |strength|
     # for every concept: its number, the heads whose gates a token can pass, and their indices among `heads`, None: all
     gates: list[tuple[int, Tensor, Tensor | None]]
-    one: Tensor  # []: 1.0, on the device
+    zero: Tensor  # []: 0.0, on the device
+    one: Tensor  # []: 1.0
+    turn: Tensor  # [H, C, P]: e^iθ/4, complex, of which e^isθ is a power; θ/4, real, where it is not
     above_1: bool  # some strength is above 1, so that s has to be held at 1
 
     @property
@@ -63,14 +68,19 @@ def packed(plan: Plan, model_heads: int, dtype: torch.dtype, device: torch.devic
     theta = [pad(part.strength.sign()[:, None] * part.theta, (0, planes - part.theta.shape[-1])) for part in parts]
     cut = [torch.where(part.gate < 1, part.gate.sqrt(), NEVER) * part.strength.abs().sqrt() for part in parts]
     real = wide(torch.empty(0, dtype=dtype)).dtype
+    angles = torch.stack(theta, 1).to(real)
+    quarter = angles / QUARTERS
+    powers = device.type != "mps" and bool(angles.abs().max() < TWO_TURNS)  # Apple's powers were not measured
     return Packed(
         plan.heads.to(device),
         len(plan.heads) == model_heads,
         torch.cat(columns, -1).to(device, dtype),
-        torch.stack(theta, 1).to(device, real),
+        angles.to(device),
         torch.stack(cut, 1).to(device, real),
         [_gates(plan, part, device) for part in parts],
+        torch.zeros((), dtype=real, device=device),
         torch.ones((), dtype=real, device=device),
+        (torch.polar(torch.ones_like(quarter), quarter) if powers else quarter).to(device),
         any(bool((part.strength.abs() > 1).any()) for part in parts),
     )
 

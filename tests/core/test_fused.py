@@ -25,7 +25,8 @@ def plan(make_concept):
 
 
 def both(plan, x):
-    """What the kernel and the exact form make of x; what the kernel counts and tells; s of the plain form."""
+    """What the kernel and the exact form make of x; what the kernel counts and tells; what the plain form
+    finds above its gates."""
     ready = packed(plan, GEOMETRY.heads, x.dtype, x.device)
     fused, other = x.clone(), x.clone()
     counts, passed = torch.ones(2, len(x), x.shape[2]), torch.empty(len(x), 2, x.shape[2], 2, dtype=torch.uint8)
@@ -43,11 +44,29 @@ def test_tiles_strengths_and_what_it_tells(plan):
     x[0, 0, 5] = 0.0
     fused, exact, (counts, passed), plain = both(plan, x)
     torch.testing.assert_close(fused, exact, rtol=0, atol=1e-5)
-    assert plain.max() == 1.0 and (plain[..., 1] >= 0).all(), "the sign is in the angle"
-    assert torch.equal(passed != 0, plain != 0) and passed.max() == 1
-    assert torch.equal(counts - 1, (plain != 0).float().sum(1).movedim(-1, 0)), "added to what was there"
+    assert torch.equal(passed != 0, plain > 0) and passed.max() == 1
+    assert torch.equal(counts - 1, (plain > 0).float().sum(1).movedim(-1, 0)), "added to what was there"
     assert torch.equal((fused != x).any(-1), passed.any(-1))
     assert (fused != x).any(-1)[:, :, -6:].any() and not (fused != x).any(-1).all(), "control: some turn, not all"
+
+
+@pytest.mark.parametrize(("most", "powers"), [(3.142, True), (12.0, True), (20.0, False)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_plain_turns_by_more_than_a_turn(make_concept, most, powers, sign):
+    """An angle a hair above half a turn, as trained planes have, is not its negative; nor is one of several turns."""
+    a = torch.zeros(1, 4, 4)
+    a[0, 1, 0], a[0, 0, 1] = most, -most
+    concept = make_concept(rank=4, heads=[(1, 0, 0)], geometry=GEOMETRY, generator_text=a)
+    guard = Protection([concept], GEOMETRY, strengths=[sign])
+    plan, x = guard._plans_for("dense", torch.empty(0))[1, "q", "text"], torch.randn(1, 2, LENGTH, 32)
+    ready, result = packed(plan, GEOMETRY.heads, x.dtype, x.device), x.clone()
+    turn_plain(result, ready)
+    exact = turn_exact("dense", x, x, plan, (0, LENGTH), None, False)
+    torch.testing.assert_close(result, exact, rtol=0, atol=3e-5)
+    assert ready.turn.is_complex() == powers
+    wrong = x.clone()
+    turn_plain(wrong, ready._replace(turn=ready.turn.conj() if powers else -ready.turn))
+    assert (wrong - exact).abs().max() > 0.1, "control: turned the other way"
 
 
 def test_rows_of_other_tensors_are_left_alone(plan):
