@@ -34,6 +34,7 @@ from saferope_core.run.fused import constants
 from saferope_core.run.packed import packed
 
 from . import compiled, rounding
+from .held import Holding
 from .rotation import TRAINED, Size, concept_of
 
 LAUNCH = 5e-6  # seconds a kernel takes at least: what PyTorch needs to send one
@@ -96,12 +97,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Count:
-    """The kernels of a step: those of one call for text and one for image tokens, and how often each is made."""
+    """The kernels of a step: those of one call for text and one for image tokens, and how often each is made; the bytes
+    of all prepared plans, and the most that a call makes at one time."""
 
     text: list[Kernel]
     image: list[Kernel]
     text_calls: int
     image_calls: int
+    planes: int
+    most: int
 
     def total(self, of: Any) -> float:
         """The sum of `of(kernel)` over all kernels of a step."""
@@ -190,13 +194,15 @@ def count(form: Form, model: Model, size: Size, recorded: bool = False) -> Count
         plan = packed(plan, model.heads, size.dtype, torch.device("cpu"))
     turn = turn_packed if form in PACKED else turn_exact
     text, image = (_kernels(turn, form, plan, model, size, stream, recorded) for stream in ("text", "image"))
-    return Count(text, image, model.double_blocks + model.single_blocks, 2 * model.single_blocks)
+    calls = model.double_blocks + model.single_blocks, 2 * model.single_blocks
+    planes = sum(calls) * sum(map(_bytes, _tensors(plan)))
+    return Count(text[0], image[0], *calls, planes, max(text[1], image[1]))
 
 
 def _kernels(
     turn: Callable, form: Form, plan: Any, model: Model, size: Size, stream: str, recorded: bool
-) -> list[Kernel]:
-    """Those of one call."""
+) -> tuple[list[Kernel], int]:
+    """Those of one call, and the most bytes that it makes at one time."""
     tokens = model.text + model.image
     span = (0, model.text) if stream == "text" else (model.text, tokens)
     told = Told(Forward(["prompt"], 1.0, (64, 64)), 0, stream, 1)
@@ -204,9 +210,9 @@ def _kernels(
         x = _without_memory(torch.empty(1, tokens, model.heads, model.head_dim, dtype=size.dtype)).transpose(1, 2)
         given = tree_map_only(Tensor, _without_memory, plan)
         for _ in range(2):  # a first call starts the sums that later ones add to
-            with Counting() as seen:
+            with Counting() as seen, Holding() as held:
                 turn(form, x, x, given, span, told if recorded else None, True)
-    return seen.kernels
+    return seen.kernels, held.most
 
 
 def _without_memory(tensor: Tensor) -> Tensor:
@@ -254,6 +260,8 @@ def row(case: Case) -> dict[str, Any]:
         "GB a step": counted.total(lambda each: each.bytes) / 1e9,
         "10¹² products a step": counted.total(lambda each: each.products) / 1e12,
         **shares,
+        "MB of prepared planes": counted.planes / 1e6,
+        "MB more in a call": counted.most / 1e6,
     }
 
 

@@ -7,6 +7,8 @@ import pytest
 from saferope_benchmark.costs.counting import CARDS, LAUNCH, MODELS, Kernel, count
 from saferope_benchmark.costs.rotation import TRAINED, Size
 
+# Bytes of FLUX.1-dev's weights in bf16 (tests/training/test_memory.py): less than it has at its peak without protection
+WEIGHTS = 23.8e9
 FLUX, H100 = MODELS["FLUX.1"], CARDS["H100 class"]
 
 
@@ -59,3 +61,15 @@ def test_the_recorder_costs_the_plain_form_three_kernels(concepts):
     size = Size(concepts=concepts, **TRAINED)
     bare, recorded = (count("plain", FLUX, size, recorded=each) for each in (False, True))
     assert [each.name for each in recorded.image[len(bare.image) :]] == ["gt", "sum", "add_"]
+
+
+@pytest.mark.parametrize(("form", "concepts"), [("fused", 1), ("fused", 3), ("plain", 1), ("plain", 3)])
+def test_protection_takes_a_hundredth_of_the_memory(form, concepts):
+    """All 1,368 heads. Planes alone: 128 rows of 24 columns of planes and 16 of the unsafe subspace, bf16."""
+    counted = count(form, FLUX, Size(concepts=concepts, **TRAINED))
+    planes = 2 * 128 * (24 + 16) * 24 * (57 + 2 * 38) * concepts
+    assert planes < counted.planes < 1.02 * planes
+    assert counted.planes + counted.most < 0.01 * WEIGHTS
+    assert counted.most <= {"fused": 0, "plain": 33e6 * concepts}[form]
+    dense = count("dense", FLUX, Size(concepts=concepts, **TRAINED))
+    assert dense.planes + dense.most > (1.5 if form == "fused" else 1.0) * (counted.planes + counted.most), "control"
