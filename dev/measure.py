@@ -52,6 +52,7 @@ FEW = ("--model", str(FEW_STEP / "model"), "--resolution", "96", *FILES, "--base
 FEW_OUT, DEMO = FEW_STEP / "evaluation", Path("demo_output/star")
 # FLUX.1-dev: text tokens, heads, bytes of T5-XXL's encoder and CLIP-L in bf16, and of the VAE; R + S by the defaults
 TEXT, HEADS, ENCODERS, VAE, WIDTH = 512, 57 * 24, 9_770_000_000, 170_000_000, 28
+EMBEDDING, GGUF = 2 * 32128 * 4096, 6_810_000_000  # T5's embedding in bf16; city96's Q4_K_S of FLUX.1-dev
 Command = tuple[str, ...]
 # product -> the command that makes it
 SUITES: dict[Path, Command] = {
@@ -287,6 +288,7 @@ def memory() -> dict[str, dict]:
         GIB,
         Plan,
         activation_bytes,
+        embedding_bytes,
         gathering_bytes,
         generator_bytes,
         transformer_bytes,
@@ -295,18 +297,19 @@ def memory() -> dict[str, dict]:
     with torch.device("meta"):
         config = FluxTransformer2DModel(guidance_embeds=True).config  # its other defaults are FLUX.1-dev's
     flux = {name: value for name, value in config.items() if not name.startswith("_")}
-    rows = [["FLUX.1-dev, checkpointed, one prompt a pass", "NF4", "8 bit"]]
+    rows = [["FLUX.1-dev, checkpointed, one prompt a pass", "NF4", "Q4 GGUF", "8 bit"]]
+    embedding = embedding_bytes(ENCODERS, EMBEDDING, TEXT, lent=True)
     for pixels in (512, 1024):
         tokens, cells = (pixels // 16) ** 2, []
-        for kind in ("nf4", "int8"):
-            weights = transformer_bytes(flux, kind, torch.bfloat16)
+        for kind in ("nf4", "gguf", "int8"):
+            weights = GGUF if kind == "gguf" else transformer_bytes(flux, kind, torch.bfloat16)
             kept = activation_bytes(flux, TEXT, tokens, 1, True, torch.bfloat16)
             learned = generator_bytes(HEADS, (WIDTH, WIDTH))
             heard = gathering_bytes(flux, TEXT, tokens, 1, torch.bfloat16)
-            phases = ((ENCODERS, 0, 0, 0), (0, 0, 0, heard), (0, kept, learned, 0))
+            phases = ((embedding, 0, 0, 0), (0, 0, 0, heard), (0, kept, learned, 0))
             peaks = [Plan(weights, phase[0], VAE, *phase[1:]).peak / GIB for phase in phases]
-            embedding, listening, training = (f"{peak:.1f}" for peak in peaks)
-            cells.append(f"{embedding} GiB while embedding, {listening} while listening, {training} while training")
+            told = "{:.1f} GiB while embedding, {:.1f} while listening, {:.1f} while training"
+            cells.append(told.format(*peaks))
         rows.append([f"{pixels} x {pixels}", *cells])
     command = (sys.executable, "-m", "dev.measure", "memory")
     return {"training-memory": entry(rows, command) | {"machine": "counted, not measured"}}

@@ -41,7 +41,7 @@ def making(settings: Settings, out: Path, device: str, goal: str, every: int = 0
     notes = [f"warning: prompts: {each}" for each in doubts(records, [name for name, file in own.items() if file])]
     shape = estimate.shape_of(settings)
     if goal == TRAIN:
-        material.require_pictures(records, 16 * shape.sizes[1])
+        material.require_pictures(records, 16 * shape.sizes.side)
     notes += ["hardening: its rounds are not counted"] if settings.harden else []
     say(f"prompts: {len(side(records, UNSAFE))} unsafe, {len(side(records, BENIGN))} benign")
     training = goal == TRAIN or (goal == "calibrate" and settings.fit > 0 and settings.generator == "fixed")

@@ -119,7 +119,7 @@ class Collector:
             self.samples[role, row].add(vectors.to("cpu", torch.bfloat16), keys)
 
     def vectors(self, total: Callable[[Tensor], Tensor], gathered: Callable) -> Vectors:
-        """The statistics of all processes, blocks stacked."""
+        """The statistics of all processes, blocks stacked. The samples are given away: they are gigabytes."""
         rows = range(self.geometry.blocks)
         gram = {role: torch.stack([total(self.grams[role, row].gram.cpu()) for row in rows]) for role in ROLES}
         sample = {role: torch.stack([self._sample(role, row, gathered) for row in rows]) for role in ROLES}
@@ -127,7 +127,7 @@ class Collector:
 
     def _sample(self, role: str, row: int, gathered: Callable) -> Tensor:
         empty = torch.empty(0, self.geometry.heads_of(role), self.geometry.head_dim, dtype=torch.bfloat16)
-        own = self.samples[role, row]
+        own = self.samples.pop((role, row))
         parts = gathered((own.items if own.items is not None else empty, own.keys))
         everything = Reservoir(self.capacity)
         everything.add(torch.cat([items for items, _ in parts]), torch.cat([keys for _, keys in parts]))
@@ -152,7 +152,7 @@ class Gathering:
     def statistics(
         self, total: Callable[[Tensor], Tensor] = lambda x: x, gathered: Callable = lambda value: [value]
     ) -> Statistics:
-        """All that was seen. Where processes share the work, `total` sums over them and
+        """All that was seen, once: samples are given away. Where processes share the work, `total` sums over them and
         `gathered` lists their values."""
         rows = range(self.geometry.blocks)
         grams = {role: torch.stack([total(self.met[role, row].gram.cpu()) for row in rows]) for role in ROLES}

@@ -22,6 +22,26 @@ from ..stages import save_tensors
 from .folder import load_part, parts_of
 from .plausible import require_plausible
 
+# Bytes that T5-XXL makes at most at one time for a token of 512, in bf16, by either attention of transformers: counted
+MADE = 200_000
+
+
+def lends(device: torch.device) -> bool:
+    """Whether the device has memory of its own, to which layers are lent."""
+    return device.type != "cpu"
+
+
+def lend(encoder: nn.Module, device: torch.device) -> None:
+    """From now on each layer of an encoder on the CPU is on the device while it computes, and then not."""
+    from accelerate import cpu_offload
+
+    cpu_offload(encoder, device)
+
+
+def is_lent(encoder: nn.Module | None) -> bool:
+    """Whether its layers come and go."""
+    return encoder is not None and any(hasattr(part, "_hf_hook") for part in encoder.modules())
+
 
 @dataclass(frozen=True)
 class EncoderSource:

@@ -8,6 +8,7 @@ other families the folder's index says whether they are distilled.
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -152,16 +153,28 @@ def config_of(name: str, encoders: str | None = None) -> dict:
     return _folder_config(folder, name)
 
 
-def outline(name: str, encoders: str | None, resolution: int | None, config: dict) -> tuple[int, int, int, int]:
-    """T5 tokens, image tokens a side, and the bytes of text encoders and VAE on disk; nothing is loaded."""
+class Outline(NamedTuple):
+    """T5 tokens, image tokens a side, and the bytes on disk of text encoders, of their largest layer (bf16), and of
+    the VAE."""
+
+    text: int
+    side: int
+    encoders: int
+    layer: int
+    decoder: int
+
+
+def outline(name: str, encoders: str | None, resolution: int | None, config: dict) -> Outline:
+    """Nothing is loaded."""
     if name == TINYWORLD:
         from tinyworld import model, render
 
-        parts = ["text_encoder", "text_encoder_2"]
-        return model.TEXT_LENGTH, render.SIZE // _PATCH, _bytes_of(model.WEIGHTS, parts), 0
+        whole = _bytes_of(model.WEIGHTS, ["text_encoder", "text_encoder_2"])
+        return Outline(model.TEXT_LENGTH, render.SIZE // _PATCH, whole, whole, 0)
     folder = find_folder(encoders or name, transformer=False)
     text, parts = defaults_of(config, folder).text_length, parts_of(folder, "text_encoder")
-    return text, (resolution or _own_resolution(name)) // _PATCH, _bytes_of(folder, parts), _bytes_of(folder, ["vae"])
+    side = (resolution or _own_resolution(name)) // _PATCH
+    return Outline(text, side, _bytes_of(folder, parts), _largest(folder, parts), _bytes_of(folder, ["vae"]))
 
 
 def _own_resolution(name: str) -> int:
@@ -172,6 +185,17 @@ def _own_resolution(name: str) -> int:
 
 def _bytes_of(folder: Path, parts: list[str]) -> int:
     return sum(path.stat().st_size for part in parts for path in (folder / part).glob("*.safetensors"))
+
+
+def _largest(folder: Path, parts: list[str]) -> int:
+    """Bytes in bf16 of the largest tensor of the text encoders, from their files' headers."""
+    from safetensors import safe_open
+
+    sizes = [0]
+    for path in (path for part in parts for path in (folder / part).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            sizes += [2 * math.prod(file.get_slice(name).get_shape()) for name in file.keys()]
+    return max(sizes)
 
 
 def defaults_of(config: Any, folder: Path) -> Defaults:

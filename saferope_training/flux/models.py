@@ -20,7 +20,7 @@ from saferope_core import Geometry, token_kinds
 from saferope_core import seeded_noise as core_noise
 
 from .attach import geometry_of
-from .encoders import EmbeddingCache, EncoderSource
+from .encoders import EmbeddingCache, EncoderSource, is_lent, lend, lends
 from .identity import encoders_fingerprint
 from .pipelines import asked, asked_of, grid, tokens_of
 
@@ -31,6 +31,7 @@ TINYWORLD = "tinyworld"
 GUIDANCE = 3.5  # FLUX.1-dev's default
 STEPS = 28  # diffusers' default for FLUX.1-dev
 _ENCODE_BATCH = 64
+ENCODE_TOKENS = 4096  # of text at once: T5-XXL makes MADE bytes for each, see `encoders`
 X86 = ("x86_64", "amd64")  # as Linux and macOS, and Windows, name it
 
 
@@ -111,11 +112,11 @@ def encode(model: Model, texts: Sequence[str]) -> Text:
     """Both encoders' view of the prompts, in fp32 on the CPU: `velocity` takes what it needs to the device.
 
     Read from the model's cache where a whole batch lies there, so that batches, and with them the last bits, are always
-    the same; else made by the encoders, which come to the device for it and stay until `release_encoders`.
+    the same; else made by the encoders, which stay until `release_encoders`.
     """
-    parts = []
-    for start in range(0, len(texts), _ENCODE_BATCH):
-        chunk = list(texts[start : start + _ENCODE_BATCH])
+    parts, size = [], max(1, min(_ENCODE_BATCH, ENCODE_TOKENS // model.text_length))
+    for start in range(0, len(texts), size):
+        chunk = list(texts[start : start + size])
         known = model.cache.read(chunk) if model.cache else None
         if known is None:
             known = embed(model, chunk)
@@ -143,8 +144,18 @@ def edited(model: Model, edit: Edit) -> Iterator[None]:
 
 @torch.no_grad()
 def embed(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """States and pooled vectors as the encoders give them now, on the CPU: no cache, no edit."""
-    states, pooled = embed_with_gradients(model, texts)
+    """States and pooled vectors as the encoders give them now, on the CPU: no cache, no edit.
+
+    Encoders that have to be loaded stay in the machine's memory: each of their layers comes to the device for its own
+    turn. Whole, they would weigh more than a quantised transformer beside them.
+    """
+    if model.source is not None and lends(model.device) and any(each is None for each in _encoders(model)):
+        _load_encoders(model)
+        for encoder in _encoders(model):
+            lend(encoder, model.device)
+    elif not any(map(is_lent, _encoders(model))):
+        load_encoders(model)
+    states, pooled = asked(model).encode(model.pipe, list(texts), model.text_length, model.device)
     return states.cpu(), pooled.cpu()
 
 
@@ -155,13 +166,20 @@ def embed_with_gradients(model: Model, texts: Sequence[str]) -> tuple[Tensor, Te
 
 
 def load_encoders(model: Model) -> tuple[nn.Module, ...]:
-    """The text encoders, FLUX.1's CLIP and T5, on the model's device, loaded where they are missing."""
-    pipe, names = model.pipe, asked(model).encoders
-    if any(getattr(pipe, name) is None for name in names):
-        assert model.source is not None, "a pipeline without text encoders has a source of them"
-        for name, encoder in zip(names, model.source.load(), strict=True):
-            setattr(pipe, name, encoder)
-    return tuple(getattr(pipe, name).to(model.device) for name in names)
+    """The text encoders, FLUX.1's CLIP and T5, whole on the model's device, loaded where they are missing or lent."""
+    if any(each is None or is_lent(each) for each in _encoders(model)):
+        _load_encoders(model)
+    return tuple(each.to(model.device) for each in _encoders(model))
+
+
+def _encoders(model: Model) -> tuple[Any, ...]:
+    return tuple(getattr(model.pipe, name) for name in asked(model).encoders)
+
+
+def _load_encoders(model: Model) -> None:
+    assert model.source is not None, "a pipeline without text encoders has a source of them"
+    for name, encoder in zip(asked(model).encoders, model.source.load(), strict=True):
+        setattr(model.pipe, name, encoder)
 
 
 def release_encoders(model: Model) -> None:

@@ -27,8 +27,8 @@ from . import memory, pace, preview
 from .material import PAINTING
 
 KNOWN = {"black-forest-labs/FLUX.1-dev": True, "black-forest-labs/FLUX.1-schnell": False}  # embeds guidance
-# Bytes of their files: T5-XXL's encoder and CLIP-L in bf16, the VAE (as in dev/measure.py's count), the transformer
-ENCODERS, VAE, TRANSFORMER = 9_770_000_000, 170_000_000, 23_800_000_000
+# Bytes of their files: T5-XXL's encoder and CLIP-L in bf16, the VAE, the transformer; and of T5's embedding, in bf16
+ENCODERS, VAE, TRANSFORMER, LAYER = 9_770_000_000, 170_000_000, 23_800_000_000, 2 * 32128 * 4096
 PROGRAM = 3 * 2**30  # RAM of Python, torch and diffusers, with the driver's: 0.8 GiB without a GPU, the rest a guess
 _LEARNT = 4  # passes' time of a prompt in training: its target, its own, and two backward
 _WIDEST_PREVIEW = 160  # pixels of a side at least, see making/preview.py
@@ -36,10 +36,10 @@ UNKNOWN = "not known before a measured pass"
 
 
 class Shape(NamedTuple):
-    """A transformer's configuration; T5 tokens, image tokens a side, bytes of encoders and VAE; bytes to download."""
+    """A transformer's configuration, its outline, and bytes to download."""
 
     config: dict
-    sizes: tuple[int, int, int, int]
+    sizes: loading.Outline
     download: int = 0
 
 
@@ -89,7 +89,7 @@ def _known(settings: Settings, name: str) -> Shape:
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     text = (loading.DEV if KNOWN[name] else loading.SCHNELL).text_length
     side = (settings.resolution or loading.RESOLUTION) // memory._PATCH
-    return Shape(config, (text, side, ENCODERS, VAE), TRANSFORMER + ENCODERS + VAE)
+    return Shape(config, loading.Outline(text, side, ENCODERS, LAYER, VAE), TRANSFORMER + ENCODERS + VAE)
 
 
 def work_of(task: Task) -> list[Work]:
@@ -129,7 +129,7 @@ def seconds(work: Sequence[Work], known: dict[str, float]) -> dict[str, float | 
 
 def disk_of(task: Task, shape: Shape) -> dict[str, int]:
     """Bytes of each product; samples are taken to be full, and pictures not to be compressed."""
-    s, (text, tokens, *_) = task.settings, shape.sizes
+    s, text, tokens = task.settings, shape.sizes.text, shape.sizes.side
     geometry = geometry_from(shape.config)
     heads, width = geometry.blocks * geometry.heads, geometry.head_dim
     found = {}
@@ -160,15 +160,15 @@ def statistics_bytes(capacity: int, heads: int, width: int) -> int:
 
 
 def ram_of(task: Task, shape: Shape, plan: memory.Plan, device: str) -> int:
-    """Of this machine at most: on a GPU's run what passes through it while loading, and the statistics, twice while
-    they are put together; else the plan itself, and the statistics.
+    """Of this machine at most: beside a GPU what passes through it while loading, the encoders, and the statistics,
+    twice while they are put together; else the plan itself, and the statistics.
     """
     listened = 2 * disk_of(task, shape).get("statistics", 0)
     if torch.device(device).type == "cpu":
         return plan.peak + listened + PROGRAM
     file = Path(task.settings.model)
     whole = file.stat().st_size if file.is_file() else memory.transformer_bytes(shape.config, None, torch.bfloat16)
-    return max(whole, plan.encoders, listened) + PROGRAM
+    return max(whole, shape.sizes.encoders, listened) + PROGRAM
 
 
 def free_of(out: Path) -> tuple[int, int]:

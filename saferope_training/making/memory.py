@@ -6,9 +6,11 @@ what autograd keeps for the backward pass is added up. Counted for one block of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import isqrt
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,8 @@ from saferope_core import COLLECTED, ROLES, Geometry, gated, latent_risk_score, 
 
 from ..flux import loading
 from ..flux.attach import geometry_from, sites, with_blocks
-from ..flux.models import Model, Text
+from ..flux.encoders import MADE, lends
+from ..flux.models import ENCODE_TOKENS, Model, Text
 from ..flux.pipelines import asked_of
 from ..flux.quantise import require_kind
 from ..settings import Settings
@@ -40,7 +43,7 @@ WAYS_OUT = "Try --quantise, --checkpointing, fewer --passes-of or a smaller --re
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by their use. `encoders` stay while prompts are embedded, `gathering` while heads are listened to,
+    """Bytes of the device by their use. `encoders` while prompts are embedded, `gathering` while heads are listened to,
     `activations` while training."""
 
     weights: int
@@ -67,7 +70,7 @@ class Plan:
         """The plan as a small table, in GiB."""
         rows = [
             ("transformer, frozen", self.weights),
-            ("text encoders, until prompts are embedded", self.encoders),
+            ("text encoders, a layer at a time, and what they make", self.encoders),
             ("VAE", self.decoder),
             ("listening to heads: a pass without gradients, and sums", self.gathering),
             ("activations of a training pass", self.activations),
@@ -121,6 +124,11 @@ def gathering_bytes(config: dict, text: int, image: int, batch: int, dtype: torc
     return _block_bytes(config, text, image, batch, dtype) + torch.float64.itemsize * sums
 
 
+def embedding_bytes(whole: int, layer: int, text: int, lent: bool) -> int:
+    """While prompts are embedded: the encoders, or of lent ones a layer, and what T5 makes of a batch."""
+    return (layer if lent else whole) + MADE * max(text, ENCODE_TOKENS)
+
+
 def _block_bytes(config: dict, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
     """What the larger of both kinds of blocks makes."""
     tokens = text, image, batch
@@ -157,10 +165,10 @@ def plan_for(settings: Settings, device: str, training: bool, previews: bool = F
 
 
 def plan_of(
-    settings: Settings, config: dict, sizes: tuple[int, int, int, int], device: str, training: bool, previews: bool
+    settings: Settings, config: dict, sizes: loading.Outline, device: str, training: bool, previews: bool
 ) -> Plan:
     """`plan_for` of a transformer's configuration and of what `loading.outline` tells."""
-    text, side, encoders, decoder = sizes
+    text, side = sizes.text, sizes.side
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     shape = config, text, side * side, settings.passes_of or settings.batch, settings.checkpointing, dtype
     unsafe = settings.rank + settings.padding_rank + settings.words_rank
@@ -171,8 +179,8 @@ def plan_of(
     return Plan(
         # GGUF stays as it is in the file
         file.stat().st_size if file.suffix == ".gguf" else transformer_bytes(config, settings.quantise, dtype),
-        encoders,
-        decoder,
+        embedding_bytes(sizes.encoders, sizes.layer, text, lends(torch.device(device))),
+        sizes.decoder,
         activation_bytes(*shape) if training else 0,
         generator_bytes(heads, widths) if training else 0,
         gathering_bytes(config, text, side * side, settings.passes_of or BATCH, dtype),
@@ -254,10 +262,16 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _kept(config: dict, doubles: int, singles: int, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
+def _kept(config: dict, doubles: int, singles: int, *tokens: int | torch.dtype) -> int:
+    """What autograd keeps of so many blocks, for text and image tokens, a batch and a dtype of the weights."""
+    return _kept_of(json.dumps(with_blocks(dict(config), doubles, singles), sort_keys=True), *tokens)
+
+
+@cache
+def _kept_of(described: str, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    config = with_blocks(config, doubles, singles)
+    config = json.loads(described)
     geometry, side = geometry_from(config), isqrt(image)
     row = asked_of(geometry.family)
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 EACH = 4  # prompts of a side: a strip that fits a screen
 STEPS = 8  # of a painting: half of the tiny world's 16, where its shapes and colours stand already
+PASSES = 2 * EACH * STEPS + 2 * EACH  # forward passes of a prompt that a preview takes, measurement included
 _SEED = 11_000_003  # apart from those of training and hardening
 _TEXT, _EDGE, _GAP, _CELL = 13, 16, 4, 160  # pixels: letters, margin, between pictures, side of a picture at least
 _PAPER, _INK, _QUIET = "#1b1d21", "#e8e6e3", "#9aa0a6"

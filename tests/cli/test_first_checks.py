@@ -33,6 +33,7 @@ DEV, SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell
 GPU = 24 * memory.GIB
 FLUX = Geometry(19, 38, 24, 128)
 PICTURE = b"P6 1 1 255 abc"  # a PPM of one pixel: pictures are known by their contents
+OUTLINE = loading.Outline(512, 32, 9 * memory.GIB, memory.GIB // 4, memory.GIB // 6)
 
 
 class Loaded(Exception):
@@ -139,7 +140,7 @@ def real(at_rest, monkeypatch, tmp_path):
             (tmp_path / folder / f"{n}.jpg").write_bytes(PICTURE)
     config = {DEV: DEV_CONFIG, SCHNELL: {**DEV_CONFIG, "guidance_embeds": False}}
     monkeypatch.setattr(loading, "config_of", lambda name, encoders: config[name])
-    monkeypatch.setattr(loading, "outline", lambda *_: (512, 32, 9 * memory.GIB, memory.GIB // 6))
+    monkeypatch.setattr(loading, "outline", lambda *_: OUTLINE)
     monkeypatch.setattr(processes, "require_device", lambda name: None)
     monkeypatch.setattr(memory, "available", lambda device: GPU)
     monkeypatch.setattr(estimate, "shape_of", lambda s: estimate.Shape(config[s.model], loading.outline()))

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from saferope_training.flux import checkpoint, loading
+from saferope_training.flux import checkpoint, loading, models
 from saferope_training.flux.loading import load_model
 from saferope_training.flux.models import encode
 from saferope_training.flux.quantise import require_library
@@ -141,6 +141,20 @@ def test_text_encoders_come_only_when_asked(folder):
     assert model.pipe.text_encoder is None and model.pipe.text_encoder_2 is None
     encode(model, ["a red star"])
     assert model.pipe.text_encoder_2 is not None
+
+
+def test_lent_encoders_give_the_same_and_stay_away(folder, monkeypatch):
+    """A layer is on the device for its own turn alone; who asks for whole encoders gets them."""
+    whole, lent = load_model(str(folder), resolution=96), load_model(str(folder), resolution=96)
+    wanted = encode(whole, ["a red star"])
+    monkeypatch.setattr(models, "lends", lambda device: True)
+    for _ in range(2):
+        found = encode(lent, ["a red star"])
+        assert torch.equal(found.states, wanted.states) and torch.equal(found.pooled, wanted.pooled)
+    away = [parameter.is_meta for encoder in models._encoders(lent) for parameter in encoder.parameters()]
+    assert all(away) and not any(parameter.is_meta for parameter in whole.pipe.text_encoder_2.parameters())
+    assert not any(parameter.is_meta for encoder in models.load_encoders(lent) for parameter in encoder.parameters())
+    assert torch.equal(encode(lent, ["a red star"]).states, wanted.states)
 
 
 @pytest.fixture

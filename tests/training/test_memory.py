@@ -14,7 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from saferope import cli
-from saferope_training.flux import loading
+from saferope_benchmark.costs.held import Holding
+from saferope_training.flux import encoders, loading, models
 from saferope_training.flux.attach import attached
 from saferope_training.flux.loading import load_model
 from saferope_training.flux.models import encode, noise, velocity
@@ -65,25 +66,68 @@ def test_count_is_what_a_real_pass_keeps(tmp_path, batch, monkeypatch):
     assert memory.activation_bytes(config, 24, 36, 4 * batch, False) > 2 * counted
 
 
-def test_flux_dev_trains_on_a_consumer_card():
-    """The goals, counted: 24 GB at 512 x 512, 32 GB at 1024 x 1024; NF4 and 8 bit, checkpointed, a prompt at a time."""
-    encoders = 9_770_000_000  # T5-XXL's encoder and CLIP-L in bf16
-    for side, room in ((32, 24), (64, 32)):
-        for kind in ("nf4", "int8"):
-            weights = memory.transformer_bytes(FLUX_DEV, kind, torch.bfloat16)
-            kept = memory.activation_bytes(FLUX_DEV, 512, side * side, 1, True, torch.bfloat16)
-            learned = memory.generator_bytes(57 * 24, (28, 28))
-            assert memory.Plan(weights, encoders, 170_000_000, kept, learned).peak < room * memory.GIB
-    whole = memory.transformer_bytes(FLUX_DEV, None, torch.bfloat16)
-    assert memory.Plan(whole, encoders, 0, 0, 0).peak > 24 * memory.GIB, "negative control: not without quantisation"
+ENCODERS, LAYER = 9_770_000_000, 2 * 32128 * 4096  # T5-XXL's encoder and CLIP-L in bf16; the largest is T5's embedding
 
 
-def test_flux_dev_is_listened_to_on_a_small_card():
-    """The goal, counted: 10 GiB at 512 x 512 in NF4, a prompt at a time. The sums alone are 2 GiB and more."""
-    weights = memory.transformer_bytes(FLUX_DEV, "nf4", torch.bfloat16)
-    one, many = (memory.gathering_bytes(FLUX_DEV, 512, 32 * 32, batch, torch.bfloat16) for batch in (1, 48))
-    assert memory.Plan(weights, 0, 170_000_000, 0, 0, one).peak < 10 * memory.GIB and one > 2 * memory.GIB
-    assert memory.Plan(weights, 0, 170_000_000, 0, 0, many).peak > 16 * memory.GIB, "control: 48 at a time"
+@pytest.fixture
+def flux_dev(monkeypatch, tmp_path):
+    """The plan of FLUX.1-dev on a GPU, of which only shapes are known, or of a GGUF file as large as a Q4."""
+    file = tmp_path / "flux1-dev-Q4_K_S.gguf"
+    with file.open("wb") as sparse:
+        sparse.truncate(6_810_000_000)  # as city96 lists it; it takes no room
+    monkeypatch.setattr(loading, "config_of", lambda name, encoders: FLUX_DEV)
+
+    def plan(kind: str | None, side: int, training: bool = True, encoders: int = ENCODERS, **changes) -> memory.Plan:
+        outline = loading.Outline(512, side, encoders, LAYER, 170_000_000)
+        monkeypatch.setattr(loading, "outline", lambda *_: outline)
+        model = str(file) if kind == "gguf" else "black-forest-labs/FLUX.1-dev"
+        named = {"quantise": None if kind == "gguf" else kind, "passes_of": 1, "checkpointing": True}
+        return memory.plan_for(Settings(model=model, **{**named, **changes}), "cuda", training, previews=training)
+
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "room"),
+    [("nf4", 32, 12), ("gguf", 32, 12), ("nf4", 64, 16), ("gguf", 64, 16), ("int8", 32, 24), ("int8", 64, 24)],
+)
+def test_flux_dev_trains_on_a_consumer_card(flux_dev, kind, side, room):
+    """The goals, counted: 16 GiB in NF4, 12 with a Q4 GGUF; checkpointed, a prompt at a time; 512 and 1024 pixels."""
+    plan = flux_dev(kind, side)
+    assert plan.peak < room * memory.GIB
+    assert flux_dev(None, side).peak > 24 * memory.GIB, "negative control: not without quantisation"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "gguf"])
+def test_flux_dev_is_listened_to_on_a_small_card(flux_dev, kind):
+    """Extraction at 512 x 512 in NF4 takes 10 GiB. The sums alone are 2 GiB and more."""
+    plan = flux_dev(kind, 32, training=False)
+    assert plan.peak < {"nf4": 10, "gguf": 11}[kind] * memory.GIB and plan.gathering > 2 * memory.GIB
+    many = flux_dev(kind, 32, training=False, passes_of=48)
+    assert many.peak > 16 * memory.GIB, "control: 48 at a time"
+
+
+def test_lent_encoders_weigh_a_layer(flux_dev, monkeypatch):
+    plan = flux_dev("nf4", 32)
+    assert plan.encoders < 1.2 * memory.GIB
+    monkeypatch.setattr(memory, "lends", lambda device: False)
+    assert flux_dev("nf4", 32).peak > 16 * memory.GIB, "control: whole, they are the most of all stages"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_what_t5_makes_of_a_batch_is_bounded(attention):
+    """One layer of T5-XXL, run without memory: layers follow each other, and what one made is gone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 2, "vocab_size": 32128}
+    config = T5Config(**sizes, feed_forward_proj="gated-gelu", attn_implementation=attention)
+    with FakeTensorMode(), torch.no_grad(), memory._default(torch.bfloat16):
+        encoder = T5EncoderModel(config).eval()
+        tokens = torch.zeros(models.ENCODE_TOKENS // 512, 512, dtype=torch.long)
+        with Holding() as held:
+            encoder(tokens)
+    assert encoders.MADE / 2 < held.most / tokens.numel() < encoders.MADE
 
 
 FEW = ["--unsafe-prompts", "6", "--benign-prompts", "8", "--timesteps", "1", "--reservoir", "64"]
