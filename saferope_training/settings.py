@@ -42,7 +42,7 @@ class Settings:
     encoders: str | None = _choice(
         "model", None, "Diffusers folder or hub id with everything but the transformer, for a single file."
     )
-    resolution: int | None = _choice("model", None, "Pixels, a multiple of 16; 512 for FLUX.1, the tiny world's own.")
+    resolution: int | None = _choice("model", None, "Pixels, a multiple of 16; 512, or the tiny world's own.")
     seed: int = _choice(
         "prompts extract latents train calibrate",
         0,
