@@ -11,10 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from saferope import cli
-from saferope_benchmark.costs import on_gpu, report, rotation
+from saferope_benchmark.costs import on_gpu, report, rotation, whole
+from saferope_benchmark.costs.making import flux_of
 from saferope_benchmark.costs.peak import peak_of
 from saferope_benchmark.costs.timing import Row, in_turns, ratio
 from saferope_core import Protection
+from saferope_training.flux.attach import geometry_of
 from saferope_training.flux.models import Text, cpu_has_bf16, noise, velocity
 from tinyworld.model import TEXT_WIDTH
 
@@ -126,6 +128,21 @@ def test_every_form_of_a_gpu_is_timed(small, monkeypatch):
     assert len(turned) == 8 and torch.allclose(turned[3], turned[7], atol=1e-4)
     before = rotation.vectors(tiny, rotation.concept_of(tiny))
     assert not torch.allclose(turned[3], before, atol=1e-2), "control"
+
+
+def test_whole_steps_are_timed(small, monkeypatch):
+    """On tensors of the CPU, of one block of each kind; protection there turns something."""
+    monkeypatch.setattr(whole, "peak_on", lambda _, run: (run() and 1) or 1)
+    found = {row.what: row.value for row in whole.rows(replace(small, resolution=32), 1, (1, 1), "cpu")}
+    assert len(found) == 12 and found["protected / unprotected, all heads"] > 0
+    tiny = replace(small, resolution=32, **rotation.TRAINED)
+    flux = flux_of(tiny, (1, 1))
+    guard = whole.protection_of(tiny, geometry_of(flux.transformer))
+    seen, real = [], guard.rotate
+    monkeypatch.setattr(guard, "rotate", lambda *args, **more: seen.append(real(*args, **more)) or seen[-1])
+    with torch.no_grad():
+        whole.step(flux, guard)
+    assert len(seen) == 6, "q and k of both streams of the double block, and of the single one"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -281,6 +281,29 @@ def test_spared_tokens_stay_as_they_are(model, critical):
     assert torch.equal(spared, free), "nothing else is spared"
 
 
+def test_the_rotation_follows_its_weights(model, critical):
+    """What it finds of its generators once, it finds anew where an optimiser or a saved state has changed them."""
+    width, count = critical[0].basis["k"].shape[-1], len(critical[0].heads)
+    text = replace(critical[0], basis={role: critical[0].basis[role] for role in "qk"})
+    weights = torch.randn(count, width, width, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+    def rotation(weights):
+        return TrainableRotation(text, model.geometry, {"text": "k", "image": "k"}, weights, 0.5)
+
+    x, own = torch.randn(2, 2, 9, 16), rotation(weights)
+    before = own.rotate(x, "k", "single", 0, (0, 4), (4, 9))
+    assert torch.equal(own.rotate(x, "k", "single", 0, (0, 4), (4, 9)), before)
+    optimiser = torch.optim.SGD([weights], 1.0)
+    before.square().cos().sum().backward()
+    optimiser.step()
+    after = own.rotate(x, "k", "single", 0, (0, 4), (4, 9))
+    assert torch.equal(after, rotation(weights).rotate(x, "k", "single", 0, (0, 4), (4, 9)))
+    assert not torch.equal(after, before), "control"
+    with torch.no_grad():
+        weights.copy_(2 * weights)
+    assert not torch.equal(own.rotate(x, "k", "single", 0, (0, 4), (4, 9)), after)
+
+
 def test_shared_generators_are_the_texts_scaled(model, critical, seen, settings):
     chosen = replace(settings, sharing="shared", image_scale=0.25, image_rank=0)
     alike = replace(critical[0], basis={role: critical[0].basis[role] for role in "qk"})
