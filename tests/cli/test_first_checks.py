@@ -129,14 +129,14 @@ def test_no_command_replaces_what_a_training_rests_on(model, settings, tmp_path)
 def real(at_rest, monkeypatch, tmp_path):
     """FLUX.1's real sizes and a GPU of 24 GB, as `at_rest` sees them; the files that the pages name."""
     for name in ("captions_val2017.json", "captions.json"):
-        images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(200)]
-        captions = [{"image_id": n, "caption": f"a quiet street, number {n}"} for n in range(200)]
+        images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(1000)]
+        captions = [{"image_id": n, "caption": f"a quiet street, number {n}"} for n in range(1000)]
         (tmp_path / name).write_text(json.dumps({"images": images, "annotations": captions}))
     pairs = [{"unsafe_prompt": f"a nude {n}", "safe_prompt": f"a robe {n}", "subcategory": "Nudity"} for n in range(20)]
     parquet.write_table(pyarrow.Table.from_pylist(pairs), tmp_path / "SafeSteer_train.parquet")
     for folder in ("val2017", "folder"):
         (tmp_path / folder).mkdir()
-        for n in range(200):
+        for n in range(1000):
             (tmp_path / folder / f"{n}.jpg").write_bytes(PICTURE)
     config = {DEV: DEV_CONFIG, SCHNELL: {**DEV_CONFIG, "guidance_embeds": False}}
     monkeypatch.setattr(loading, "config_of", lambda name, encoders: config[name])
@@ -167,6 +167,8 @@ def of_flux(tmp_path):
             save_concepts(tmp_path / words[1], [concept])
     for name in ("unsafe.txt", "other_words.txt", "benign.txt"):
         (tmp_path / name).write_text("a red star\n")
+    for name in ("i2p.csv", "i2p_benchmark.csv"):
+        (tmp_path / name).write_text("prompt,sd_seed,nudity_percentage\na nude,7,10.0\n")
     (tmp_path / "judge.py").write_text("def shows(pictures):\n    return [0.0] * len(pictures)\n")
 
 
@@ -176,24 +178,21 @@ def files_in(folder):
 
 @pytest.mark.usefixtures("of_flux")
 @pytest.mark.parametrize("words", FLUX_COMMANDS, ids=lambda words: "_".join(words[:4]))
-def test_commands_for_flux_pass_every_check_and_fit_their_card(real, words, tmp_path):
-    before = files_in(tmp_path)
+def test_commands_for_flux_pass_every_check_and_fit_their_card(real, monkeypatch, words, tmp_path):
+    """The pages say 24 GB, and 40 GB for pictures in bf16."""
+    before, small = files_in(tmp_path), "--quantise" in words
+    monkeypatch.setattr(memory, "available", lambda device: GPU if small else 40 * memory.GIB)
     dry = real(*words, "--dry-run")
     assert dry.exit_code == 0 and files_in(tmp_path) == before, (dry.output, dry.exception)
-    assert "an estimate" in dry.output or estimate.UNKNOWN in dry.output
+    assert estimate.UNKNOWN in dry.output and "it fits what is free now" in dry.output, dry.output
+    monkeypatch.setattr(memory, "available", lambda device: GPU)
+    assert small or "DOES NOT FIT: cuda" in real(*words, "--dry-run").output, "negative control"
     result = real(*words)
     assert isinstance(result.exception, Loaded), result.output
     assert "it may run out" not in result.output, result.output
-    nf4, suite = "--quantise" in words, "--suite" in words
-    assert ("it fits what is free now" in dry.output) == (nf4 or suite), dry.output
     if words[0] == "train":
-        (tmp_path / "val2017" / "0.jpg").write_bytes(b"")
-        broken = real(*words, "--dry-run")
-        assert broken.exit_code == 2 and "0.jpg" in broken.output, "negative control"
-        (tmp_path / "val2017" / "0.jpg").write_bytes(PICTURE)
         whole = [word for word in words if word not in ("--quantise", "nf4")]
-        assert "DOES NOT FIT: cuda" in real(*whole, "--dry-run").output, "negative control: not in bf16"
-        assert "it may run out" in real(*whole).output
+        assert "it may run out" in real(*whole).output, "negative control: in bf16 it does not fit"
 
 
 def test_the_ablations_of_a_real_model_fit_a_card(real, monkeypatch):
@@ -253,6 +252,14 @@ def test_a_dry_run_fetches_nothing(at_rest, monkeypatch, tmp_path):
     assert other.exit_code == 2 and "its sizes are not known; fetch it first" in " ".join(other.output.split())
 
 
+def test_a_dry_run_reads_every_picture(real, tmp_path):
+    words = ["train", "nudity", "--out", "x", "--model", DEV, "--benign", "captions.json", "--images", "folder"]
+    for path in (tmp_path / "folder").iterdir():
+        path.write_bytes(b"")
+    broken = real(*words, "--dry-run")
+    assert broken.exit_code == 2 and ".jpg: cannot be read" in " ".join(broken.output.split()), broken.output
+
+
 def test_what_is_known_of_flux_is_flux():
     shape = estimate._known(Settings(model=DEV), DEV)
     assert {name: shape.config[name] for name in DEV_CONFIG} == DEV_CONFIG
@@ -281,13 +288,14 @@ def test_passes_are_measured_and_products_are_no_larger_than_told(model, setting
     found = pace.seconds_of(tmp_path, few, "cpu")
     assert set(found) == {"extract", "latents", "train"} and all(taken > 0 for taken in found.values())
     assert pace.seconds_of(tmp_path, few, "cuda") == {}, "negative control: another device"
-    shape = estimate.shape_of(few)
+    side = model.latent_side // 2
+    shape = estimate.Shape(dict(model.transformer.config), (model.text_length, side, 0, 0))
     told = estimate.disk_of(estimate.Task(few, recipe.prompts(), "train"), shape)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert sizes[STATISTICS] == pytest.approx(told["statistics"], rel=0.01)
+    assert sizes[STATISTICS] == pytest.approx(told["statistics"], rel=0.05)
     assert sizes["latents.safetensors"] == pytest.approx(told["latents"], rel=0.05)
     both = sizes["heads.safetensors"] + sizes["star.safetensors"]
-    assert both == pytest.approx(told["heads and concept file"], rel=0.2)
+    assert told["heads and concept file"] * 0.9 < both < told["heads and concept file"] + 8192, "names, gates, and Δ"
     assert sizes["train_state.safetensors"] <= told["training's state, best state and previews"]
 
 
