@@ -289,7 +289,7 @@ def test_passes_are_measured_and_products_are_no_larger_than_told(model, setting
     assert set(found) == {"extract", "latents", "train"} and all(taken > 0 for taken in found.values())
     assert pace.seconds_of(tmp_path, few, "cuda") == {}, "negative control: another device"
     side = model.latent_side // 2
-    shape = estimate.Shape(dict(model.transformer.config), (model.text_length, side, 0, 0))
+    shape = estimate.Shape(dict(model.transformer.config), loading.Outline(model.text_length, side, 0, 0, 0))
     told = estimate.disk_of(estimate.Task(few, recipe.prompts(), "train"), shape)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert sizes[STATISTICS] == pytest.approx(told["statistics"], rel=0.05)
