@@ -10,6 +10,7 @@ import copy
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -65,8 +66,8 @@ def risk_map(server: ComfyUI, graph: dict) -> Image.Image:
     return card("What was suppressed, and where?", [[("", *Run(server, graph).pictures("What was suppressed"))]])
 
 
-def make_a_concept(server: ComfyUI, graph: dict) -> Image.Image:
-    return card("Make a concept from a preset", [[("", *Run(server, graph).pictures("Before and after"))]])
+def make_a_concept(server: ComfyUI, graph: dict, what: str = "Make a concept from a preset") -> Image.Image:
+    return card(what, [[("", *Run(server, graph).pictures("Before and after"))]])
 
 
 def app(server: ComfyUI, graph: dict) -> Image.Image:
@@ -134,7 +135,9 @@ PAINTED = {
     "SafeRoPE probe and refuse": probe_and_refuse,
     "SafeRoPE risk map": risk_map,
     "SafeRoPE make a concept, tiny world": make_a_concept,
-    "SafeRoPE make a concept for your FLUX": make_a_concept,
+    "SafeRoPE make a concept for your FLUX": partial(
+        make_a_concept, what="Make a concept for your FLUX, shown in the tiny world"
+    ),
     "SafeRoPE Safe FLUX app": app,
 }
 

@@ -30,8 +30,8 @@ CIVIDIS = (
 )
 TEXT, TITLE = 24, 30  # font sizes in pixels: 12 and 15 where they are shown
 LONGEST_LABEL, LONGEST_TITLE = 40, 100  # characters: a name from a file must not decide how large a picture is
-TALLEST = 1728  # pixels of a heat map's cells: 24 heads, each as high as a cell may be
-LEAST_CELL, MOST_CELL = 8, 72
+TALLEST = 1728  # pixels of a heat map's cells
+LEAST_CELL, MOST_CELL = 8, 140
 MOST_BARS = 64
 MARGIN = 24
 MARK = (255, 110, 100)  # the frame of a cell, the line above which something is called risky
