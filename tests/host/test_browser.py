@@ -161,7 +161,9 @@ def test_the_app_opens_as_one_and_gives_picture_and_verdict(open_page, shoot):
         editor.page.evaluate(LOAD, in_tiny_world(APP))
         editor.run()
         shown = "[...document.images].map(image => image.naturalWidth)"
-        editor.page.wait_for_function(f"() => {{ const wide = {shown}; return wide.includes(96) && wide.includes(700) }}")
+        editor.page.wait_for_function(
+            f"() => {{ const wide = {shown}; return wide.includes(96) && wide.includes(700) }}"
+        )
         assert editor.complaints() == [] and editor.clicks() == clicks + 1 <= MOST_CLICKS
         shoot(editor, "comfyui-app.png")
 

@@ -23,7 +23,7 @@ def sizes(draw, monkeypatch):
     """The sizes in pixels of all type that is drawn from now on."""
     used, charts = [], draw("charts")
     plain = charts.font_of
-    for name in ("charts", "risk_pictures", "card"):
+    for name in ("charts", "risk_pictures", "card", "strip"):
         monkeypatch.setattr(draw(name), "font_of", lambda size: used.append(size) or plain(size))
     return used
 
@@ -52,6 +52,7 @@ def test_type_can_be_read_in_a_node_of_350_pixels(draw, sizes, card):
         lambda: pictures.course({"one": [0.1] * 28, "other": [0.2] * 28}, [1.0] * 28, "title"),
         lambda: pictures.blank("title", "reason " * 20),
         lambda: charts.heat_map(torch.rand(24, 57), list("h" * 24), list("b" * 57), "title", "unit"),
+        lambda: draw("strip").draw_strip(["a prompt " * 9] * 3, *[[torch.rand(64, 96, 3)] * 3] * 2),
         lambda: charts.bars([0.5] * 5, list("abcde"), "title", "unit"),
     )
     for make in makers:
