@@ -16,7 +16,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from .picture import MAX_TEXT, PNG, RIFF, Unreadable, png_texts, webp_texts
+from .picture import MAX_TEXT, Unreadable, texts_of
 
 MAX_DEPTH = 100  # of nested lists and objects; workflows have about 15
 
@@ -36,13 +36,11 @@ def read(path: Path) -> Documents:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | without_waiting)) as file:
         if not S_ISREG(os.fstat(file.fileno()).st_mode):
             raise Unreadable("is a pipe, a device or the like, expected a regular file")
-        head = file.read(12)
-        if head.startswith(PNG):
-            file.seek(len(PNG))
-            return _documents(png_texts(file))
-        if head.startswith(RIFF) and head.endswith(b"WEBP"):
-            return _documents(webp_texts(file))
-        text = head + file.read(MAX_TEXT)
+        texts = texts_of(file)
+        if texts is not None:
+            return _documents(texts)
+        file.seek(0)
+        text = file.read(MAX_TEXT + 1)
     if len(text) > MAX_TEXT:
         raise Unreadable(f"is larger than {MAX_TEXT} bytes, expected a workflow (JSON), or a PNG or WEBP of ComfyUI")
     return sorted_out(loads(text))

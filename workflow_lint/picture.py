@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 MAX_TEXT = 16 * 2**20  # bytes of one workflow; the largest of ComfyUI's own blueprints has 0.2 MiB
 MAX_CHUNKS = 100_000  # of a picture; a large PNG has some thousand
-PNG, RIFF = b"\x89PNG\r\n\x1a\n", b"RIFF"
+PNG, RIFF, WEBP, HEAD = b"\x89PNG\r\n\x1a\n", b"RIFF", b"WEBP", 12  # bytes of the longest head
 NAMES = ("prompt", "workflow")  # what ran, in API form; and what the editor showed
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"comf")  # the last is ComfyUI's own, in animated files
 EXIF_TAGS = range(0x0100, 0x0111)  # ComfyUI counts down from 0x0110 (Model), a text "name:JSON" in each
@@ -20,18 +20,22 @@ class Unreadable(ValueError):
     """A file that tells nothing that can be judged; the message says what was got and what was expected."""
 
 
-def _named(found: Iterator[tuple[str, bytes]]) -> dict[str, bytes]:
-    """The texts by name. Readers differ in which of two equal names they take: two different texts say nothing."""
+def texts_of(file: BinaryIO) -> dict[str, bytes] | None:
+    """UTF-8 of the texts `prompt` and `workflow` of a picture; None for what is no PNG or WEBP, read up to its head.
+
+    Readers differ in which of two equal names they take: two different texts say nothing. Raises Unreadable for these,
+    and for a damaged file.
+    """
+    head = file.read(HEAD)
+    if head.startswith(PNG):
+        file.seek(len(PNG))
+    elif not (head.startswith(RIFF) and head.endswith(WEBP)):
+        return None
     texts: dict[str, bytes] = {}
-    for name, text in found:
+    for name, text in _in_png(file) if head.startswith(PNG) else _in_webp(file):
         if name in NAMES and texts.setdefault(name, text) != text:
             raise Unreadable(f"holds two different texts {name!r}, expected one")
     return texts
-
-
-def png_texts(file: BinaryIO) -> dict[str, bytes]:
-    """UTF-8 of the texts `prompt` and `workflow`. Raises Unreadable for a damaged file."""
-    return _named(_in_png(file))
 
 
 def _in_png(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
@@ -89,12 +93,8 @@ def _exactly(file: BinaryIO, size: int) -> bytes:
     return data
 
 
-def webp_texts(file: BinaryIO) -> dict[str, bytes]:
-    """As `png_texts`. ComfyUI writes `prompt:JSON` and `workflow:JSON` into tags of a WEBP's EXIF."""
-    return _named(_in_webp(file))
-
-
 def _in_webp(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """ComfyUI writes `prompt:JSON` and `workflow:JSON` into tags of a WEBP's EXIF."""
     for kind, size in _chunks(file, "<4sI"):
         texts = _exif_texts(_exactly(file, size)) if kind == b"EXIF" else []
         file.seek(size % 2 if kind == b"EXIF" else size + size % 2, 1)

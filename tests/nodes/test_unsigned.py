@@ -2,8 +2,14 @@
 SafeRoPE Save Image refuses. Each way is tried on a protected model with a key at hand, and asked for *in part* alone.
 """
 
+import copy
+import io
+import json
+
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
 from tests.support import concepts as flat
 
@@ -261,3 +267,43 @@ def test_an_inverse_in_a_second_apply_is_not_signed(protected, star, sampled, sa
     for recorders in ((one, two), (one,), (two,)):
         unsigned(tmp_path, "'star' is turned back by 'decoy'", lambda: sampled(both), save, *recorders)
     assert save(sampled(model), one), "control: alone it is not"
+
+
+def told(file):
+    """Exit code and report of `saferope verify`."""
+    from saferope.cli import app
+
+    result = CliRunner().invoke(app, ["verify", "--json", str(file)])
+    return result.exit_code, json.loads(result.stdout)[0]
+
+
+SPOILT = {  # receipts under a trusted signature that are none, or say otherwise -> what verify says
+    "control": (lambda runs: None, ""),
+    "no runs": (lambda runs: runs.clear(), "do not lead from the picture back to an empty latent"),
+    "an empty run": (lambda runs: runs.append([]), "do not lead from the picture back to an empty latent"),
+    "a start": (lambda runs: runs[0][0].update(start="0" * 64), "do not lead from the picture back to an empty latent"),
+    "another version": (lambda runs: runs[0][0].update(version=2), "got a receipt of version 2"),
+    "a field too many": (lambda runs: runs[0][0].update(more=1), "has not the fields"),
+    "a skipped block": (lambda runs: runs[0][0]["seen"].update(forwards_skipped=1), "left out protected blocks"),
+    "a step less": (lambda runs: runs[0][0]["seen"].update(steps_seen=1), "1 of 2 steps came by"),
+    "others": (lambda runs: runs[0][0]["seen"].update(others=["pack"]), "code of other packs had a say: pack"),
+    "an inverse": (lambda runs: runs[0][0]["asked"].update(undone=["turned back"]), "turned back"),
+    "no step": (lambda runs: runs[0][0]["seen"].update(steps_protected=0), "no concept turned anything"),
+}
+
+
+def test_a_trusted_signature_over_such_receipts_proves_nothing(protected, sampled, save, keys, tmp_path):
+    from saferope_credentials import configured, signed
+
+    model, recorder = protected()
+    (picture,) = save(sampled(model), recorder)
+    code, report = told(picture)
+    assert code == 0
+    plain = io.BytesIO()
+    Image.new("RGB", (96, 96)).save(plain, "PNG")
+    for name, (spoil, words) in SPOILT.items():
+        runs = copy.deepcopy(report["runs"])
+        spoil(runs)
+        picture.write_bytes(signed(plain.getvalue(), "png", "a.png", runs, ("0", "0"), configured()))
+        code, found = told(picture)
+        assert code == (words != "") and any(words in each for each in found["reasons"] or [""]), name
