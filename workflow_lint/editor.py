@@ -100,13 +100,19 @@ class _Plane:
         if place.count(":") >= MAX_NESTING:
             raise Unreadable(f"has subgraphs nested more than {MAX_NESTING} deep, or one inside itself")
         inner = Scope(self.definitions[node["type"]], f"{place}:", scope, node)
-        entries, names = inner.sheet.entries, [slot.get("name") for slot in node["inputs"]]
+        entries = inner.sheet.entries
+        places: dict[str, list[int]] = {}
+        for index, slot in enumerate(node["inputs"]):
+            places.setdefault(str(slot.get("name")), []).append(index)
 
         def enter(number: int) -> End | Input | None:
-            name = entries[number].get("name") if number < len(entries) else None
-            if names.count(name) != 1:
-                return Unknown(f"an input {name!r:.40} of a subgraph that is there twice") if name in names else None
-            index = names.index(name)
+            name = str(entries[number].get("name")) if number < len(entries) else ""
+            found = places.get(name, [])
+            if len(found) != 1:
+                return (
+                    Unknown(f"an input {name!r:.40} of a subgraph that is there {len(found)} times") if found else None
+                )
+            index = found[0]
             if node is self.blueprint and "widget" not in node["inputs"][index]:
                 return Link(place, index)
             return scope.into(node, index)
@@ -133,15 +139,17 @@ class _Plane:
     def flat(self) -> Graph:
         for place, (scope, node) in self.placed.items():
             made = Node(place, node["type"], widgets(scope, node), node["mode"] == BYPASSED)
-            names = [slot.get("name") for slot in node["inputs"]]
-            for index, name in enumerate(names):
+            held = dict(made.inputs)
+            names: set[str] = set()
+            for index, slot in enumerate(node["inputs"]):
+                name = slot["name"] if isinstance(slot.get("name"), str) else f"input {index}"
                 found = self._follow(scope.into(node, index))
-                name = name if isinstance(name, str) else f"input {index}"
-                if names.count(name) > 1:
+                if name in names:
                     found = Unknown(f"two inputs of the name {name!r:.60}")
-                elif isinstance(found, Value) and node["type"] in WIDGETS and found != made.inputs.get(name):
+                elif isinstance(found, Value) and made.kind in WIDGETS and found != held.get(name):
                     found = Unknown("a primitive node that holds another value than the widget itself", link=False)
                 if found is not None:
                     made.inputs[name] = found
+                names.add(name)
             self.graph.nodes[place] = made
         return self.graph

@@ -26,8 +26,8 @@ class Models:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.order = self._sorted()
-        self.before: dict[str, list[str]] = {key: [] for key in self.order}
-        self.after: dict[str, list[str]] = {key: [] for key in self.order}
+        self.before: dict[str, dict[str, None]] = {key: {} for key in self.order}
+        self.after: dict[str, dict[str, None]] = {key: {} for key in self.order}
         self.broken: dict[str, str] = {}
         self._holders = {key for key, node in graph.nodes.items() if node.strange or node.kind == OUTSIDE}
         for key in self.order:
@@ -50,9 +50,7 @@ class Models:
         """Notes what an input takes: a model, surely none, or what is no model's business."""
         taken = self._taken(node, name)
         if isinstance(value, Link) and taken in MODELS | {ANY} and self._carries(value):
-            if value.source not in self.before[node.id]:
-                self.before[node.id].append(value.source)
-                self.after[value.source].append(node.id)
+            self.before[node.id][value.source] = self.after[value.source][node.id] = None
             if taken == ANY:
                 self._holders.add(node.id)
         elif isinstance(value, Unknown) and (taken in MODELS or (taken == ANY and value.link)):
@@ -88,7 +86,7 @@ class Models:
             found[key] = list(islice(longer, most)) or [(key, None)] * begins
         return found
 
-    def reached(self, key: str, links: dict[str, list[str]]) -> set[str]:
+    def reached(self, key: str, links: dict[str, dict[str, None]]) -> set[str]:
         """The node, and all that models pass before it or after it."""
         seen, todo = {key}, [key]
         while todo:

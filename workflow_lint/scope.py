@@ -105,12 +105,17 @@ def slots(holder: dict, name: str) -> list[dict]:
 
 
 def _node(node: dict) -> dict:
-    """A node with mode, inputs and outputs in any case. Its id holds no colon, which parts the ids in subgraphs."""
+    """A node with mode, inputs and outputs in any case, and the widgets of inner nodes that it shows as its own.
+
+    Its id holds no colon, which parts the ids in subgraphs.
+    """
     key, kind, mode = node.get("id"), node.get("type"), node.get("mode", 0)
     named = type(key) in (int, str) and ":" not in str(key) and isinstance(kind, str) and kind != OUTSIDE
     if not named or type(mode) is not int or mode not in MODES:
         raise Unreadable("has a node without id, type or mode, expected what ComfyUI's editor saves")
-    return node | {"mode": mode, "inputs": slots(node, "inputs"), "outputs": slots(node, "outputs")}
+    listed = part(part(node, "properties", dict), "proxyWidgets", list)
+    shown = {(str(each[0]), str(each[1])) for each in listed if isinstance(each, list) and len(each) >= 2}
+    return node | {"mode": mode, "inputs": slots(node, "inputs"), "outputs": slots(node, "outputs"), "shown": shown}
 
 
 def _link(link: Any) -> tuple[Any, tuple[tuple[str, int], str, int]]:
@@ -119,8 +124,10 @@ def _link(link: Any) -> tuple[Any, tuple[tuple[str, int], str, int]]:
         link = [link.get(name) for name in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
     if isinstance(link, list) and len(link) >= 5 and type(link[0]) in (int, str):
         number, source, slot, target, target_slot = link[:5]
-        if all(
-            type(each) in (int, float) and 0 <= each < MAX_NODES and each == int(each) for each in (slot, target_slot)
-        ):
+        if _is_slot(slot) and _is_slot(target_slot):
             return number, ((str(source), int(slot)), str(target), int(target_slot))
     raise Unreadable("has a link that is none, expected [id, source, slot, target, slot, type]")
+
+
+def _is_slot(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < MAX_NODES and value == int(value)

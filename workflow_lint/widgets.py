@@ -73,6 +73,4 @@ def _shown_as(scope: Scope, host: dict, node: dict, name: str) -> str | None:
         end = scope.into(node, index)
         if slot.get("name") == name and isinstance(end, tuple) and end[0] == scope.entry:
             return str(entries[end[1]].get("name")) if end[1] < len(entries) else name
-    listed = part(part(host, "properties", dict), "proxyWidgets", list)
-    shown = [each[:2] for each in listed if isinstance(each, list) and len(each) >= 2]
-    return name if any(str(key) == str(node["id"]) and of == name for key, of in shown) else None
+    return name if (str(node["id"]), name) in host["shown"] else None

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from saferope.audit_cost import chained, nested
-from tests.support.workflows import node, protected
+from tests.support.workflows import editor, inside, node, protected
 from workflow_lint.file import Unreadable, sorted_out
 from workflow_lint.verdict import MOST_LOOKED_AT, Required, audit_file
 
@@ -48,9 +48,31 @@ def sampled(count):
     return protected() | {f"s{key}": node("KSampler", model=("3", 0), denoise=1.0) for key in range(count)}
 
 
+def wide(count):
+    """One merge of many models: ComfyUI takes two, a file may hold any number."""
+    loaders = {f"m{key}": node("UNETLoader") for key in range(count)}
+    merge = node("ModelMergeSimple", model1=("1", 0), **{f"model1.{key}": (key, 0) for key in loaders})
+    return protected(model=("7", 0)) | loaders | {"7": merge}
+
+
+def shown(count):
+    """A subgraph of many Load Concepts, all of whose strengths its instance shows."""
+    loads = {str(key): node("SafeRoPE_LoadConcept", strength=1.0) for key in range(100, 100 + count)}
+    workflow = inside(editor(protected() | loads))
+    workflow["nodes"][0]["properties"] = {"proxyWidgets": [[key, "strength"] for key in loads]}
+    return workflow
+
+
 @pytest.mark.parametrize(
     ("make", "size", "twice"),
-    [(chained, 500, 1000), (nested, 7, 8), (merged, 100, 200), (sampled, 90, 180)],
+    [
+        (chained, 500, 1000),
+        (nested, 7, 8),
+        (merged, 100, 200),
+        (sampled, 90, 180),
+        (wide, 500, 1000),
+        (shown, 200, 400),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_twice_the_workflow_is_twice_the_work(make, size, twice):
