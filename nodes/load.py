@@ -12,7 +12,10 @@ from ..saferope_core import Concept, effect_of, load_concepts
 from ..saferope_core import sha256 as file_sha256
 from .draw.concept_pictures import introduced
 from .host.files import FOLDER, find, named, require_pin
+from .host.notices import passing
 from .inputs import SEARCHED, STRENGTH_MAX, ConceptType, require_range
+
+NAMED, DIGITS = 3, 12  # concepts and digits of the sha256 in the line on the node
 
 
 def describe(concepts: list[Concept], digest: str) -> str:
@@ -33,6 +36,13 @@ def _describe(concept: Concept) -> str:
         f"by itself it {effect_of(concept)}",
     ]
     return "\n".join(lines)
+
+
+def _in_short(concepts: list[Concept], digest: str) -> str:
+    """A line on the node: what the file is for, and its identity. Slugs alone, as the page takes the text for HTML."""
+    more = f" and {len(concepts) - NAMED} more" if len(concepts) > NAMED else ""
+    names = ", ".join(concept.slug for concept in concepts[:NAMED])
+    return f"{names}{more}, for {concepts[0].geometry.title()}, sha256 {digest[:DIGITS]}"
 
 
 class LoadConcept(io.ComfyNode):
@@ -94,4 +104,5 @@ class LoadConcept(io.ComfyNode):
             changed = file_sha256(path) != digest
         if changed:
             raise ValueError(f"Concept file {concept!r} changed while it was read. Queue again.")
+        passing(_in_short(concepts, digest))
         return io.NodeOutput(concepts, describe(concepts, digest))

@@ -234,4 +234,4 @@ def test_the_page_sends_example_workflows_as_our_converter_does(editor, comfyui)
         workflow = json.loads(file.read_text(encoding="utf-8"))
         sent, ours = editor.page.evaluate(LOAD, workflow), api_prompt(workflow, comfyui.object_info())
         parts = [{key: (node["class_type"], node["inputs"]) for key, node in prompt.items()} for prompt in (sent, ours)]
-        assert parts[0] == parts[1] and len(ours) > 5, file.stem
+        assert parts[0] == parts[1] and len(ours) > 3, file.stem

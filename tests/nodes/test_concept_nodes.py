@@ -201,3 +201,15 @@ def test_no_name_decides_how_large_a_picture_is(pack):
     sheet = pictures.heat_map(torch.zeros(2, 2), [name, name], [name, name], name, name)
     assert pictures.width_of(name, pictures.TITLE) > 3000 > sheet.shape[2], "control: the name itself is wider"
     assert sheet.shape[1] < 500
+
+
+def test_the_node_says_what_a_file_is_for_and_its_identity(node_classes, pack, monkeypatch, make_concept):
+    """In slugs alone: the page takes the line for HTML."""
+    module = importlib.import_module(f"{pack.__name__}.nodes.load")
+    said = []
+    monkeypatch.setattr(module, "passing", said.append)
+    description = node_classes["SafeRoPE_LoadConcept"].execute("star.safetensors").args[1]
+    assert said == [f"star, for the tiny world, sha256 {description[7:19]}"]
+    many = [make_concept(slug=f"s{number}", name="<b>") for number in range(5)]
+    told = module._in_short(many, "f" * 64)
+    assert told.startswith("s0, s1, s2 and 2 more, for ") and "<" not in told and told.endswith(f"sha256 {'f' * 12}")
