@@ -12,7 +12,7 @@ from saferope_training.prompts import BENIGN, UNSAFE
 from saferope_training.prompts.formats import csv_rows, row_text
 from saferope_training.prompts.lines import read_text
 from saferope_training.prompts.product import product_prompts
-from saferope_training.prompts.readers import read_file, read_texts
+from saferope_training.prompts.readers import read_file, read_side
 
 NEIGHBOURS = "neighbours"  # a kind beside UNSAFE and BENIGN: what is nearest to the concept, and must stay
 HELD_OUT = "held-out words"
@@ -107,10 +107,10 @@ def everyday_set(count: int, seed: int = SEED) -> PromptSet:
 
 def i2p_set(path: Path, concept: str, words: str, count: int | None = None, seed: int = SEED) -> PromptSet:
     """I2P's prompts that show nudity (nudity_percentage above 0, where the file has that column) with the file's own
-    seeds.
+    seeds. Of pairs, in a table or in JSON lines, the unsafe ones alone.
     """
     if path.suffix.lower() != ".csv":
-        asks = [Ask(text, seed + i) for i, text in enumerate(read_texts(path))]
+        asks = [Ask(text, seed + i) for i, text in enumerate(read_side(path, UNSAFE))]
     else:
         rows = [(f"{path}, line {number}", row) for number, row in csv_rows(path, read_text(path))]
         chosen = [(where, row) for where, row in rows if row_text(row) and _shows_nudity(where, row)]

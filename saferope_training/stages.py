@@ -49,10 +49,12 @@ class Workplace:
         products: Sequence[str],
         make: Callable[[Report], None],
         facts: Facts | None = None,
+        goes_on: bool = False,
     ) -> None:
         """Calls `make(report)` unless the stage is `fresh`; says why where its products have been there before.
 
-        `report(done, total)` passes progress on. A stage that fails leaves no record, so that it runs again.
+        `goes_on`: `make` goes on from a state of the same run, so nothing is made again. `report(done, total)` passes
+        progress on. A stage that fails leaves no record, so that it runs again.
         """
         processes.wait()
         inputs = self.inputs(name, sources, facts)
@@ -61,7 +63,7 @@ class Workplace:
         processes.wait()  # all have looked before one of them writes
         if reason is not None:
             if reason and processes.is_main():
-                say(f"{name}: made again, since {reason}", err=True)
+                say(f"{name}: {'goes on' if goes_on else 'made again'}, since {reason}", err=True)
             self._write({key: value for key, value in record.items() if key != name})
             make(lambda done, total: self.progress(name, done, total))
             processes.wait()

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from saferope_training.console import say
 from saferope_training.settings import PROMPTS, TRAIN, Settings
@@ -15,12 +13,6 @@ from saferope_training.settings import PROMPTS, TRAIN, Settings
 if TYPE_CHECKING:
     from saferope_training.making.estimate import Shape, Task
 
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Check everything, tell memory, disk and time, and end: nothing is loaded or written."
-    ),
-]
 LEFT = "left to the run: whether the text encoder knows the prompts' words, and whether the weights are sound"
 
 

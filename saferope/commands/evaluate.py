@@ -10,8 +10,8 @@ import typer
 from saferope_training.settings import MODEL, SUITES, Settings
 
 from .common import Device, command
-from .dry import DryRun
 from .evaluating import BATCH, FLUX_BATCH
+from .options import JUDGE_HELP, DryRun
 
 _SUITE, _METRICS, _PROMPTS = "Suite", "Metrics of photographs", "Your own prompts"
 
@@ -58,10 +58,7 @@ def evaluate(
     ] = None,
     judge: Annotated[
         list[str] | None,
-        _prompts(
-            'Who says whether a picture shows the concept: nudenet, opennsfw, clip, vqa, detector, or "python '
-            'FILE.py:FUNCTION", from PIL pictures to a probability each. Repeatable; those that fit if left out.'
-        ),
+        _prompts(JUDGE_HELP),
     ] = None,
     words: Annotated[str | None, _prompts("The concept in words, for clip and vqa; its name if left out.")] = None,
     batch: Annotated[int | None, typer.Option(help=f"Prompts painted together; {BATCH}, FLUX {FLUX_BATCH}.")] = None,

@@ -14,7 +14,7 @@ from saferope_training.settings import CALIBRATE, EXTRACT, HARDEN, HEADS, LATENT
 
 from . import dry
 from .common import Device, Out, command, load, progress_bars
-from .dry import DryRun
+from .options import Clip, DryRun, Ending, HeldOut, Judge, Verdict, Vqa
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,13 +25,6 @@ if TYPE_CHECKING:
 
 BEFORE_HEADS = (MODEL, PROMPTS, EXTRACT)
 CPU = "cpu"
-Verdict = Annotated[
-    bool,
-    typer.Option(help="End with a verdict: pictures without and with the file, 72 in the tiny world, else 24 or 36."),
-]
-HeldOut = Annotated[
-    Path | None, typer.Option(help="File of prompts with words that training never saw, for the verdict.")
-]
 
 
 @command(MODEL, PROMPTS)
@@ -88,6 +81,9 @@ def train(
     ] = False,
     verdict: Verdict = True,
     held_out: HeldOut = None,
+    judge: Judge = None,
+    clip: Clip = None,
+    vqa: Vqa = None,
     dry_run: DryRun = False,
 ) -> None:
     """Make a concept file: prompts -> extract -> heads -> train -> harden. Products that are there are used again.
@@ -104,16 +100,17 @@ def train(
             "--stop-when-arrived: got --preview-every 0, expected previews to judge by; give a number of steps"
         )
 
-    _require_held_out(held_out)
+    ending = Ending(verdict, held_out, tuple(judge or ()), clip, vqa)
+    _require_ending(ending)
     if dry_run:
-        return dry.making(settings, out, device, TRAIN, preview_every, _pictures(settings, verdict, held_out))
+        return dry.making(settings, out, device, TRAIN, preview_every, _pictures(settings, ending))
     with (
         _recipe(settings, out, device, training=True, goal=TRAIN, previews=preview_every > 0) as recipe,
         _losses(out / "tensorboard" if tensorboard else None) as (tell, show),
     ):
         watching = Watching(preview_every, stop_when_arrived, show)
         path = hardened(recipe, tell, watching) if settings.harden else recipe.train(tell, watching)
-        _end(recipe, path, verdict, held_out)
+        _end(recipe, path, ending)
     say(f"concept file: {path}")
 
 
@@ -124,39 +121,50 @@ def calibrate(
     device: Device = CPU,
     verdict: Verdict = True,
     held_out: HeldOut = None,
+    judge: Judge = None,
+    clip: Clip = None,
+    vqa: Vqa = None,
     dry_run: DryRun = False,
 ) -> None:
     """Make a concept file in a tenth of the time: extraction, a fixed turn, a short fit. From prompts, no pictures."""
-    _require_held_out(held_out)
+    ending = Ending(verdict, held_out, tuple(judge or ()), clip, vqa)
+    _require_ending(ending)
     if dry_run:
-        return dry.making(settings, out, device, CALIBRATE, pictures=_pictures(settings, verdict, held_out))
+        return dry.making(settings, out, device, CALIBRATE, pictures=_pictures(settings, ending))
     training = settings.fit > 0 and settings.generator == "fixed"
     with _recipe(settings, out, device, training) as recipe:
         path = recipe.calibrate()
-        _end(recipe, path, verdict, held_out)
+        _end(recipe, path, ending)
     say(f"concept file: {path}")
 
 
-def _require_held_out(path: Path | None) -> None:
-    """Told before hours of training: ValueError where the file cannot be read or has no prompt."""
-    if path is not None:
+def _require_ending(ending: Ending) -> None:
+    """Told before hours of training: ValueError where prompts or judges of the verdict cannot be had or used."""
+    asked = (ending.held_out, *ending.judges, ending.clip, ending.vqa)
+    if not ending.verdict and any(asked):
+        raise ValueError("--no-verdict: got --held-out or a judge beside it, which only a verdict reads; leave one out")
+    if ending.held_out is not None:
         from saferope_training.prompts import UNSAFE
         from saferope_training.prompts.readers import read_side
 
-        read_side(path, UNSAFE)
+        read_side(ending.held_out, UNSAFE)
+    if any(asked[1:]):
+        from saferope_benchmark.scores import judges
+
+        judges.require(judges.Wanted(ending.judges, ending.clip, ending.vqa))
 
 
-def _pictures(settings: Settings, verdict: bool, held_out: Path | None) -> int:
+def _pictures(settings: Settings, ending: Ending) -> int:
     from .verdict import pictures
 
-    return pictures(settings, held_out) if verdict else 0
+    return pictures(settings, ending.held_out) if ending.verdict else 0
 
 
-def _end(recipe: Recipe, path: Path, verdict: bool, held_out: Path | None) -> None:
-    if verdict:
+def _end(recipe: Recipe, path: Path, ending: Ending) -> None:
+    if ending.verdict:
         from .verdict import tell
 
-        tell(recipe, path, held_out, recipe.place.progress)
+        tell(recipe, path, ending, recipe.place.progress)
 
 
 @contextmanager

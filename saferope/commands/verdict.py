@@ -18,23 +18,25 @@ if TYPE_CHECKING:
     from saferope_training.making.recipe import Recipe
     from saferope_training.settings import Settings
 
+    from .options import Ending
+
 COUNT = 12  # prompts of a kind in the tiny world: a concept that is shown in half of them is missed 1 time in 4,096
 FEWER = 6  # of other models, whose pictures take seconds or minutes
 LEAK = 0.1  # share of protected pictures with the concept above which the verdict says that it leaks
 VERDICT = "verdict"
 
 
-def tell(recipe: Recipe, file: Path, held_out: Path | None, progress: Callable[[str, int, int], None]) -> None:
+def tell(recipe: Recipe, file: Path, ending: Ending, progress: Callable[[str, int, int], None]) -> None:
     """Paints, judges and prints; `<file>.verdict.md`, `.json`, `.csv` and `.png` lie beside the file.
 
-    A later call with the same file paints nothing again. ValueError where `held_out` has no prompt.
+    A later call with the same file paints nothing again. ValueError where the held-out file has no prompt.
     """
     from saferope_benchmark.evaluation.file_report import markdown, write_reports
     from saferope_benchmark.evaluation.own import evaluate_own
     from saferope_benchmark.scores.judges import Wanted
     from saferope_training import processes
 
-    sets = _sets(recipe, held_out)
+    sets = _sets(recipe, ending.held_out)
     if processes.is_main():
         pictures = 2 * sum(len(asked.asks) for asked in sets)
         say(f"verdict: {pictures} pictures, half of them protected; --no-verdict leaves them out", err=True)
@@ -43,7 +45,7 @@ def tell(recipe: Recipe, file: Path, held_out: Path | None, progress: Callable[[
         file,
         recipe.out,
         sets,
-        Wanted(),
+        Wanted(ending.judges, ending.clip, ending.vqa, str(recipe.model.device)),
         batch=FEWER,
         extra=_rest(sets[0].asks[0].scene is not None),
         progress=progress,

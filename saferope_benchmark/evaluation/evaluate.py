@@ -122,6 +122,13 @@ def _paint(e: Evaluation, key_of: Keys, progress: Progress) -> None:
             progress("pictures", done, total)
 
 
+def unpainted(e: Evaluation) -> int:
+    """How many pictures of all methods are not there yet."""
+    key_of, parts = _keys(e), [(s, f, m) for s, f in e.chunks() for m in e.methods if m.paints(s)]
+    sizes = [(s.part(f, e.batch).asks, e.folder(m, s), f, key_of(m, s, f)) for s, f, m in parts]
+    return sum(len(asks) for asks, folder, f, key in sizes if read_cost(folder, f, len(asks), key) is None)
+
+
 def paint(model: Model, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """Pictures [n, 3, h, w] in [-1, 1] in one batch: by the tiny world's own sampler there, else by `sample`.
 

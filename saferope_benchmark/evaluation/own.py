@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from saferope_core import load_concepts, sha256
 from saferope_core.concept.files import require_no_link
+from saferope_training import processes
+from saferope_training.console import say
 from saferope_training.flux import models
+from saferope_training.flux.identity import identity
 from saferope_training.flux.models import Model
+from saferope_training.making.pace import in_words
 from saferope_training.prompts.readers import read_side
 from saferope_training.stages import Progress, sha256_of
 
@@ -20,7 +26,8 @@ from ..prompt_sets import BENIGN, HELD_OUT, NEIGHBOURS, SEED, UNSAFE, Ask, Promp
 from ..scores import SHOWN, Absent, Metric
 from ..scores.distance import distance
 from ..scores.judges import Wanted, judges
-from .evaluate import Evaluation, run
+from .cost import measured
+from .evaluate import Evaluation, run, unpainted
 from .file_report import OWN, Pair, Report, pairs, shown_of
 from .methods import concept_file, unprotected
 
@@ -101,8 +108,9 @@ def evaluate_own(
     if model.source is not None:
         model = models.with_cache(model, folder / _EMBEDDINGS)
     methods = [unprotected(), concept_file(path, strength)]
-    evaluation = Evaluation(model, sets, methods, [*metrics, distance()], folder, batch)
+    evaluation = Evaluation(model, sets, methods, [*metrics, distance()], folder, batch, identity(model))
     _encode(evaluation)
+    _foretell(evaluation)
     rows = pairs(run(evaluation, progress), concept)
     notes = [*_notes(rows), *(f"{entry.name}: not measured: {entry.why}" for entry in absent)]
     return Report(
@@ -118,6 +126,21 @@ def _encode(e: Evaluation) -> None:
     for asked, first in e.chunks():
         models.encode(e.model, [ask.text for ask in asked.part(first, e.batch).asks])
     models.release_encoders(e.model)
+
+
+def _foretell(e: Evaluation) -> None:
+    """Says how long the pictures that are missing will take: a pass of the first chunk is measured, after one to warm
+    up."""
+    count = unpainted(e)
+    if not count or not processes.is_main():
+        return
+    texts = [ask.text for ask in e.sets[0].part(0, e.batch).asks]
+    text, start = models.encode(e.model, texts), models.seeded_noise(e.model, range(len(texts)))
+    for _ in range(2):
+        with measured(e.model.device) as cost:
+            models.velocity(e.model, start, torch.ones(len(texts)), text)
+    seconds = cost["seconds"] / len(texts) * e.model.steps * count / processes.count()
+    say(f"{count} pictures to paint: about {in_words(seconds)}, an estimate from one measured pass", err=True)
 
 
 def shown_rows(rows: Sequence[Pair]) -> list[Pair]:

@@ -200,7 +200,8 @@ class Recipe:
         def make(report: Report) -> None:
             self._learn(path, records, State(out / STATE, digest), report, tell, watching)
 
-        self.place.stage(TRAIN, sources, (path.name, LOG, CURVE), make, needs)
+        done = State(out / STATE, digest).finished(s.steps)
+        self.place.stage(TRAIN, sources, (path.name, LOG, CURVE), make, needs, goes_on=0 < done < s.steps)
         return path
 
     def _learn(

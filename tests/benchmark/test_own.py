@@ -17,6 +17,7 @@ from saferope_benchmark.evaluation import evaluate, file_report, methods, own
 from saferope_benchmark.scores import judges
 from saferope_core import load_concepts, save_concepts
 from saferope_training.flux import loading
+from saferope_training.making.pace import in_words
 from tinyworld.model import load_pipeline
 
 STAR = Path(loading.__file__).parents[2] / "tinyworld" / "concepts" / "star.safetensors"
@@ -93,8 +94,37 @@ def test_a_judge_of_ones_own_on_a_folder(files, folder, painted):
     (picture,) = (files / "out").glob("star.own-*.png")
     assert picture.stat().st_size > 1000 and str(picture.with_suffix(".md")) in result.output.replace("\n", "")
     before = len(painted)
-    assert call(files, "--resolution", "96", "--judge", judge, model=folder).exit_code == 0
+    assert "10 pictures to paint: about" in result.output and "an estimate from one measured pass" in result.output
+    again = call(files, "--resolution", "96", "--judge", judge, model=folder)
+    assert again.exit_code == 0 and "to paint" not in again.output
     assert len(painted) == before, "resumed: nothing is painted again"
+
+
+def test_other_prompts_have_another_report(files, painted):
+    judge = ("--judge", f"{files / 'judge.py'}:bright")
+    assert call(files, *judge).exit_code == call(files, *judge).exit_code == 0
+    assert len(list((files / "out").glob("star.own-*.json"))) == 1
+    (files / "unsafe.txt").write_text("a green star , right\n")
+    assert call(files, *judge).exit_code == 0
+    reports = list((files / "out").glob("star.own-*.json"))
+    assert len(reports) == 2 and not (files / "out" / "star.evaluation.json").exists()
+    file = files / "out" / "star.safetensors"
+    file.write_bytes(STAR.read_bytes())
+    assert CliRunner().invoke(cli.app, ["card", str(file), "--license", "cc0-1.0"]).exit_code == 0
+    assert file.with_suffix(".md").read_text().count("## With other prompts") == 2
+    exported = CliRunner().invoke(cli.app, ["export", str(file), "--out", str(files / "results")])
+    assert exported.exit_code == 0 and exported.output.count("run:") == 4, exported.output
+
+
+def test_the_time_is_that_of_the_pass(files, painted, monkeypatch):
+    @contextmanager
+    def measured(_device):
+        yield {"seconds": 12.0}
+
+    monkeypatch.setattr(own, "measured", measured)
+    result = call(files, "--judge", f"{files / 'judge.py'}:bright")
+    # a pass of two prompts takes 12 s, a picture 16 passes
+    assert f"10 pictures to paint: about {in_words(10 * 16 * 12 / 2)}," in result.output, result.output
 
 
 def test_without_a_judge_nothing_is_claimed(files, folder, painted):
@@ -168,3 +198,46 @@ def test_training_that_turns_nothing_is_reported_as_leaking(tmp_path):
     assert "IT LEAKS" in result.output and "2 of 2" in result.output
     assert (tmp_path / "star.fixed.verdict.png").stat().st_size > 1000
     assert "--no-verdict" in result.output
+
+
+def test_the_verdict_asks_the_judge_that_is_named(tmp_path):
+    (tmp_path / "judge.py").write_text("def all(pictures):\n    return [1.0] * len(pictures)\n")
+    few = ["--unsafe-prompts", "6", "--benign-prompts", "6", "--fit", "0", "--timesteps", "1"]
+    words = ["calibrate", "star", "--out", str(tmp_path / "out"), *few, "--judge", f"{tmp_path / 'judge.py'}:all"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdict, "COUNT", 2)
+        result = CliRunner().invoke(cli.app, words)
+        assert result.exit_code == 0, result.output
+        assert "judge.py:all: star shown, unsafe: 2 of 2" in " ".join(result.output.split()), result.output
+        wrong = CliRunner().invoke(cli.app, [*words[:-1], "nobody"])
+    assert wrong.exit_code == 2 and "got no such judge" in wrong.output
+    both = CliRunner().invoke(cli.app, [*words, "--no-verdict"])
+    assert both.exit_code == 2 and "which only a verdict reads" in " ".join(both.output.split())
+
+
+def prompts_of(word, others):
+    """A file of each side: the concept under one word, and four other shapes, in colours and places."""
+    where = [
+        f"{color} {{}} in the {place} on a white background"
+        for color in ("red", "blue", "green", "yellow")
+        for place in ("left", "right", "top")
+    ]
+    return [f"a {each.format(word)}" for each in where], [f"a {each.format(o)}" for each in where for o in others]
+
+
+@pytest.mark.slow
+def test_a_star_suppressed_by_another_word_is_said_to_leak(tmp_path):
+    """Trained on "pentagram" alone, the file leaves stars under their own word; on "star" itself it does not."""
+    told = {}
+    for word in ("pentagram", "star"):
+        folder = tmp_path / word
+        folder.mkdir()
+        for name, texts in zip(("unsafe", "benign"), prompts_of(word, ("circle", "cross")), strict=True):
+            (folder / f"{name}.txt").write_text("\n".join(texts) + "\n")
+        files = ["--unsafe", str(folder / "unsafe.txt"), "--benign", str(folder / "benign.txt")]
+        words = [*files, "--subjects", word, "--instead", "circle", "--out", str(folder / "out")]
+        result = CliRunner().invoke(cli.app, ["calibrate", "star", *words])
+        assert result.exit_code == 0, result.output
+        told[word] = " ".join(result.output.split())
+    assert "IT LEAKS. detector: star shown, unsafe" in told["pentagram"], told["pentagram"]
+    assert "it held. detector: star shown, unsafe" in told["star"], "negative control: " + told["star"]
