@@ -416,6 +416,7 @@ def scale(names: Sequence[str] = tuple(SCALED)) -> dict[str, dict]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = {"machine": torch.cuda.get_device_name()} if device == "cuda" else {}
     found = {}
     for name in names:
         folder = SCALE / name
@@ -429,7 +430,7 @@ def scale(names: Sequence[str] = tuple(SCALED)) -> dict[str, dict]:
             run(asked)
         evaluation = json.loads((ROOT / product).read_text(encoding="utf-8"))
         tables = evaluation_tables(evaluation)
-        found |= {f"scale/{name}/{slug}": entry(table, asked) for slug, table in tables.items()}
+        found |= {f"scale/{name}/{slug}": entry(table, asked, **about) for slug, table in tables.items()}
     return found
 
 

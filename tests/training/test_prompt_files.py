@@ -54,6 +54,24 @@ def test_suffixes_are_taken_in_any_case(tmp_path, name):
     assert [(ask.text, ask.seed) for ask in asks] == [("a red star", 7 if "sv" in name else 3)]
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_of_pairs_the_unsafe_prompts_alone_are_asked(tmp_path, ending):
+    """In every format, and in the same order."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path, rows = tmp_path / f"p.{ending}", [{"unsafe_prompt": "a nude", "safe_prompt": "a robe"}]
+    rows.append({"unsafe_prompt": "a star", "safe_prompt": "a moon"})
+    if ending == "csv":
+        path.write_text("\n".join(",".join(row) for row in ([*rows[0]], *(row.values() for row in rows))) + "\n")
+    elif ending == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert [ask.text for ask in i2p_set(path, "c", "c").asks] == ["a nude", "a star"]
+    assert "a robe" in read_texts(path), "negative control: the file has more"
+
+
 @pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.json", "p.jsonl"])
 def test_other_encodings_are_told_with_file_and_line(tmp_path, name):
     text = "a star\n" + OURS
