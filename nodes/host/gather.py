@@ -26,7 +26,8 @@ from .prompts import Prompt, masks_in
 
 SAME_TIME = 1e-3  # sigmas closer than this are one: they come back in the sampler's precision
 GRAMS = 16  # Gram matrices of every head: seven kinds of tokens and what they meet, of queries and of keys
-SAMPLE_BYTES = 3 << 30  # of memory for vectors that are kept whole
+SAMPLE_BYTES = 700 << 20  # of memory for vectors that are kept whole
+SMALL_FROM = 1 << 30  # bytes of whole Gram matrices from which only small ones are kept
 SAMPLED_SETS = 8  # four kinds of tokens, of queries and of keys
 GIVEN = ("pooled_output", "attention_mask")  # what encoders give beside the states that networks of known families take
 GUIDED = ("flux", "flux2")  # families that FluxGuidance is for; Chroma's own guidance is 0
@@ -65,7 +66,7 @@ def gather(
     """
     device = _device(model)
     _make_room(geometry, device)
-    gathering = Gathering(geometry, capacity(geometry), device)
+    gathering = Gathering(geometry, capacity(geometry), device, small=_whole(geometry) > SMALL_FROM)
     sigmas = torch.tensor([*schedule(timesteps), 0.0])  # the last step only so that there is a forward at the last time
     for some in batches(looks, batch):
         _sample(model, gathering, some, size, sigmas, timesteps, guidance, tell)
@@ -185,5 +186,9 @@ def _device(model: Any) -> torch.device:
 def _make_room(geometry: Geometry, device: torch.device) -> None:
     """Lets ComfyUI unload what stands where the Gram matrices will."""
     if device.type == "cuda":
-        size = GRAMS * geometry.blocks * geometry.heads * geometry.head_dim**2 * 8
-        comfy.model_management.free_memory(size, device)
+        comfy.model_management.free_memory(min(_whole(geometry), SMALL_FROM), device)
+
+
+def _whole(geometry: Geometry) -> int:
+    """Bytes of all Gram matrices in float64; small ones take about a quarter."""
+    return GRAMS * geometry.blocks * geometry.heads * geometry.head_dim**2 * 8

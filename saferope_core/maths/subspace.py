@@ -38,6 +38,33 @@ class GramSum:
         return total
 
 
+class SmallGramSum:
+    """A GramSum in a quarter of its memory: one triangle, in float32. Each added product is rounded once, after it was
+    summed in float64.
+    """
+
+    def __init__(self, heads: int, head_dim: int, device: torch.device | str = "cpu") -> None:
+        self.width = head_dim
+        self.held = torch.zeros(heads, head_dim * (head_dim + 1) // 2, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add vectors x [n, H, D] of any floating dtype and device."""
+        x = x.detach().to(self.held.device, torch.float64)
+        row, column = self._places()
+        self.held += torch.einsum("nhd,nhe->hde", x, x)[:, row, column].float()
+
+    @property
+    def gram(self) -> Tensor:
+        """[H, D, D] float64, symmetric."""
+        row, column = self._places()
+        gram = torch.zeros(len(self.held), self.width, self.width, dtype=torch.float64, device=self.held.device)
+        gram[:, row, column] = gram[:, column, row] = self.held.double()
+        return gram
+
+    def _places(self) -> Tensor:
+        return torch.tril_indices(self.width, self.width, device=self.held.device)
+
+
 def unsafe_basis(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U: the leading `rank` left singular vectors of a head's unsafe vectors, from their Gram matrix.
 

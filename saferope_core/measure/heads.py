@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -143,7 +144,7 @@ def read_heads(
     gates the threshold decides nothing. LRS in relative dimensions are small and differ by head: there text turns
     fully at the mean LRS of the subject's vectors above the gate, and image tokens at FULL times their gate.
     """
-    heads = statistics.met["q"].shape[1]
+    heads = statistics.met["q"][0].shape[0]
     bases = {role: _bases(statistics, role, ranks, basis) for role in ROLES}
     risks = {
         role: {name: _risks(statistics, name, role, bases[role][..., : ranks.risk]) for name in SIDES} for role in ROLES
@@ -242,10 +243,11 @@ def _count(vectors: Vectors, role: str, row: int) -> Tensor:
 
 def _risks(statistics: Statistics, name: str, role: str, bases: Tensor) -> Tensor:
     """LRS [blocks, n, H] of a side's sampled vectors in the unsafe subspaces [blocks, H, D, R]."""
-    return _lrs(torch.cat([statistics.vectors[each].sample[role] for each in SIDES[name]], dim=1), bases)
+    kinds = zip(*(statistics.vectors[each].sample[role] for each in SIDES[name]), strict=True)
+    return _lrs((torch.cat(own) for own in kinds), bases)
 
 
-def _lrs(samples: Tensor, bases: Tensor) -> Tensor:
+def _lrs(samples: Iterable[Tensor], bases: Tensor) -> Tensor:
     """LRS [blocks, n, H] of samples [blocks, n, H, D] in subspaces [blocks, H, D, R]."""
     risks = (
         latent_risk_score(vectors.float().transpose(0, 1), basis) for vectors, basis in zip(samples, bases, strict=True)
@@ -283,9 +285,11 @@ def _discrimination(risks: dict[str, dict[str, Tensor]], gates: dict[str, Tensor
 
 def _energies(statistics: Statistics, bases: Tensor) -> Tensor:
     """‖Uᵀ X‖ of every column of U, [blocks, H, R], X the subject's keys: the singular values where U is their SVD's."""
-    gram = statistics.vectors[UNSAFE, SUBJECT].gram["k"].double()
-    bases = bases.double()
-    return torch.einsum("bhdr,bhde,bher->bhr", bases, gram, bases).clamp(min=0).sqrt().float()
+    grams, bases = statistics.vectors[UNSAFE, SUBJECT].gram["k"], bases.double()
+    squares = [
+        torch.einsum("hdr,hde,her->hr", *(own, gram.double(), own)) for own, gram in zip(bases, grams, strict=True)
+    ]
+    return torch.stack(squares).clamp(min=0).sqrt().float()
 
 
 def histogram(delta: Tensor) -> str:

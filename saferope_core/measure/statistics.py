@@ -13,15 +13,16 @@ Axes: B prompts, L tokens, H heads, D head dimension, n vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..concept.geometry import Geometry
 from ..concept.stream import ROLES
-from ..maths.subspace import GramSum
+from ..maths.subspace import GramSum, SmallGramSum
 
 UNSAFE, BENIGN = "unsafe", "benign"  # sides: prompts with the concept, and without
 SUBJECT, WORDS, PADDING, IMAGE = "subject", "words", "padding", "image"  # kinds of tokens
@@ -34,15 +35,32 @@ IMAGE_TOKENS = 64  # of a prompt's image tokens at most this many are looked at,
 Span = tuple[int, int]
 
 
+class SmallGrams:
+    """Gram matrices of all blocks, read block by block like a tensor [blocks, H, D, D]: each is made float64 then."""
+
+    def __init__(self, sums: Sequence[SmallGramSum]) -> None:
+        self._sums = sums
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self._sums[row].gram.cpu()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self)))
+
+
 @dataclass(frozen=True)
 class Vectors:
     """One kind's vectors per role: Gram matrices [blocks, H, D, D] in float64 and a sample [blocks, n, H, D] in bf16.
 
-    H is the role's own number of heads. The sample is empty (n = 0) for kinds that nothing is read from.
+    H is the role's own number of heads. The sample is empty (n = 0) for kinds that nothing is read from. `small`
+    statistics have both block by block, and are read once.
     """
 
-    gram: dict[str, Tensor]
-    sample: dict[str, Tensor]
+    gram: Mapping[str, Any]
+    sample: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class Statistics:
     """
 
     vectors: dict[tuple[str, str], Vectors]
-    met: dict[str, Tensor]
+    met: Mapping[str, Any]
 
 
 class Reservoir:
@@ -103,13 +121,33 @@ class Reservoir:
         self._keys, self._came = torch.cat([self._keys, keys]), torch.cat([self._came, came])
 
 
+Sums = dict[tuple[str, int], GramSum] | dict[tuple[str, int], SmallGramSum]
+
+
+def _sums(geometry: Geometry, device: torch.device | str, small: bool) -> Sums:
+    """Empty ones, of every role and block."""
+    kind: Any = SmallGramSum if small else GramSum
+    sizes = {role: (geometry.heads_of(role), geometry.head_dim, device) for role in ROLES}
+    return {(role, row): kind(*sizes[role]) for role in ROLES for row in range(geometry.blocks)}
+
+
+def _read(sums: Sums, rows: range, total: Callable[[Tensor], Tensor]) -> Mapping[str, Any]:
+    """Of every role, the blocks together."""
+    own: Any = sums
+    if isinstance(own[ROLES[0], 0], SmallGramSum):
+        return {role: SmallGrams([own[role, row] for row in rows]) for role in ROLES}
+    return {role: torch.stack([total(own[role, row].gram.cpu()) for row in rows]) for role in ROLES}
+
+
 class Collector:
     """Grams and samples of every block and role for one kind of token, fed block by block."""
 
-    def __init__(self, geometry: Geometry, capacity: int, device: torch.device | str = "cpu") -> None:
-        self.geometry, self.capacity = geometry, capacity
+    def __init__(
+        self, geometry: Geometry, capacity: int, device: torch.device | str = "cpu", small: bool = False
+    ) -> None:
+        self.geometry, self.capacity, self.small = geometry, capacity, small
         places = [(role, row) for role in ROLES for row in range(geometry.blocks)]
-        self.grams = {place: GramSum(geometry.heads_of(place[0]), geometry.head_dim, device) for place in places}
+        self.grams = _sums(geometry, device, small)
         self.samples = {place: Reservoir(capacity) for place in places}
 
     def add(self, role: str, row: int, vectors: Tensor, keys: Tensor) -> None:
@@ -121,9 +159,11 @@ class Collector:
     def vectors(self, total: Callable[[Tensor], Tensor], gathered: Callable) -> Vectors:
         """The statistics of all processes, blocks stacked. The samples are given away: they are gigabytes."""
         rows = range(self.geometry.blocks)
-        gram = {role: torch.stack([total(self.grams[role, row].gram.cpu()) for row in rows]) for role in ROLES}
-        sample = {role: torch.stack([self._sample(role, row, gathered) for row in rows]) for role in ROLES}
-        return Vectors(gram, sample)
+        sample: dict[str, Any] = {}
+        for role in ROLES:
+            blocks = [self._sample(role, row, gathered) for row in rows]
+            sample[role] = blocks if self.small else torch.stack(blocks)
+        return Vectors(_read(self.grams, rows, total), sample)
 
     def _sample(self, role: str, row: int, gathered: Callable) -> Tensor:
         empty = torch.empty(0, self.geometry.heads_of(role), self.geometry.head_dim, dtype=torch.bfloat16)
@@ -137,13 +177,18 @@ class Collector:
 
 
 class Gathering:
-    """Collectors of everything that heads are read from, for one concept."""
+    """Collectors of everything that heads are read from, for one concept.
 
-    def __init__(self, geometry: Geometry, capacity: int, device: torch.device | str = "cpu") -> None:
+    `small`: Gram matrices in a quarter of the memory (`SmallGramSum`), for one process alone.
+    """
+
+    def __init__(
+        self, geometry: Geometry, capacity: int, device: torch.device | str = "cpu", small: bool = False
+    ) -> None:
         self.geometry = geometry
-        self.collectors = {each: Collector(geometry, capacity if each in SAMPLED else 0, device) for each in COLLECTED}
-        places = [(role, row) for role in ROLES for row in range(geometry.blocks)]
-        self.met = {place: GramSum(geometry.heads_of(place[0]), geometry.head_dim, device) for place in places}
+        sizes = {each: capacity if each in SAMPLED else 0 for each in COLLECTED}
+        self.collectors = {each: Collector(geometry, size, device, small) for each, size in sizes.items()}
+        self.met = _sums(geometry, device, small)
 
     def visit(self, side: str, kinds: dict[str, Tensor], image_tokens: int, seeds: Sequence[int]) -> Visit:
         """Some prompts of a side, to be walked down: `kinds` from `token_kinds`, a seed for each prompt."""
@@ -154,8 +199,7 @@ class Gathering:
     ) -> Statistics:
         """All that was seen, once: samples are given away. Where processes share the work, `total` sums over them and
         `gathered` lists their values."""
-        rows = range(self.geometry.blocks)
-        grams = {role: torch.stack([total(self.met[role, row].gram.cpu()) for row in rows]) for role in ROLES}
+        grams = _read(self.met, range(self.geometry.blocks), total)
         vectors = {each: collector.vectors(total, gathered) for each, collector in self.collectors.items()}
         return Statistics(vectors, grams)
 

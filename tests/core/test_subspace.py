@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from saferope_core import GramSum, contrastive_basis, extended, orthonormal, relative_basis, unsafe_basis
+from saferope_core.maths.subspace import SmallGramSum
 
 HEADS, WIDTH, RANK = 2, 16, 5
 LAPACK = 30 * torch.finfo(torch.float64).eps  # n ‖A‖ times this is a residual that LAPACK's own tests take for right
@@ -165,3 +166,16 @@ def test_the_polar_factor_is_the_svd_s_however_far_it_is(noise):
         found.mT @ found, torch.eye(5, dtype=torch.float64).expand(7, -1, -1), rtol=0, atol=32 * LAPACK
     )
     assert orthonormal(basis[:0]).shape == (0, 32, 5)
+
+
+def test_a_small_sum_is_the_sum_in_float32():
+    """A quarter of the bytes, symmetric, off by the rounding of each addition; control: one addition less shows."""
+    whole, small = GramSum(HEADS, WIDTH), SmallGramSum(HEADS, WIDTH)
+    for count in (50, 3, 20):
+        before, x = small.gram, torch.randn(count, HEADS, WIDTH)
+        whole.add(x)
+        small.add(x)
+    assert torch.equal(small.gram, small.gram.mT) and small.gram.dtype == torch.float64
+    bound = 3 * torch.finfo(torch.float32).eps * whole.gram.diagonal(dim1=-2, dim2=-1).max()
+    assert (small.gram - whole.gram).abs().max() <= bound < (before - whole.gram).abs().max()
+    assert small.held.nbytes < 0.3 * whole.gram.nbytes
