@@ -48,7 +48,7 @@ def seconds_of(out: Path, settings: Settings, device: str) -> dict[str, float]:
     now, found = _with(settings, device), {}
     for stage, taken in _read(out).items():
         seconds = taken.pop("seconds", None) if isinstance(taken, dict) else None
-        if stage in TIMED and isinstance(seconds, float) and seconds > 0 and taken == now:
+        if isinstance(seconds, float) and seconds > 0 and taken == now:
             found[stage] = seconds
     return found
 
@@ -70,4 +70,4 @@ def _read(out: Path) -> dict:
         found = json.loads((out / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none yet, or cut off: nothing was measured
         return {}
-    return found if isinstance(found, dict) else {}
+    return {stage: found[stage] for stage in TIMED if stage in found} if isinstance(found, dict) else {}

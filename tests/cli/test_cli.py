@@ -71,7 +71,7 @@ def test_recipe_leaves_every_product_and_reuses_stages(model, small, tmp_path):
     assert stages_run(model, small, tmp_path) == ["extract", "latents", "train"], "they report progress while they run"
     products = {"prompts.jsonl", "statistics.safetensors", "heads.csv", "heads.safetensors", "head_map.png"}
     products |= {"latents.safetensors", "train_state.safetensors"}
-    products |= {"log.jsonl", "losses.png", "star.safetensors", "config.json", "stages.json", "lock"}
+    products |= {"log.jsonl", "losses.png", "star.safetensors", "config.json", "stages.json", "lock", "pace.json"}
     assert {path.name for path in tmp_path.iterdir()} == products
     first = (tmp_path / "star.safetensors").read_bytes()
 

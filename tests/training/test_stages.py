@@ -123,7 +123,7 @@ def inputs(settings: Settings, model, out: Path) -> dict[str, dict]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Workplace, "changes", lambda *_: None)
-        patch.setattr(Workplace, "stage", lambda place, name, sources, _products, _make, facts=None: found.update(
+        patch.setattr(Workplace, "stage", lambda place, name, sources, _products, _make, facts=None, **_: found.update(
             {name: place.inputs(name, sources, facts)}
         ))  # fmt: skip
         recipe = Recipe(model, settings, out)

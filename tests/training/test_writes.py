@@ -68,7 +68,7 @@ def test_a_card_is_written_over_links(tmp_path, trap):
 def test_a_training_is_written_over_links(tmp_path, trap, model, settings):
     names = ["prompts.jsonl", "statistics.safetensors", "heads.csv", "heads.safetensors", "head_map.png", "lock"]
     names += ["latents.safetensors", "train_state.safetensors", "log.jsonl", "losses.png", "star.safetensors"]
-    names += ["config.json", "stages.json"]
+    names += ["config.json", "stages.json", "pace.json"]
     trap(tmp_path / "theirs", names)
     Recipe(model, replace(settings, unsafe_prompts=6, benign_prompts=6, steps=2), tmp_path / "theirs").train()
     assert replaced(tmp_path / "theirs", names)
