@@ -60,8 +60,9 @@ def folder(finished, tmp_path):
 
 
 def contents(out: Path) -> dict:
-    """Every product's bytes, and the record of stages, in whatever order they ran."""
-    found = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in (LOCK, "config.json")}
+    """Every product's bytes, and the record of stages, in whatever order they ran; no record of seconds."""
+    apart = (LOCK, "config.json", "pace.json")
+    found = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in apart}
     return found | {RECORD: json.loads(found[RECORD])}
 
 
