@@ -58,7 +58,7 @@ def shoot(tmp_path):
         editor.page.wait_for_timeout(500 if SCREENSHOTS else 0)  # a tooltip or a notice may be on its way out
         picture = Image.open(io.BytesIO(editor.page.screenshot(**options))).convert("RGB")
         assert picture.getcolors(maxcolors=100) is None
-        picture.save(folder / name, optimize=True)
+        picture.quantize(256).save(folder / name, optimize=True)
 
     return save
 

@@ -145,7 +145,7 @@ def shown(pictures):
 def test_stars_go_and_the_rest_stays(run, made, paint):
     """Prompts that nothing was made from. Turned by an angle of 0, it is refused; made from benign
     prompts, nothing is suppressed."""
-    (concept,), report, heads, _ = made
+    (concept,), report, heads, *_ = made
     assert (concept.name, concept.slug, concept.mode, concept.text.acts_on) == ("Star", "star", "fixed", "qk")
     assert f"Star: {len(concept.heads)} of 12 heads tell it apart" in report
     assert heads.shape[0] == 1 and heads.shape[-1] == 3 and 0 <= heads.min() < heads.max() <= 1

@@ -6,7 +6,7 @@ pytestmark = pytest.mark.host
 
 FIRST_SIGHT = {
     "Apply": {"model", "concept", "strength"},
-    "CalibrateConcept": {"model", "clip", "name", "unsafe", "safe", "latent", "preset", "style"},
+    "CalibrateConcept": {"model", "clip", "name", "unsafe", "safe", "latent", "preset", "style", "vae"},
 }
 
 
