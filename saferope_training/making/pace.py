@@ -27,8 +27,7 @@ class Pace:
     """
 
     out: Path
-    settings: Settings
-    device: str
+    about: dict[str, object]  # see `measured_with`
     show: Progress
     _began: dict[str, tuple[int, float]] = field(default_factory=dict)
 
@@ -37,7 +36,7 @@ class Pace:
         now = time.monotonic()
         first, began = self._began.setdefault(stage, (done, now))
         if stage in TIMED and done == total and done > first and processes.is_main():
-            taken = {"seconds": (now - began) / (done - first), **_with(self.settings, self.device)}
+            taken = {"seconds": (now - began) / (done - first), **self.about}
             write_text(self.out / FILE, json.dumps({**_read(self.out), stage: taken}, indent=2) + "\n")
         if done == total:
             del self._began[stage]
@@ -45,7 +44,7 @@ class Pace:
 
 def seconds_of(out: Path, settings: Settings, device: str) -> dict[str, float]:
     """Seconds a unit of each stage that was measured in the folder with this model, device and these passes."""
-    now, found = _with(settings, device), {}
+    now, found = measured_with(settings, device), {}
     for stage, taken in _read(out).items():
         seconds = taken.pop("seconds", None) if isinstance(taken, dict) else None
         if isinstance(seconds, float) and seconds > 0 and taken == now:
@@ -61,7 +60,8 @@ def in_words(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _with(settings: Settings, device: str) -> dict[str, object]:
+def measured_with(settings: Settings, device: str) -> dict[str, object]:
+    """What a time holds for: the kind of device, the model, and how many prompts a pass takes."""
     return {"device": device.partition(":")[0], **{name: getattr(settings, name) for name in _WITH}}
 
 

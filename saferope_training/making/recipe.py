@@ -30,7 +30,7 @@ from ..settings import LATENTS as LATENTS_STAGE
 from ..stages import Facts, Progress, Report, Workplace, alone, sha256_of
 from . import checks, extract, heads, material, train
 from .batch import PRESERVE, REPLACE, UNLEARN
-from .pace import Pace
+from .pace import Pace, measured_with
 from .preview import Preview
 from .progress import NONE, PREVIEWS, Watch, Watching, previews_until
 from .state import Log, State
@@ -92,7 +92,7 @@ class Recipe:
             require_no_link(out, out / EMBEDDINGS)
             model = models.with_cache(model, out / EMBEDDINGS)
         self._model, self.settings, self.out, self._more = model, settings, out, tuple(more)
-        timed = progress if model is None else Pace(out, settings, str(model.device), progress)
+        timed = progress if model is None else Pace(out, measured_with(settings, str(model.device)), progress)
         self.place = Workplace(out, settings, timed)
         self._goal = goal
         self.known: dict[str, Any] = facts(model) if model is not None else {}

@@ -271,7 +271,7 @@ def test_time_is_told_from_measured_passes_alone(at_rest, tmp_path):
     assert at_rest(*words, "--dry-run").output.count(estimate.UNKNOWN) == 3
     settings = Settings(concept="star")
     (tmp_path / "x").mkdir()
-    taken = {"seconds": 0.6, **pace._with(settings, "cpu")}
+    taken = {"seconds": 0.6, **pace.measured_with(settings, "cpu")}
     (tmp_path / "x" / pace.FILE).write_text(json.dumps({"extract": taken}))
     told = at_rest(*words, "--dry-run").output
     assert f"extract: {pace.in_words(0.6 * 288)}, an estimate" in told

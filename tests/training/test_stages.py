@@ -182,7 +182,7 @@ def watched(monkeypatch):
     """Stage -> the settings that were read while its products were made."""
     read, stage = {}, Workplace.stage
 
-    def noting(place, name, sources, products, make, facts=None):
+    def noting(place, name, sources, products, make, facts=None, goes_on=False):
         def noted(report):
             Watched.read = read.setdefault(name, set())
             try:
@@ -190,7 +190,7 @@ def watched(monkeypatch):
             finally:
                 Watched.read = None
 
-        stage(place, name, sources, products, noted, facts)
+        stage(place, name, sources, products, noted, facts, goes_on)
 
     monkeypatch.setattr(Workplace, "stage", noting)
     return read
