@@ -46,7 +46,7 @@ def main() -> None:
         "pooled_projections": torch.randn(PROMPTS, 768),
         "timestep": torch.ones(PROMPTS),
         "guidance": torch.full((PROMPTS,), 3.5),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(SIDE), torch.arange(SIDE)).float(),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), *2 * [torch.arange(float(SIDE))]),
         "txt_ids": torch.zeros(TEXT, 3),
     }
     rope = positioned(None, flux.pos_embed(given["img_ids"]))

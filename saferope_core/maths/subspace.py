@@ -8,6 +8,8 @@ Axes: n vectors, H heads, D head dimension, R subspace rank.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -50,19 +52,23 @@ class SmallGramSum:
     def add(self, x: Tensor) -> None:
         """Add vectors x [n, H, D] of any floating dtype and device."""
         x = x.detach().to(self.held.device, torch.float64)
-        row, column = self._places()
-        self.held += torch.einsum("nhd,nhe->hde", x, x)[:, row, column].float()
+        lower, _ = _triangle(self.width, self.held.device)
+        self.held += torch.einsum("nhd,nhe->hde", x, x).flatten(1).index_select(1, lower).float()
 
     @property
     def gram(self) -> Tensor:
         """[H, D, D] float64, symmetric."""
-        row, column = self._places()
-        gram = torch.zeros(len(self.held), self.width, self.width, dtype=torch.float64, device=self.held.device)
-        gram[:, row, column] = gram[:, column, row] = self.held.double()
-        return gram
+        _, whole = _triangle(self.width, self.held.device)
+        return self.held.index_select(1, whole).double().unflatten(1, (self.width, self.width))
 
-    def _places(self) -> Tensor:
-        return torch.tril_indices(self.width, self.width, device=self.held.device)
+
+@cache
+def _triangle(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the lower triangle lies in a matrix [D, D], flat, and where each of the matrix' entries lies in it."""
+    row, column = torch.tril_indices(width, width, device=device)
+    whole = torch.empty(width, width, dtype=torch.long, device=device)
+    whole[row, column] = whole[column, row] = torch.arange(len(row), device=device)
+    return row * width + column, whole.flatten()
 
 
 def unsafe_basis(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -203,14 +203,16 @@ def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str)
     def gram(side: str, kind: str) -> Tensor:
         return statistics.vectors[side, kind].gram[role][row]
 
-    benign = gram(BENIGN, WORDS) + gram(BENIGN, PADDING)
+    def benign() -> Tensor:
+        return gram(BENIGN, WORDS) + gram(BENIGN, PADDING)
+
     if ranks.relative:
         counts = (_count(statistics.vectors[BENIGN, kind], role, row) for kind in (WORDS, PADDING))
-        first = relative_basis(gram(UNSAFE, SUBJECT), benign, ranks.relative, sum(counts, torch.zeros(1)))
-        own = gram(UNSAFE, SUBJECT) if kind == "svd" else contrast(gram(UNSAFE, SUBJECT), benign)
+        first = relative_basis(gram(UNSAFE, SUBJECT), benign(), ranks.relative, sum(counts, torch.zeros(1)))
+        own = gram(UNSAFE, SUBJECT) if kind == "svd" else contrast(gram(UNSAFE, SUBJECT), benign())
         basis = extended(first, own, ranks.subject)
     elif kind == "contrastive":
-        basis = contrastive_basis(gram(UNSAFE, SUBJECT), benign, ranks.subject)
+        basis = contrastive_basis(gram(UNSAFE, SUBJECT), benign(), ranks.subject)
     else:
         basis = unsafe_basis(gram(UNSAFE, SUBJECT), ranks.subject)[0]
     for token, rank in ((PADDING, ranks.padding), (WORDS, ranks.words)):
