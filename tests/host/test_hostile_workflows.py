@@ -259,6 +259,7 @@ def test_links_of_a_wrong_kind(server):
             said = posted(server, graph)
             # a value in the place of a link goes through to the node, which does not look at a CLIP without a text
             harmless = (name == "clip" and not isinstance(link, list)) or (kind == "IMAGE" and link is wrong)
+            harmless |= kind == "VAE" and link == ["1", -1]  # ComfyUI counts from the end, and the last one is a VAE
             assert said or harmless, (number, name, link)
 
 
