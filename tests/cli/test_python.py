@@ -51,6 +51,26 @@ def test_a_pipeline_is_protected_inside_of_the_block_alone(pipe, given):
     assert np.array_equal(plain, draw(pipe)) and hooks(pipe.transformer) == before
 
 
+@pytest.mark.parametrize("other", [False, True], ids=["alone", "beside another hook"])
+def test_vectors_that_another_hook_keeps_are_not_written_to(pipe, other):
+    """Alone it turns vectors where they are; the picture is the same."""
+    kept, copies, norm = [], [], pipe.transformer.transformer_blocks[0].attn.norm_added_k
+
+    def keep(_module, _inputs, output):
+        kept.append(output)
+        copies.append(output.clone())
+
+    with protect(pipe, STAR):
+        expected = draw(pipe)
+    hook = norm.register_forward_hook(keep, prepend=True) if other else None
+    with protect(pipe, STAR):
+        late = None if other else norm.register_forward_hook(keep, prepend=True)  # unseen, so the control
+        picture = draw(pipe)
+    (hook or late).remove()
+    assert np.array_equal(picture, expected)
+    assert all(torch.equal(*pair) for pair in zip(kept, copies, strict=True)) == other
+
+
 def test_the_transformer_may_be_given_and_strengths_differ(pipe):
     pictures = []
     for settings in ({}, {"strength": 0.5}, {"threshold": 0.012}):
