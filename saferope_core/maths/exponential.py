@@ -43,6 +43,7 @@ class _Exponential(torch.autograd.Function):
     def forward(
         ctx: Any, coordinates: Tensor, generator: Tensor, scale: Tensor, theta: Tensor, frame: Tensor
     ) -> Tensor:
+        """V (e^{isθ} ∘ (Vᴴ c))."""
         theta, frame = theta.to(coordinates), frame.to(coordinates.dtype.to_complex())
         ctx.save_for_backward(coordinates, scale, theta, frame)
         return _out(_phase(scale, theta) * _in(coordinates, frame), frame)
@@ -50,6 +51,7 @@ class _Exponential(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """By c, A and s; the gradient by A is skew, since only the skew part of A is read."""
         coordinates, scale, theta, frame = ctx.saved_tensors
         phase, seen, wanted = _phase(scale, theta), _in(coordinates, frame), _in(gradient, frame)
         turned = phase * seen

@@ -56,8 +56,11 @@ class Packed(NamedTuple):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def packed(plan: Plan, model_heads: int, dtype: torch.dtype, device: torch.device) -> Packed:
-    """`plan` for vectors of `dtype` on `device`, in a model of so many heads."""
+def packed(plan: Plan, model_heads: int, dtype: torch.dtype, device: torch.device, powers: bool = True) -> Packed:
+    """`plan` for vectors of `dtype` on `device`, in a model of so many heads.
+
+    powers: whether the device that turns them may take complex powers.
+    """
     parts = plan.parts
     planes = max(part.theta.shape[-1] for part in parts)
     unsafe = [_unsafe(part) * part.strength.abs().sqrt()[:, None, None] for part in parts]
@@ -70,7 +73,7 @@ def packed(plan: Plan, model_heads: int, dtype: torch.dtype, device: torch.devic
     real = wide(torch.empty(0, dtype=dtype)).dtype
     angles = torch.stack(theta, 1).to(real)
     quarter = angles / QUARTERS
-    powers = device.type != "mps" and bool(angles.abs().max() < TWO_TURNS)  # Apple's powers were not measured
+    powers = powers and bool(angles.abs().max() < TWO_TURNS)
     return Packed(
         plan.heads.to(device),
         len(plan.heads) == model_heads,

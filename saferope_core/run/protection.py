@@ -26,6 +26,7 @@ from .plan import Active, Key, Plans, moved, moving_rows, plans_of
 from .stored import Stored, on_device, stored
 
 T = TypeVar("T")
+APPLE = "mps"  # whose complex powers were not measured
 
 
 class Protection:
@@ -138,14 +139,15 @@ class Protection:
         if dtype is not None:
             kind = device.type, dtype
             if kind not in self._stored:
-                self._stored[kind] = stored(self._packed(dtype))
+                self._stored[kind] = stored(self._packed(*kind))
             return on_device(self._stored[kind], device)
         return {key: moved(plan, device) for key, plan in self._folded.items()}
 
-    def _packed(self, dtype: torch.dtype) -> dict[Key, Packed]:
+    def _packed(self, kind: str, dtype: torch.dtype) -> dict[Key, Packed]:
+        """On the CPU, for a kind of device."""
         assert self._folded is not None
-        heads, cpu = self.geometry.heads_of, torch.device("cpu")
-        return {key: packed(plan, heads(key[1]), dtype, cpu) for key, plan in self._folded.items()}
+        heads, cpu, powers = self.geometry.heads_of, torch.device("cpu"), kind != APPLE
+        return {key: packed(plan, heads(key[1]), dtype, cpu, powers) for key, plan in self._folded.items()}
 
 
 def _require_reached(active: Active) -> None:

@@ -46,3 +46,12 @@ def test_a_second_run_packs_nothing(make_concept, geometry, monkeypatch):
     again, twice = run()
     assert once == twice > 0 and torch.equal(first, again) and not torch.equal(first, x)
     assert run(torch.bfloat16)[1] == 2 * once, "control: another dtype is packed by itself"
+
+
+def test_apple_gets_no_complex_powers(make_concept, geometry):
+    """Plans are packed on the CPU whatever the device, which shall not hide the device's kind."""
+    guard = Protection([make_concept()], geometry)
+    guard.prepare(CPU, torch.float32)
+    kinds = {kind: guard._packed(kind, torch.float32) for kind in ("mps", "cuda")}
+    told = {kind: {plan.turn.is_complex() for plan in plans.values()} for kind, plans in kinds.items()}
+    assert told == {"mps": {False}, "cuda": {True}}
