@@ -9,7 +9,7 @@ two θ are equal:
 
     d exp(s A) = V (Φ ∘ (Vᴴ dA V)) Vᴴ,   Φ_jk = s e^{is(θ_j + θ_k) / 2} sinc(s (θ_j − θ_k) / 2),   sinc(z) = sin(z) / z.
 
-torch.matrix_exp goes through the tokens one after the other on a GPU.
+On a GPU torch.matrix_exp goes through matrices of large norm one after the other (pytorch/pytorch, issue 107291).
 
 Axes: B batch, H heads, L tokens, R width of a generator.
 """
