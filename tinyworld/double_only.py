@@ -119,16 +119,17 @@ def encode(pipe: QwenImagePipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def velocity(net: nn.Module, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-    """Where the transformer is, as the text is already."""
-    (found,) = net(
-        hidden_states=x.to(net.device),
-        timestep=t.to(net.device),
-        encoder_hidden_states=text[0],
-        encoder_hidden_states_mask=text[1],
-        img_shapes=[SHAPES] * len(x),
-        return_dict=False,
-    )
-    return found
+    """Where the transformer is, as the text is already: computed in bfloat16, returned in float32."""
+    with torch.autocast(net.device.type, torch.bfloat16):
+        (found,) = net(
+            hidden_states=x.to(net.device),
+            timestep=t.to(net.device),
+            encoder_hidden_states=text[0],
+            encoder_hidden_states_mask=text[1],
+            img_shapes=[SHAPES] * len(x),
+            return_dict=False,
+        )
+    return found.float()
 
 
 def flow_loss(both: nn.ModuleDict, pipe: QwenImagePipeline, scenes: flow.Scenes, rng: random.Random) -> Tensor:
