@@ -1,6 +1,8 @@
-"""Checks the pages for plain words: proselint, and rules of our own.
+"""Checks for plain words: in pages by proselint and rules of our own, in docstrings, comments and messages of the code
+by these rules.
 
-    python -m dev.words        # prints file, line, rule and words; exits 1 where there are any
+    python -m dev.words           # prints file, line, rule and words; exits 1 where there are any
+    python -m dev.words nodes     # of the Python files below `nodes` alone
 
 Our rules: a clause names its thing (no "what took it up", "those that", "nobody"), a sentence is short, colons and
 semicolons are few, and one thing has one word. Code, tables, headings and links are not prose.
@@ -8,9 +10,13 @@ semicolons are few, and one thing has one word. Code, tables, headings and links
 
 from __future__ import annotations
 
+import ast
+import inspect
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +24,10 @@ from typing import NamedTuple
 from .comfyui import ROOT
 
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "web/docs/*.md")
+CODE = (
+    "nodes saferope_core saferope_training saferope_benchmark saferope_credentials workflow_lint saferope tinyworld dev"
+)
+MESSAGE = 5  # words of a string that somebody reads; shorter ones are names, labels and keys
 LONGEST = 32  # words of a sentence; readers lose a longer one (plain-language guides say 20 to 25 on average)
 MARKS = 14  # colons and semicolons for 1,000 words; the READMEs of flux and peft have 1 to 10
 LEAST = 150  # words of a page whose marks are counted: in fewer, one list is many
@@ -63,9 +73,33 @@ def prose(text: str) -> str:
     return re.sub(r"^\s*(?:[-*]|\d+\.)\s+(?:\*[^\n:]*\*:?\*?:|[^\n:.]{1,60}:)(?= )", blank, text, flags=re.MULTILINE)
 
 
+def spoken(source: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of each docstring, comment and message of a Python file; lines of comments in a row are one text."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value.split()) > MESSAGE:
+            yield node.lineno, inspect.cleandoc(node.value).rstrip() + "\n"
+    last, begun, said = -1, 0, ""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            if token.start[0] != last + 1:
+                yield begun, said
+                begun, said = token.start[0], ""
+            last, said = token.start[0], f"{said}{token.string.lstrip('# ')}\n"
+    yield begun, said
+
+
 def findings(page: str, text: str) -> Iterator[Finding]:
     """Everything that our rules find in a page."""
     own = prose(text)
+    yield from plain(page, own)
+    words = len(re.findall(r"[A-Za-z]+", own))
+    marks = len(re.findall(r"[;:](?=\s)", own))
+    if words >= LEAST and marks * 1000 > MARKS * words:
+        yield Finding(page, 1, "colons and semicolons", f"{marks * 1000 / words:.0f} for 1,000 words, at most {MARKS}")
+
+
+def plain(page: str, own: str) -> Iterator[Finding]:
+    """What our rules find in prose of any length."""
     for match in HEADLESS.finditer(own):
         yield Finding(page, _line(own, match.start()), "name the thing", match[0].strip())
     for word, other in FIELD.items():
@@ -74,10 +108,14 @@ def findings(page: str, text: str) -> Iterator[Finding]:
     for start, sentence in _sentences(own):
         if (count := len(sentence.split())) > LONGEST:
             yield Finding(page, _line(own, start), f"{count} words, at most {LONGEST}", " ".join(sentence.split()[:8]))
-    words = len(re.findall(r"[A-Za-z]+", own))
-    marks = len(re.findall(r"[;:](?=\s)", own))
-    if words >= LEAST and marks * 1000 > MARKS * words:
-        yield Finding(page, 1, "colons and semicolons", f"{marks * 1000 / words:.0f} for 1,000 words, at most {MARKS}")
+
+
+def findings_in_code(below: list[str]) -> Iterator[Finding]:
+    """Everything that our rules find in the Python files of these folders."""
+    for file in sorted(file for folder in below for file in (ROOT / folder).rglob("*.py")):
+        for line, text in spoken(file.read_text("utf-8")):
+            for each in plain(file.relative_to(ROOT).as_posix(), prose(text)):
+                yield each._replace(line=line + each.line - 1)
 
 
 def _sentences(text: str) -> Iterator[tuple[int, str]]:
@@ -102,12 +140,14 @@ def proselint(pages: list[Path]) -> list[str]:
 
 
 def main() -> None:
-    pages = sorted(page for pattern in PAGES for page in ROOT.glob(pattern))
+    below = sys.argv[1:]
+    pages = [] if below else sorted(page for pattern in PAGES for page in ROOT.glob(pattern))
     told = [
         str(each) for page in pages for each in findings(page.relative_to(ROOT).as_posix(), page.read_text("utf-8"))
     ]
-    told += proselint(pages)
-    print("\n".join(told) or f"{len(pages)} pages in plain words")
+    told += proselint(pages) if pages else []
+    told += map(str, findings_in_code(below or CODE.split()))
+    print("\n".join(told) or f"{len(pages)} pages and the code in plain words")
     raise SystemExit(bool(told))
 
 
