@@ -1,4 +1,4 @@
-"""The node that protects a model: checks what it was given, clones the model, adds the patch."""
+"""The node that protects a model. It checks its inputs, clones the model and adds the patch."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Apply(io.ComfyNode):
         require_range("start_percent", start_percent, 0.0, 1.0)
         require_range("end_percent", end_percent, start_percent, 1.0)
         if gate not in (CALIBRATED, FIXED):
-            raise ValueError(f"gate is {gate!r}, expected {CALIBRATED!r} or {FIXED!r}. Check what is linked to it.")
+            raise ValueError(f"gate is {gate!r}, expected {CALIBRATED!r} or {FIXED!r}. Check the linked node.")
         if conditionings not in (ALL_ROWS, POSITIVE):
             raise ValueError(f"conditionings is {conditionings!r}, expected {ALL_ROWS!r} or {POSITIVE!r}.")
         fixed = threshold if gate == FIXED else None

@@ -1,4 +1,4 @@
-"""The node that makes a concept out of prompts, without training: it looks at what the model's heads make of them."""
+"""The node that makes a concept from prompts, without training, by the queries and keys of the model's heads."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ DESCRIPTION = "calibrated in ComfyUI from prompts"
 SHOWN = 10  # words of a list in the report
 SIDE, TINY_SIDE = 64, 12  # latent rows and columns: 512 pixels, and the tiny world's 96
 TINY_BATCH = 24  # prompts at once of a model that small
-LOOKS_AT_ONCE = 64  # more latents than that in one batch are not meant
+LOOKS_AT_ONCE = 64  # at most so many latents in one batch
 
-FEW = 12  # prompts of a side: gates and heads of fewer depend on chance
+FEW = 12  # prompts of a side; with fewer, gates and heads depend on chance
 UNPAINTED = "SafeRoPE paints no strip without a VAE. Connect vae of SafeRoPE Calibrate Concept."
 UNNAMED = "My concept"
 
@@ -78,7 +78,7 @@ class CalibrateConcept(io.ComfyNode):
                     placeholder="Prompts that show the concept, one a line:\na red [star] on the beach\n"
                     "Leave empty with a preset.",
                     tooltip="Prompts that show the concept, one a line, a dozen or more. Put the word of the concept "
-                    "in brackets in each: a red [star] on the beach. Lines here are added to those of a preset.",
+                    "in brackets in each: a red [star] on the beach. Lines here are added to a preset's lines.",
                 ),
                 io.String.Input(
                     "safe",
@@ -86,7 +86,7 @@ class CalibrateConcept(io.ComfyNode):
                     default="",
                     placeholder="Prompts without it, one a line:\na red house on the beach\nLeave empty with a preset.",
                     tooltip="Prompts without the concept, one a line, twice as many, otherwise alike. The protection "
-                    "leaves their tokens alone. Lines here are added to those of a preset.",
+                    "leaves their tokens alone. Lines here are added to a preset's lines.",
                 ),
                 io.Latent.Input(
                     "latent",
@@ -178,7 +178,7 @@ def _statistics(
     choices: Choices,
     tell: Callable[[int], None],
 ) -> Statistics:
-    """Of the prompts. tell(1) is called for each prompt encoded and for each forward of one."""
+    """Statistics of the prompts. Calls tell(1) for each encoded prompt and for each forward of a prompt."""
     looks = looks_of(clip, prompts, choices.rounds, choices.seed, tell)
     return gather(model, geometry, looks, size, batch, choices.timesteps, choices.guidance, tell)
 
@@ -212,7 +212,7 @@ def _concept(name: str, geometry: Geometry, table: HeadTable, choices: Choices, 
 
 
 def _record(prompts: list[Prompt], size: tuple[int, int], choices: Choices) -> dict:
-    """What is needed to make it again, but for the weights and the prompts' words, which stay with their owner."""
+    """Facts to make the concept again. Weights and words of the prompts are left out: they stay with their owner."""
     settings = asdict(choices) | {"padding_rank": PADDING_RANK, "words_rank": WORDS_RANK, "image_rank": IMAGE_RANK}
     settings |= {"reach": REACH, "basis": BASIS, "latent_size": list(size)}
     settings |= {f"{side}_prompts": sum(prompt.side == side for prompt in prompts) for side in (UNSAFE, BENIGN)}
@@ -243,7 +243,7 @@ def _report(concept: Concept, table: HeadTable, prompts: list[Prompt], size: tup
 
 
 def _few(prompts: list[Prompt]) -> str:
-    """A line more of the report, shown on the node too, where a side has fewer than a dozen prompts."""
+    """A line for the report and the node where a side has fewer than FEW prompts, else ""."""
     counts = [sum(prompt.side == side for prompt in prompts) for side in (UNSAFE, BENIGN)]
     if min(counts) >= FEW:
         return ""
@@ -256,7 +256,7 @@ def _few(prompts: list[Prompt]) -> str:
 
 
 def _strange(words: list[str]) -> str:
-    """A line more of the report, where there are words that say less than they seem to."""
+    """A line for the report where the text encoder does not know some words, else ""."""
     if not words:
         return ""
     shown = ", ".join(f"{word!r:.60}" for word in words[:SHOWN]) + (", ..." if len(words) > SHOWN else "")
@@ -267,7 +267,7 @@ def _strange(words: list[str]) -> str:
 
 
 def _size(latent: dict | None, geometry: Geometry) -> tuple[int, int, int]:
-    """Rows, columns and how many at once."""
+    """Rows and columns of the latents, and how many of them are sampled in one batch."""
     if latent is None:
         tiny = geometry.heads < FLUX1.heads
         return (TINY_SIDE, TINY_SIDE, TINY_BATCH) if tiny else (SIDE, SIDE, 1)

@@ -66,7 +66,7 @@ class CombineConcepts(io.ComfyNode):
 
 
 def _teller(count: int) -> Callable[[], None]:
-    """To be called for every pair: shows progress, and ends where ComfyUI is told to stop, with its own exception."""
+    """A function to call for each pair. It shows progress, and raises ComfyUI's exception where it is told to stop."""
     bar = comfy.utils.ProgressBar(count * (count - 1) // 2)
 
     def tell() -> None:

@@ -20,7 +20,7 @@ SEARCHED += ["安全", "色情", "裸", "审查", "ヌード", "検閲"]
 TURNED = ("k", "q", "qk")
 RANGES = {
     "rank": (2, 32),
-    "angle": (0.0, 3.14),  # half a turn: more would be less
+    "angle": (0.0, 3.14),  # half a turn; a larger angle turns less
     "quantile": (0.5, 1.0),
     "cut": (0.0, 1.0),
     "rounds": (1, 64),
@@ -32,7 +32,7 @@ RANGES = {
 def require_range(name: str, value: float, low: float, high: float) -> None:
     """Raise ValueError unless low <= value <= high. ComfyUI checks widgets, but not values that come over a link."""
     if not low <= value <= high:  # false for NaN too
-        raise ValueError(f"{name} is {value}, expected a number from {low:g} to {high:g}. Check what is linked to it.")
+        raise ValueError(f"{name} is {value}, expected a number from {low:g} to {high:g}. Check the linked node.")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Choices:
 
 
 def choices_from(settings: dict[str, Any]) -> Choices:
-    """Checks what may have come over links. Raises ValueError."""
+    """Choices from settings, checked, as links may bring any value. Raises ValueError."""
     try:
         times = tuple(float(part) for part in str(settings.pop("timesteps", "1, 0.8, 0.5")).split(","))
     except ValueError:

@@ -42,7 +42,7 @@ class InspectConcept(io.ComfyNode):
 
 
 def describe(concept: Concept) -> str:
-    """What there is to know, in lines."""
+    """The facts about a concept, in lines."""
     made, versions = concept.training.get("settings", {}), concept.training.get("versions", {})
     lines = [
         *introduced(concept),

@@ -21,8 +21,8 @@ NAMED, DIGITS = 3, 12  # concepts and digits of the sha256 in the line on the no
 def describe(concepts: list[Concept], digest: str) -> str:
     """The description of a concept file: plain text, the file's sha256, then a few lines for each concept.
 
-    The first line alone begins with `sha256`: the file's own words follow later, in a line that names the concept or
-    behind a bar, so that they cannot pass for it.
+    Only the first line begins with `sha256`. The file's own words follow later, in a line that names the concept or
+    behind a bar, so that they cannot imitate it.
     """
     return "\n".join([f"sha256 {digest}", *map(_describe, concepts)])
 
@@ -39,7 +39,7 @@ def _describe(concept: Concept) -> str:
 
 
 def _in_short(concepts: list[Concept], digest: str) -> str:
-    """A line on the node: what the file is for, and its identity. Slugs alone, as the page takes the text for HTML."""
+    """A line on the node: the file's concepts, model and identity. Slugs alone, as the page takes the text for HTML."""
     more = f" and {len(concepts) - NAMED} more" if len(concepts) > NAMED else ""
     names = ", ".join(concept.slug for concept in concepts[:NAMED])
     return f"{names}{more}, for {concepts[0].geometry.title()}, sha256 {digest[:DIGITS]}"

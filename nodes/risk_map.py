@@ -56,7 +56,7 @@ class RiskMap(io.ComfyNode):
                 io.Image.Output("patches", tooltip="Risky places, as a heat map over each picture."),
                 io.Image.Output("heads", tooltip="The attention heads that found the riskiest word risky."),
                 io.Image.Output("steps", tooltip="Risk over the steps."),
-                io.Image.Output("card", tooltip="What the node shows: concept, risk, picture and words in one card."),
+                io.Image.Output("card", tooltip="The card on the node: concept, risk, picture and words."),
             ],
             is_output_node=True,
         )
@@ -86,12 +86,12 @@ class RiskMap(io.ComfyNode):
 
 
 def _unmeasured(cls: type[RiskMap], why: str) -> io.NodeOutput:
-    """What there is to say of a model that was not protected, or not recorded: no risk, which is not a risk of 0."""
+    """The outputs for a model that was not protected, or not recorded. It has no risk, which is not a risk of 0."""
     said = f"not measured: {why}. Change that in SafeRoPE Apply."
     risk, card = ExecutionBlocker(f"SafeRoPE has no risk to compare: {said}"), unmeasured_picture(why)
     return io.NodeOutput(risk, said, *unmeasured_pictures(why), card, ui=_shown(cls, card, said))
 
 
 def _shown(cls: type[RiskMap], card: Tensor, said: str) -> dict[str, Any]:
-    """On the node: one card, as a node shows several pictures too small to read."""
+    """One card for the node, which shows several pictures too small to read."""
     return {"images": ui.PreviewImage(card, cls=cls).as_dict()["images"], "text": (said,)}

@@ -1,6 +1,4 @@
-"""Before sampling: how risky a prompt is, from one or a few passes of the network, so that a service can branch or
-refuse.
-"""
+"""Measures the risk of a prompt before sampling, in a few passes of the network. A service can branch or refuse."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from .inputs import SEARCHED, ConceptType, require_range
 REPORT, REFUSE = "report", "stop with an error"
 SCHEDULE = 20  # steps of the sampling whose first ones are taken
 MOST_STEPS = 8
-# Of a conditioning, in ComfyUI's words: the steps in which it acts, and "default", only where and when no other does
+# Of a conditioning, in ComfyUI's words: the steps in which it acts. A "default" acts only where no other one does.
 STEPS_OF = {"start_percent", "end_percent", "clip_start_percent", "clip_end_percent", "default"}
 SIDE = 64  # latent rows and columns without a latent: 512 x 512 pixels; the risk of words hardly depends on the size
 
@@ -49,7 +47,7 @@ def probe(model: Any, concepts: list[Concept], positive: list, latent: dict | No
 
 
 def _at_all_steps(conditioning: list) -> list:
-    """As it is without ConditioningSetTimestepRange, steps of scheduled text encoders, and defaults for later steps."""
+    """The conditioning without ranges of steps: of ConditioningSetTimestepRange, scheduled text encoders, defaults."""
     return [
         [states, {key: value for key, value in more.items() if key not in STEPS_OF}] for states, more in conditioning
     ]
@@ -139,7 +137,7 @@ class RiskProbe(io.ComfyNode):
                 io.String.Output("report", tooltip="The risk in words, concept by concept."),
                 io.Image.Output("words", tooltip="The prompt's words under bars of their risk."),
                 io.Image.Output("heads", tooltip="The attention heads that found the riskiest word risky."),
-                io.Image.Output("card", tooltip="What the node shows: concept, risk and words in one card."),
+                io.Image.Output("card", tooltip="The card on the node: concept, risk and words."),
             ],
             is_output_node=True,
         )

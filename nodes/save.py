@@ -14,7 +14,7 @@ from ..saferope_core import Concept, save_concepts, sha256
 from .host.files import FOLDER
 from .inputs import ConceptType
 
-# No separator, no dot, no drive: a name that cannot lead anywhere.
+# No separator, no dot, no drive: the name cannot leave the folder.
 NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 LICENCES = re.compile(r"[A-Za-z0-9.+-]{1,60}")
 

@@ -58,7 +58,7 @@ class SaveImage(io.ComfyNode):
                     options=[FULL, PART],
                     default=FULL,
                     tooltip="Full protection: all steps, blocks, streams and prompts, each concept at strength 1 or "
-                    "more. In part: something turned; the receipt tells what was left out.",
+                    "more. In part: something turned. The receipt names the rest.",
                 ),
                 io.Int.Input(
                     "quality", default=95, min=1, max=100, optional=True, tooltip="1 to 100, for JPEG and WEBP."
@@ -89,9 +89,7 @@ class SaveImage(io.ComfyNode):
     ) -> io.NodeOutput:
         require_range("quality", quality, 1, 100)
         if format not in FORMATS or require not in (FULL, PART):
-            raise ValueError(
-                f"format and require are {format!r:.40} and {require!r:.40}. Check what is linked to them."
-            )
+            raise ValueError(f"format and require are {format!r:.40} and {require!r:.40}. Check the linked nodes.")
         runs = runs_of(list(recorders.values()), latent["samples"])
         require_protected(runs, require == FULL)
         config = configured()

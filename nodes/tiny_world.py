@@ -92,7 +92,7 @@ class _ClipText(CLIPTextModel):
 
 
 class TinyVAE:
-    """What stock nodes ask of a VAE, around a codec that has nothing to learn, load or tile.
+    """A VAE for stock nodes, around a codec that has nothing to learn, load or tile.
 
     decode: latents [B, 16, h, w] -> pictures [B, 8 h, 8 w, 3] in [0, 1]; encode: the inverse, cropped to multiples of
     8.

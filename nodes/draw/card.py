@@ -1,6 +1,6 @@
-"""One dark card that tells an artist what happened: a headline, the risk, the picture, the prompt's words as chips.
+"""One dark card for artists. It shows a headline, the risk, the picture, and the prompt's words as chips.
 
-Drawn twice as wide as ComfyUI shows it in a usual node, in type that can be read there.
+It is drawn twice as wide as ComfyUI shows it in a usual node, so that its text can be read there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .charts import (
 )
 from .risk_pictures import LEAST_TOP, coloured
 
-HEADLINE, LINE, CHIP, SMALL = 46, 28, 28, 24  # font sizes in pixels; halved where it is shown
+HEADLINE, LINE, CHIP, SMALL = 46, 28, 28, 24  # font sizes in pixels; ComfyUI shows them at half the size
 DIM = (168, 170, 180)
 SIGNALS = {"high": (253, 190, 60), "low": (110, 200, 170), "unknown": (168, 170, 180)}
 ROOM = WIDTH - 2 * MARGIN
@@ -38,13 +38,13 @@ MAP = 200  # pixels: the heat map's side beside a picture
 
 
 class Card(NamedTuple):
-    """What there is to tell. `signal` is high, low or unknown; `risk` and `mark` lie in [0, 1]."""
+    """The content of a card. `signal` is high, low or unknown. `risk` and `mark` lie in [0, 1]."""
 
     headline: str
     signal: str
     lines: Sequence[str]
     risk: float | None
-    mark: float  # the risk above which something is called risky
+    mark: float  # a risk above it is flagged
     words: Sequence[tuple[str, float]] = ()  # in the prompt's order, with their risks
     picture: Tensor | None = None  # [h, w, 3] in [0, 1]
     heat: Tensor | None = None  # [rows, columns]: risk of the picture's places
@@ -59,7 +59,7 @@ class Chip(NamedTuple):
 
 
 def draw_card(card: Card) -> Tensor:
-    """IMAGE [1, h, WIDTH, 3]; as high as what it holds."""
+    """IMAGE [1, h, WIDTH, 3]. Its height h depends on its content."""
     sheet = Image.new("RGB", (WIDTH, 3 * WIDTH), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.rectangle((0, 0, 10, sheet.height), fill=SIGNALS[card.signal])
@@ -84,7 +84,7 @@ def draw_card(card: Card) -> Tensor:
 
 
 def _scale(pen: ImageDraw.ImageDraw, card: Card, y: int) -> int:
-    """The colours from 0 to 1, the card's risk on them, and the mark; the height below it."""
+    """Draws the colours from 0 to 1, the card's risk on them, and the mark. Returns the y below them."""
     for x in range(ROOM):
         pen.line((MARGIN + x, y, MARGIN + x, y + BAR), fill=colour(x / (ROOM - 1)))
     pen.rectangle((MARGIN, y, MARGIN + ROOM - 1, y + BAR), outline=GRID)
@@ -102,7 +102,7 @@ def _scale(pen: ImageDraw.ImageDraw, card: Card, y: int) -> int:
 
 
 def _pictures(sheet: Image.Image, pen: ImageDraw.ImageDraw, card: Card, y: int) -> int:
-    """The picture, and at its right the map of its places; each alone where the other is missing."""
+    """Draws the picture and, at its right, the map of its places. One may be missing. Returns the y below them."""
     highest = 0.0 if card.heat is None else float(card.heat.max())
     heat = None if card.heat is None else coloured(card.heat / max(LEAST_TOP, highest))
     if card.picture is None and heat is None:
@@ -130,13 +130,13 @@ def _pictures(sheet: Image.Image, pen: ImageDraw.ImageDraw, card: Card, y: int) 
 
 
 def _within(picture: Image.Image, side: int, how: Image.Resampling) -> Image.Image:
-    """As large as fits into a square, enlarged where it is smaller."""
+    """The picture as large as it fits into a square, enlarged where it is smaller."""
     scale = side / max(picture.size)
     return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), how)
 
 
 def chips_of(words: Sequence[tuple[str, float]], top: int) -> tuple[list[Chip], int]:
-    """The riskiest words, MOST_CHIPS at most, in the prompt's order and in lines, and the height below them."""
+    """Chips of the riskiest words, MOST_CHIPS at most, in lines and in the prompt's order, and the y below them."""
     kept = sorted(sorted(range(len(words)), key=lambda place: -words[place][1])[:MOST_CHIPS])
     chips: list[Chip] = []
     x, y, high = MARGIN, top, CHIP + 20

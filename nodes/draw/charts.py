@@ -34,7 +34,7 @@ TALLEST = 1728  # pixels of a heat map's cells
 LEAST_CELL, MOST_CELL = 8, 140
 MOST_BARS = 64
 MARGIN = 24
-MARK = (255, 110, 100)  # the frame of a cell, the line above which something is called risky
+MARK = (255, 110, 100)  # the frame of a cell, the line above which a risk is flagged
 
 
 def heat_map(
@@ -127,7 +127,7 @@ def label_of(text: str) -> str:
 
 
 def _plain(text: str, longest: int) -> str:
-    """Without accents: the font has letters and no marks on them."""
+    """`text` printable and without accents: the font has letters and no marks on them."""
     bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return printable(bare, longest)
 
@@ -156,7 +156,7 @@ def wrapped(text: str, size: int, room: int) -> list[str]:
 
 
 def ink_on(fill: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The lighter or the darker ink, by the luminance of what is under it (ITU-R BT.601)."""
+    """The lighter or the darker ink, by the luminance of the colour under it (ITU-R BT.601)."""
     red, green, blue = fill
     return PAPER if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else INK
 
@@ -206,5 +206,5 @@ def font_of(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 
 def width_of(text: str, size: int) -> int:
-    """Of a line of text, in pixels."""
+    """The width of a line of text, in pixels."""
     return round(font_of(size).getlength(text))

@@ -1,6 +1,6 @@
 """Pictures of risk: the prompt's words under bars, a heat map over the picture, the course over the steps.
 
-Drawn as wide as ComfyUI shows them well, in colours for all eyes (cividis), every axis labelled.
+They are as wide as ComfyUI shows them well. Colours are for all eyes (cividis), and every axis has a label.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ LEFT = 100  # room for the vertical axis
 BAR, WORD_ROW = 150, 220  # pixels: the highest bar, and a row of bars with its words and a gap
 NARROWEST, GAP = 48, 12
 LINES = ((110, 190, 240), (240, 165, 60))  # light blue and orange: apart for all eyes, and in grey
-MOST_ROWS = 8  # of words; a prompt of 512 tokens would be a column nobody looks at
-FAINT, STRONG = 30, 200  # of 255: how much of the picture the map's lowest and highest risk cover
+MOST_ROWS = 8  # of words; with 512 tokens the column would be too long to read
+FAINT, STRONG = 30, 200  # of 255: opacity of the map at its lowest and highest risk
 LEAST_TOP = 0.1  # a heat map's colours reach from 0 to at least this risk: noise should not glow
 MAP, PLOT = WIDTH - 2 * MARGIN - 100, 290  # pixels: the longer side of a heat map, the height of the courses
 
 
 def _titled(title: str, below: int) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
-    """A sheet with its title, so many pixels higher than that, its pen, and where the rest begins."""
+    """A sheet with its title and `below` pixels under it, its pen, and the y where these pixels begin."""
     lines = wrapped(title_of(title), TITLE, WIDTH - 2 * MARGIN)
     top = MARGIN + (TITLE + 8) * len(lines) + 12
     sheet = Image.new("RGB", (WIDTH, top + below), PAPER)

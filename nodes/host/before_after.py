@@ -1,4 +1,4 @@
-"""What a new concept does, at a glance: some of its prompts painted without and with it, from the same noise."""
+"""The effect of a new concept at a glance: some of its prompts, painted without and with it from the same noise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def before_and_after(
     seed: int,
     tell: Callable[[int], None],
 ) -> Tensor:
-    """The first prompts of each side, latents of `size`; IMAGE [1, h, w, 3]. `tell(1)` is called after every step."""
+    """Paints the first prompts of each side in latents of `size`; IMAGE [1, h, w, 3]. Calls `tell(1)` each step."""
     chosen = [prompt for side, count in SHOWN.items() for prompt in _first(prompts, side, count)]
     looks, protected = looks_of(clip, chosen, 1, seed), protect(model, [concept], 1.0, None, record=False)[0]
     settings = (concept.geometry, size, guidance, tell)

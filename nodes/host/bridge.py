@@ -1,9 +1,9 @@
-"""Lets a network whose blocks call no attention patch (Z-Image, Lumina 2, SD3.5) call ours, by ComfyUI's override of
+"""Calls our attention patch in networks whose blocks call none (Z-Image, Lumina 2, SD3.5), by ComfyUI's override of
 the attention itself.
 
-The override gets queries and keys after RoPE, a rotation P of each pair of numbers. The patch gets P⁻¹ x, and what it
-changes there comes back as P Δ: a token that it leaves alone has Δ = 0 and stays bit for bit. Hooks on the way there
-see which block's attention it is, where its text ends and which positions turned it. In float32, as RoPE is.
+The override gets queries and keys after RoPE. RoPE is a rotation P of each pair of numbers. The patch gets P⁻¹ x, and
+its change Δ comes back as P Δ. A token that the patch leaves alone has Δ = 0 and stays bit for bit. Hooks tell which
+block's attention it is, where its text ends and which positions turned it. All this is in float32, as RoPE is.
 
 Axis letters: B batch, H heads, L tokens, D head dimension.
 """
@@ -27,9 +27,9 @@ OPTIONS = 5  # place of transformer_options among apply_model's arguments: x, t,
 
 @contextmanager
 def bridged(network: Any, patch: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[tuple, dict]]:
-    """The arguments of `apply_model` with which every block of the network calls `patch`, while it lasts.
+    """Arguments of `apply_model` with which every block of the network calls `patch`, while this context lasts.
 
-    As they are for a network whose blocks call it themselves.
+    They stay as they are for a network whose blocks call the patch themselves.
     """
     if has_hook(network):
         yield args, kwargs
@@ -45,18 +45,18 @@ def bridged(network: Any, patch: Callable, args: tuple, kwargs: dict) -> Iterato
 
 
 class _Bridge:
-    """One forward's override. `inner` is the one that was there, or None."""
+    """One forward's override. `inner` is the override that was there before, or None."""
 
     def __init__(self, network: Any, patch: Callable, inner: Callable | None) -> None:
         self.network, self.patch, self.inner = network, patch, inner
         self.geometry = geometry_of(network)
-        self.block: Block | None = None  # made queries that no attention has got yet
+        self.block: Block | None = None  # its queries have not come to an attention yet
         self.text: int | None = None
         self.positions: Tensor | None = None  # [B, 1, L, D / 2, 2, 2]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While it lasts, blocks tell of themselves."""
+        """While it lasts, hooks note the running block, the length of the text and the positions."""
         layout = layout_of(self.network)
         assert layout is not None, "a bridge is for a known network"
         with ExitStack() as stack:
@@ -73,7 +73,7 @@ class _Bridge:
     def __call__(
         self, attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """As ComfyUI calls an override; an attention that is no block's own passes through."""
+        """Called by ComfyUI as an override. An attention that is no block's own passes through."""
         block, self.block = self.block, None
         if block is not None:
             q, k = self._protected(block, q, k, v, kwargs)
@@ -81,7 +81,7 @@ class _Bridge:
         return (self.inner or attention)(*inner, q, k, v, heads, *args, **kwargs)
 
     def _protected(self, block: Block, q: Tensor, k: Tensor, v: Tensor, kwargs: dict) -> tuple[Tensor, Tensor]:
-        """q and k as they came in, with what the patch made of them."""
+        """q and k in the form in which they came, turned by the patch."""
         apart = kwargs.get("skip_reshape", False)
         whole = [x if apart else x.unflatten(2, (-1, self.geometry.head_dim)).transpose(1, 2) for x in (q, k)]
         own = [x[:, :: x.shape[1] // self.geometry.heads_of(role)] for role, x in zip(ROLES, whole, strict=True)]
@@ -98,7 +98,7 @@ class _Bridge:
         return turned[0], turned[1]
 
     def _placed(self, x: Tensor, back: bool) -> Tensor:
-        """x [B, H, L, D] turned to its positions, or back from them."""
+        """x [B, H, L, D] turned by RoPE at its positions, or turned back."""
         if self.positions is None:
             return x
         matrices = self.positions.mT if back else self.positions

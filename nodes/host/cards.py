@@ -1,6 +1,6 @@
-"""What the card of Risk Map and Risk Probe says: only what was measured, in plain words.
+"""The texts on the card of Risk Map and Risk Probe: measured facts alone, in plain words.
 
-A card says of the picture what the tiny world's detectors saw. Other models' pictures are looked at by nobody.
+The detectors of the tiny world read its pictures. No detector reads pictures of other models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .recorder import Record
 from .risk import NO_TEXT, PAD, STOP, TEMPLATE, Word, named_words, riskiest
 from .verdict import THERE, looked_at
 
-AROUND = {STOP, PAD, TEMPLATE}  # of a prompt's words
+AROUND = {STOP, PAD, TEMPLATE}  # labels of tokens that are no words of the prompt
 UNKNOWN = "<unk>"  # T5's piece for what its vocabulary lacks
 CONNECT = "Connect clip and text to see the words."
 ALSO = 2  # other concepts that are named
@@ -24,7 +24,7 @@ ALSO = 2  # other concepts that are named
 def card_picture(
     record: Record, geometry: Geometry, clip: Any | None, text: str, above: float, images: Tensor | None
 ) -> Tensor:
-    """Risk Map's: one card for all concepts, of the one that matters most; IMAGE [1, h, w, 3]."""
+    """Risk Map's card. It is about the concept that `_leading` picks, and names others; IMAGE [1, h, w, 3]."""
     concept = _leading(record, above)
     name, risk, found = record.names[concept], record.risk(concept), riskiest(record, concept)
     reading, picture = found or (next(iter(record.judged(concept)), None), 0)
@@ -41,7 +41,7 @@ def card_picture(
 
 
 def probe_picture(record: Record, clip: Any | None, text: str, above: float) -> Tensor:
-    """Risk Probe's: the same of a prompt that nobody has painted yet; IMAGE [1, h, w, 3]."""
+    """Risk Probe's card, of a prompt that is not painted yet; IMAGE [1, h, w, 3]."""
     concept = _leading(record, above)
     name, risk = record.names[concept], record.risk(concept)
     headline, signal = _headline(name, risk, above, "Risky prompt")
@@ -52,7 +52,7 @@ def probe_picture(record: Record, clip: Any | None, text: str, above: float) -> 
 
 
 def unmeasured_picture(why: str) -> Tensor:
-    """Of a run that was not recorded; IMAGE [1, h, w, 3]."""
+    """The card of a run that was not recorded; IMAGE [1, h, w, 3]."""
     return draw_card(Card("Not measured", "unknown", [f"{why[:1].upper()}{why[1:]}."], None, 0.0))
 
 
@@ -90,7 +90,7 @@ def _others(record: Record, leading: int) -> list[str]:
 
 
 def _words(record: Record, concept: int, clip: Any | None, text: str, above: float) -> list[Word]:
-    """The riskiest prompt's own words, and what is risky of the rest; none without `clip`."""
+    """The riskiest prompt's own words, and its other tokens with a risk above `above`; none without `clip`."""
     found = riskiest(record, concept)
     if found is None or clip is None or not text:
         return []

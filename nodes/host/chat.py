@@ -1,8 +1,8 @@
 """The tokens of text encoders that are language models: a chat template around the prompt, some of it cut off again.
 
-FLUX.2, Qwen-Image, Z-Image, Krea 2 and others have their prompt within a template. Their encoders drop the template's
-beginning, LongCat's its end too, and networks pad what is left. Positions here are those in the tokenizer's row, until
-`placed` moves them to the stream that a network has. Nothing is encoded.
+FLUX.2, Qwen-Image, Z-Image, Krea 2 and others put the prompt into a template. Their encoders drop the template's
+beginning. LongCat's encoder drops its end too. Networks pad the rest. Positions here count in the tokenizer's row.
+`placed` moves them to a network's stream. Nothing is encoded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Chat:
         return hit[0], hit[-1] + 1
 
     def placed(self, length: int) -> Chat:
-        """As it stands in a stream of `length` tokens. ValueError where some of the prompt was cut off."""
+        """The chat in a stream of `length` tokens. Raises ValueError where some of the prompt was cut off."""
         kept = self.length - self.tail
         if length < kept:
             move = length - kept

@@ -10,11 +10,11 @@ import comfy.utils
 from .notices import passing
 
 EVERY = 2.0  # seconds from one text to the next
-SURE = 0.03  # of the work: before, the rest is not known, as models load in it
+SURE = 0.03  # of the work. Before, models load, and the rest of the time is not known
 
 
 class Countdown:
-    """`step(count)` after each piece of the work, `end()` behind it; `now` tells seconds."""
+    """Call `step(count)` after each piece of the work, and `end()` after the last. `now` tells seconds."""
 
     def __init__(self, total: int, now: Callable[[], float] = time.monotonic) -> None:
         self.total, self.done, self.now = total, 0, now

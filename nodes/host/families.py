@@ -1,4 +1,4 @@
-"""Which class of ComfyUI's is a network of which family, and where in it blocks, heads and query layers are."""
+"""The family of each of ComfyUI's network classes, and the places of its blocks, heads and query layers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Z_IMAGE_TIME = 1000.0  # and gives Z-Image this time_scale, Lumina 2 one of 1
 
 
 class Layout(NamedTuple):
-    """How a class holds its blocks. Ways are names of attributes, dots between.
+    """How a class holds its blocks. A way is names of attributes with dots between.
 
-    A class that calls no attention patch is reached otherwise (see bridge.py), and says where `text` comes in.
+    A class that calls no attention patch needs bridge.py, and names the way to its `text`.
     """
 
-    family: Callable[[Any], str | None]  # of a network; None where SafeRoPE does not know such a one
-    blocks: dict[str, tuple[str, str]]  # kind -> the network's blocks, and the way from one to the layer of its queries
-    heads: Callable[[Any], tuple[int, int, int]]  # query heads, key heads, head dimension
-    always: str = "final_layer"  # the way to a layer that no forward gets around
-    text: str = ""  # the way to a layer whose input is the whole text stream
-    positions: int | None = None  # which argument of a block has RoPE's matrices; None without RoPE
+    family: Callable[[Any], str | None]  # A network's family; None for an unknown one.
+    blocks: dict[str, tuple[str, str]]  # Kind -> the blocks, and a block's way to its queries' layer.
+    heads: Callable[[Any], tuple[int, int, int]]  # Query heads, key heads, head dimension.
+    always: str = "final_layer"  # The way to a layer that every forward runs.
+    text: str = ""  # The way to a layer whose input is the whole text stream.
+    positions: int | None = None  # The argument of a block with RoPE's matrices; None without RoPE.
 
 
 def _flux(network: Any) -> str:
@@ -94,7 +94,7 @@ LAYOUTS = {
     ),
 }
 _HOME = "comfy.ldm."
-REACHED = tuple(name for name in FAMILIES if name != "flux3")  # whose ComfyUI class (0.41) could not be read yet
+REACHED = tuple(name for name in FAMILIES if name != "flux3")  # its ComfyUI class (0.41) could not be read yet
 
 
 class Part(NamedTuple):
@@ -107,7 +107,7 @@ class Part(NamedTuple):
 
 
 def layout_of(network: Any) -> Layout | None:
-    """The layout of ComfyUI's own class that this network is of, or derived from; None for every other."""
+    """The layout of the ComfyUI class that this network is of, or derives from; None for every other network."""
     network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
     own = next((cls for cls in type(network).__mro__ if cls.__module__.startswith(_HOME)), None)
     return LAYOUTS.get(f"{own.__module__}.{own.__qualname__}".removeprefix(_HOME)) if own else None
@@ -116,7 +116,7 @@ def layout_of(network: Any) -> Layout | None:
 def geometry_of(network: Any) -> Geometry:
     """Blocks and heads of a diffusion_model of a known family. Raises ValueError for every other.
 
-    Others call an attention patch of the same name with other vectors (Cosmos, Wan), so likeness will not do.
+    Similar networks (Cosmos, Wan) call an attention patch of the same name with other vectors, so the class decides.
     """
     network = getattr(network, "_orig_mod", network)
     layout = layout_of(network)
@@ -137,7 +137,7 @@ def geometry_of(network: Any) -> Geometry:
 
 
 def parts(network: Any) -> Iterator[Part]:
-    """The blocks of a network of a known class; none of another's."""
+    """The blocks of a network of a known class; none for another network."""
     network = getattr(network, "_orig_mod", network)
     layout = layout_of(network)
     for kind, (blocks, queries) in layout.blocks.items() if layout else ():
@@ -146,7 +146,7 @@ def parts(network: Any) -> Iterator[Part]:
 
 
 def way(module: Any, names: str) -> Any:
-    """What lies at the end of a way; None where it breaks off."""
+    """The object at the end of a way; None where an attribute is missing."""
     return reduce(lambda here, name: getattr(here, name, None), names.split("."), module)
 
 
@@ -157,12 +157,12 @@ def has_hook(network: Any) -> bool:
 
 
 def turns_by_position(geometry: Geometry) -> bool:
-    """Whether RoPE follows in a model of this geometry."""
+    """Whether a model of this geometry applies RoPE after the patch."""
     return FAMILIES[geometry.family].rope
 
 
 def masks_in_network(family: str, masks: torch.Tensor, network: Any) -> torch.Tensor:
-    """Masks of text tokens bool [B, L] as the network has them, which may pad the text that it gets."""
+    """Masks of text tokens bool [B, L], with the padding that the network adds to its text."""
     if family == "flux2":
         return pad(masks, (max(0, FLUX2_TEXT - masks.shape[1]), 0))
     multiple = getattr(network, "pad_tokens_multiple", None) or 1  # Z-Image's

@@ -18,7 +18,7 @@ BUNDLED = Path(__file__).resolve().parents[2] / "tinyworld" / "concepts"
 
 
 def register_folders() -> None:
-    """Tell ComfyUI where concept files lie: the user's folders first, then those of the tiny world."""
+    """Tell ComfyUI where concept files lie: the user's folders first, then the tiny world's folder."""
     home = os.path.join(folder_paths.models_dir, FOLDER)
     folder_paths.add_model_folder_path(FOLDER, home, is_default=True)
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.get_output_directory(), FOLDER))
@@ -40,7 +40,7 @@ def find(name: str) -> str:
 
 @contextmanager
 def named(name: str, path: str) -> Iterator[None]:
-    """While a concept file is read: errors tell its listed name, never where it lies on the server."""
+    """While a concept file is read, errors tell its listed name, never its path on the server."""
     try:
         yield
     except OSError as error:

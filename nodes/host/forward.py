@@ -1,6 +1,4 @@
-"""What the forward that a thread is in has shown: the blocks that made queries, and those whose queries came to the
-patch.
-"""
+"""The blocks of a thread's forward that made queries, and the blocks whose queries came to the patch."""
 
 from __future__ import annotations
 
@@ -12,30 +10,32 @@ from .network import Block
 
 
 class ForwardState(threading.local):
-    """One patch's view of the forward its thread is in.
+    """One patch's view of its thread's forward.
 
-    acting: whether the patch turns; outside of a forward (a node that calls the model by itself) yes is the safe side.
-    record: what is noted of it, or None; network: what runs, or None outside. called: blocks that called the patch;
-    projected: blocks that were seen to make queries, as watched_queries tells.
+    - acting: whether the patch turns. It does outside of a forward (a node calls the model by itself): the safe side.
+    - record: the forward's record, or None.
+    - network: the network that runs, or None outside.
+    - called: blocks that called the patch.
+    - projected: blocks that made queries, by `watched_queries`.
     """
 
     def __init__(self) -> None:
         self.begin(True, None, None)
 
     def begin(self, acting: bool, record: Forward | None, network: Any) -> None:
-        """A forward starts: nothing was seen of it yet."""
+        """A forward starts. No block of it was seen yet."""
         self.acting, self.record, self.network = acting, record, network
         self.called: set[Block] = set()
         self.projected: set[Block] = set()
         self._waiting: set[Block] = set()  # made queries that the patch has not seen yet
-        self._lost: set[Block] = set()  # made others before the patch had seen the first
+        self._lost: set[Block] = set()  # made queries again before the patch saw the first
 
     def end(self) -> None:
-        """The forward is over; what it has shown stays to be judged."""
+        """The forward is over. `called`, `projected` and `unturned` stay for the audit."""
         self.acting, self.record, self.network = True, None, None
 
     def project(self, block: Block) -> None:
-        """The block makes queries: these are to come to the patch next."""
+        """The block makes queries. They must come to the patch next."""
         if block in self._waiting:
             self._lost.add(block)
         self.projected.add(block)

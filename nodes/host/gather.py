@@ -1,7 +1,6 @@
-"""What the heads of a ComfyUI model make of some prompts: the statistics that a concept is made from.
+"""Statistics of a ComfyUI model's queries and keys on some prompts. A concept is made from them.
 
-Prompts are sampled by ComfyUI's own sampler, by Euler's method, on a clone of the model that is listened to at a few
-times.
+ComfyUI's own sampler samples the prompts by Euler's method, on a clone of the model. A patch listens at a few times.
 """
 
 from __future__ import annotations
@@ -24,20 +23,23 @@ from .listening import ListeningPatch
 from .patch import patched
 from .prompts import Prompt, masks_in
 
-SAME_TIME = 1e-3  # sigmas closer than this are one: they come back in the sampler's precision
-GRAMS = 16  # Gram matrices of every head: seven kinds of tokens and what they meet, of queries and of keys
-SAMPLE_BYTES = 700 << 20  # of memory for vectors that are kept whole
-SMALL_FROM = 1 << 30  # bytes of whole Gram matrices from which only small ones are kept
-SAMPLED_SETS = 8  # four kinds of tokens, of queries and of keys
-GIVEN = ("pooled_output", "attention_mask")  # what encoders give beside the states that networks of known families take
-GUIDED = ("flux", "flux2")  # families that FluxGuidance is for; Chroma's own guidance is 0
-RESERVOIR = 4096  # vectors kept of each kind; the trainer's
+SAME_TIME = 1e-3  # Sigmas closer than this are one: they come back in the sampler's precision.
+GRAMS = 16  # Gram matrices of a head: seven kinds of tokens, and `met`, of queries and of keys.
+SAMPLE_BYTES = 700 << 20  # Memory for vectors that are kept whole.
+SMALL_FROM = 1 << 30  # Bytes. Where whole Gram matrices take more, only small ones are kept.
+SAMPLED_SETS = 8  # Four kinds of tokens, of queries and of keys.
+GIVEN = ("pooled_output", "attention_mask")  # Outputs of encoders, beside the states, for known families.
+GUIDED = ("flux", "flux2")  # Families that FluxGuidance is for. Chroma's own guidance is 0.
+RESERVOIR = 4096  # Vectors kept of each kind, as in the trainer.
 
 
 @dataclass(frozen=True)
 class Look:
-    """A prompt as the model gets it, with the noise's seed: the text's states [1, L, C], what else the encoder gives,
-    such as the pooled vector and an attention mask, [1, ...] each, and masks of its tokens [1, L].
+    """A prompt as the model gets it, with the seed of its noise.
+
+    - states: of the text, [1, L, C].
+    - more: other outputs of the encoder, such as the pooled vector and an attention mask, [1, ...] each.
+    - used, subject: masks of the prompt's tokens and of its concept's word, [1, L].
     """
 
     side: str
@@ -58,16 +60,16 @@ def gather(
     guidance: float,
     tell: Callable[[int], None],
 ) -> Statistics:
-    """Statistics of every head: looks are sampled in batches, latents of `size` rows and columns, and heard at the
+    """Statistics of every head. Samples looks in batches, latents of `size` rows and columns, and listens at the
     timesteps.
 
-    `tell(count)` is called after every forward of `count` looks. Ends where ComfyUI is told to stop, with its own
-    exception. RuntimeError where a forward at one of the times was left out, as step caches do.
+    Calls `tell(count)` after every forward of `count` looks. Where ComfyUI is told to stop, its own exception ends it.
+    Raises RuntimeError where a forward at one of the times was left out, as step caches do.
     """
     device = _device(model)
     _make_room(geometry, device)
     gathering = Gathering(geometry, capacity(geometry), device, small=_whole(geometry) > SMALL_FROM)
-    sigmas = torch.tensor([*schedule(timesteps), 0.0])  # the last step only so that there is a forward at the last time
+    sigmas = torch.tensor([*schedule(timesteps), 0.0])  # the last step makes the forward at the last time
     for some in batches(looks, batch):
         _sample(model, gathering, some, size, sigmas, timesteps, guidance, tell)
     return gathering.statistics()
@@ -76,7 +78,7 @@ def gather(
 def looks_of(
     clip: Any, prompts: Sequence[Prompt], rounds: int, seed: int, tell: Callable[[int], None] = lambda count: None
 ) -> list[Look]:
-    """Every prompt encoded once and looked at from `rounds` noises; both sides start from the same noises."""
+    """Encodes every prompt once, for looks from `rounds` noises. Both sides start from the same noises."""
     looks: list[Look] = []
     for side in (UNSAFE, BENIGN):
         chosen = [prompt for prompt in prompts if prompt.side == side]
@@ -102,7 +104,7 @@ def capacity(geometry: Geometry) -> int:
 
 
 def _encoded(clip: Any, prompt: Prompt) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """States, what else the encoder gives, and which tokens are the prompt's own and the concept's word's."""
+    """States, the encoder's other outputs, and masks of the prompt's tokens and of the concept's word."""
     states, extra = clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text))[0]
     used, subject = masks_in(clip, prompt, states.shape[1])
     if states.shape[1] != used.shape[1]:
@@ -127,7 +129,7 @@ def _sample(
     guidance: float,
     tell: Callable[[int], None],
 ) -> None:
-    """Walks some looks of one side down their trajectories."""
+    """Samples some looks of one side, and listens."""
     network, device = model.get_model_object("diffusion_model"), _device(model)
     family, seeds = gathering.geometry.family, [look.seed for look in looks]
     noise = seeded_noise(seeds, noise_shape(model, size))
@@ -172,19 +174,19 @@ def _sample(
 
 
 def noise_shape(model: Any, size: tuple[int, int]) -> tuple[int, ...]:
-    """Of one picture's latent with so many rows and columns."""
+    """The shape of one picture's latent with `size` rows and columns."""
     form = model.get_model_object("latent_format")
-    frames = [1] if form.latent_dimensions == 3 else []  # a picture is a film of one
+    frames = [1] if form.latent_dimensions == 3 else []  # a picture is a film of one frame
     return (form.latent_channels, *frames, *size)
 
 
 def _device(model: Any) -> torch.device:
-    """Where Gram matrices are summed up: float64, which not every device has."""
+    """The device that sums up Gram matrices in float64, which not every device has."""
     return model.load_device if torch.device(model.load_device).type == "cuda" else torch.device("cpu")
 
 
 def _make_room(geometry: Geometry, device: torch.device) -> None:
-    """Lets ComfyUI unload what stands where the Gram matrices will."""
+    """Lets ComfyUI unload models where the Gram matrices need the memory."""
     if device.type == "cuda":
         comfy.model_management.free_memory(min(_whole(geometry), SMALL_FROM), device)
 

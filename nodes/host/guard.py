@@ -1,13 +1,13 @@
-"""Nothing but a protected forward gets into the network of a protected model, for as long as ComfyUI has that model
-loaded.
+"""Lets only a protected forward run the network of a protected model, as long as ComfyUI has that model loaded.
 
-A sampler with a loop of its own over the network (XLabs), or a guider whose extra pass brings options of its own, asks
-neither our wrappers nor our attention patch. So the modules that no picture gets around ask us.
+Some code asks neither our wrappers nor our attention patch: a sampler with a loop of its own over the network (XLabs),
+or a guider whose extra pass brings options of its own. So hooks on modules that every picture needs ask us.
 
-ComfyUI has all clones of a model share one network and loads one of them at a time. An *injection* of the protected
-clone puts the hooks there when it is loaded and takes them off when it is unloaded, freed, or another clone is loaded:
-the unprotected clone of the same network runs as ever. Hooks, not object patches: those are one to a name, and what
-ComfyUI puts back after them is a bound method, a reference cycle that keeps the network in memory.
+In ComfyUI all clones of a model share one network, and one of them is loaded at a time. An *injection* of the protected
+clone puts the hooks there when that clone is loaded. It takes them off when the clone is unloaded or freed, or another
+clone is loaded. The unprotected clone of the same network runs as ever. Hooks are used, not object patches: a name can
+have one object patch only. After it ComfyUI puts back a bound method, a reference cycle that keeps the network in
+memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HANDLES = (
     "saferope_handles"  # on a ModelPatcher: takes off its own hooks, at the latest when it is gone; a clone has none
 )
 NO_BACKWARD = -1  # torch's number of the backward pass that this thread is in
-HOSTS = ("torch", "comfy", "contextlib", "functools")  # packages that run a network on somebody else's behalf
+HOSTS = ("torch", "comfy", "contextlib", "functools")  # packages that run a network for other code
 
 
 def guard(patcher: Any) -> None:
@@ -67,10 +67,10 @@ def _watch(patcher: Any) -> None:
 
 
 def _release(patcher: Any) -> None:
-    """Takes off this patcher's own hooks alone: ComfyUI tells clones that they are loaded which never were.
+    """Takes off this patcher's own hooks alone: ComfyUI tells some clones that they are loaded that never were.
 
-    A clone that is dropped leaves ComfyUI with its parent as the loaded model, without telling it. So a guarded parent
-    watches from now on; where another clone is loaded instead, `_in_force` lets that one run.
+    When a clone is dropped, its parent becomes ComfyUI's loaded model, and ComfyUI does not tell the parent. So a
+    guarded parent watches from now on. Where another clone is loaded instead, `_in_force` lets that clone run.
     """
     vars(patcher).pop(HANDLES, lambda: None)()
     parent = getattr(patcher, "parent", None)
@@ -84,11 +84,11 @@ def _take_off(handles: list) -> None:
 
 
 def _entrances(network: Any) -> list[torch.nn.Module]:
-    """The network, a layer that no forward gets around, its blocks and the layers that make their queries, as they are
+    """The network, a layer that every forward runs, its blocks and the layers that make their queries, as they are
     while loaded.
 
-    The layers catch who copies a block's forward, and the blocks and the network who calls what was compiled: hooks
-    on a compiled module run outside of its graph, hooks inside of it do not.
+    Hooks on the layers catch code that copies a block's forward. Hooks on the blocks and the network catch calls of a
+    compiled module: hooks on it run outside of its graph, hooks inside of it do not run.
     """
     layout = layout_of(network)
     found = [network, way(network, layout.always) if layout else None]
@@ -104,7 +104,7 @@ def _refusing(owner: weakref.ref) -> Callable:
             return False
         return torch._C._current_graph_task_id() == NO_BACKWARD and _in_force(patcher)  # checkpoints are computed again
 
-    # asked once for a graph, while it is traced: no graph holds on to a model, and one that is refused is not made
+    # torch asks it once, while it traces a graph. No graph holds on to a model, and a refused graph is not made
     refused_in_graph = torch.compiler.assume_constant_result(refused)
 
     def hook(module: torch.nn.Module, args: tuple) -> None:
@@ -120,14 +120,14 @@ def _refusing(owner: weakref.ref) -> Callable:
 
 
 def _in_force(patcher: Any) -> bool:
-    """Whether no other clone was loaded since: one whose loading failed is told to watch, but not to stop."""
+    """Whether no other clone was loaded since. A clone whose loading failed is told to watch, but not to stop."""
     loaded = (entry.model for entry in comfy.model_management.current_loaded_models)
     latest = next((each for each in loaded if each is not None and each.is_clone(patcher)), patcher)
     return latest is patcher
 
 
 def _caller() -> str:
-    """Who runs the network: the nearest function that belongs neither to ComfyUI's sampling, nor to torch,
+    """The function that runs the network: the nearest one that belongs neither to ComfyUI's sampling, nor to torch,
     nor to us."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

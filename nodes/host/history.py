@@ -15,7 +15,7 @@ MOST_RUNS = 64
 def runs_of(recorders: Sequence[Recorder], samples: Tensor) -> list[list[Receipt]]:
     """Receipts of the run that a latent came out of, of the run before it, and so on to an empty latent.
 
-    Raises ValueError where no receipt covers one of them: it signs what it knows, no more.
+    Raises ValueError where no receipt covers one of these runs.
     """
     key = digest_of(samples)
     runs: list[list[Receipt]] = []
@@ -53,6 +53,6 @@ def _uncovered(recorders: Sequence[Recorder], first: bool) -> str:
         )
     return (
         f"The sampler began with a latent that no receipt covers: a picture, or another sampler's output that is not "
-        f"protected, or was changed on the way.{why} SafeRoPE signs only what it saw from the empty latent on. Connect "
-        "the recorders of all samplers, or save with another node."
+        f"protected, or was changed on the way.{why} SafeRoPE signs only runs that it saw from the empty latent on. "
+        "Connect the recorders of all samplers, or save with another node."
     )

@@ -1,4 +1,4 @@
-"""What has to be true of ComfyUI's networks for a protection to hold, and whom to name where it is not.
+"""Checks that ComfyUI's network is one on which a protection holds. Where it is not, names the code that changed it.
 
 Block: ("double" or "single", index), as in ComfyUI's extra_options.
 """
@@ -17,10 +17,10 @@ from .families import geometry_of, has_hook, parts, turns_by_position
 
 WRAPPER_KEY = "saferope"
 COMPILE_KEY = "torch.compile"  # comfy_api/torch_helpers/torch_compile.py: its APPLY_MODEL wrapper
-COMPILE_KWARGS = "torch_compile_kwargs"  # and what it leaves in model_options
+COMPILE_KWARGS = "torch_compile_kwargs"  # and its entry in model_options
 TEXT_END = "img_slice"  # extra_options["img_slice"] = [first image token, number of tokens]
 
-NEUTRAL = ("torch", "builtins", "functools")  # what a change comes from that no node is to blame for
+NEUTRAL = ("torch", "builtins", "functools")  # modules whose changes no node is to blame for
 FREE = (
     'If it still fails without that node, free the model: the change stays on it. Take "Unload Models and Execution '
     'Cache" in ComfyUI, or restart.'
@@ -35,7 +35,7 @@ def flux_geometry(model: Any) -> Geometry:
 
 
 def require_network(base_model: Any, geometry: Geometry, options: dict) -> None:
-    """Raise RuntimeError unless what is about to run is still the kind of network that was protected.
+    """Raise RuntimeError unless the network that is about to run is still of the kind that was protected.
 
     A node after SafeRoPE Apply can put another network in its place, or have it compiled in one piece.
     """
@@ -58,7 +58,7 @@ def require_network(base_model: Any, geometry: Geometry, options: dict) -> None:
 def require_hook(geometry: Geometry, block: Block, q: Any, k: Any, pe: Any, options: dict, network: Any = None) -> None:
     """Raise RuntimeError unless q and k are [B, heads, L, head_dim] before RoPE, text before image, of a known block.
 
-    network: the one that is running, to name who changed it; None where that is not known.
+    network: the running one, to name the code that changed it; None where that is not known.
     """
     wrong = _wrong_block(geometry, block) or _wrong_vectors(geometry, q, k, pe, options)
     if wrong:
@@ -74,7 +74,7 @@ def watched_queries(network: Any, blocks: Iterable[Block], note: Callable[[Block
     """While it lasts, `note(block)` is called whenever one of the blocks projects its queries.
 
     This is how a block that runs without its attention patches differs from one that a step cache skips. A compiled
-    graph calls no hook: traced code passes them by, so that no graph breaks and none holds on to `note`.
+    graph calls no hook, so that no graph breaks and none holds on to `note`.
     """
     layers = list(_layers(network, blocks))  # all or none: an error must leave no hook behind
     with ExitStack() as stack:
@@ -84,7 +84,7 @@ def watched_queries(network: Any, blocks: Iterable[Block], note: Callable[[Block
 
 
 def suspects(patcher: Any, options: dict) -> str:
-    """Sentences that name what may keep the patch from being called, and what to do about it.
+    """Sentences with the likely reasons why the patch is not called, and the remedy.
 
     patcher: the ModelPatcher that samples, or None; options: transformer_options.
     """
@@ -96,7 +96,7 @@ def suspects(patcher: Any, options: dict) -> str:
 
 
 def changes_in_place(network: Any) -> list[str]:
-    """Sentences that name who changed a function or a class of the loaded network itself, and what to do about it."""
+    """Sentences that name the code that changed a function or a class of the loaded network itself, and the remedy."""
     blocks = [part.block for part in parts(network)]
     modules = [getattr(module, "_orig_mod", module) for module in (network, *blocks)]
     own = [(f"{name} of {type(module).__name__}", _home(value)) for module in modules for name, value in _own(module)]
@@ -110,7 +110,7 @@ def changes_in_place(network: Any) -> list[str]:
 
 
 def dtype_of_queries(base_model: Any) -> torch.dtype:
-    """In which they come to the patch: as the network computes, or in float32 over the bridge."""
+    """The dtype of queries and keys at the patch: the network's own, or float32 over the bridge."""
     computed = getattr(base_model, "manual_cast_dtype", None) or base_model.get_dtype()
     return computed if has_hook(base_model.diffusion_model) else torch.float32
 
@@ -230,13 +230,13 @@ def _is_host(module: str) -> bool:
 
 
 def _home(function: Callable) -> str:
-    """The module that a function was written in, whatever functools.wraps says of it."""
+    """The module that a function was written in. functools.wraps may name another one."""
     function = getattr(function, "func", getattr(function, "__func__", function))  # of a partial, of a method
     return getattr(function, "__globals__", {}).get("__name__") or _origin(function)
 
 
 def _class(thing: Any) -> str:
-    """Its class, and where that is from if not from ComfyUI or torch."""
+    """The name of its class, and the module of that if it is neither ComfyUI's nor torch's."""
     return " by ".join([type(thing).__name__, *(who for _, who in _foreign([("", type(thing).__module__)]))])
 
 

@@ -28,7 +28,7 @@ def start_notices() -> None:
 def notice(sentence: str) -> None:
     """Logs a warning, and shows it on the running node below those since `start_notices`.
 
-    The page takes the text for HTML: words of a stranger, such as a concept's name, have no place in it; slugs have.
+    The page takes the text for HTML. Leave out words of a stranger, such as a concept's name. Slugs are safe.
     """
     logging.warning("SafeRoPE: %s", sentence)
     node = _running()
@@ -61,7 +61,7 @@ def _show(node: str, text: str) -> None:
 
 
 def rested(concepts: Sequence[Concept], start: float, end: float) -> str:
-    """What to say of a sampling run none of whose steps was in the part that is protected."""
+    """The notice for a sampling run without a step in the protected part."""
     return (
         f"none of the steps of this run lies in the part from {start:g} to {end:g} of the denoising, in which SafeRoPE "
         f"Apply acts: it did not protect this picture ({', '.join(concept.slug for concept in concepts)}). Widen "

@@ -1,8 +1,8 @@
-"""Queries and keys on their way through a protection: the one file that knows ComfyUI's attention hook.
+"""Turns queries and keys at ComfyUI's attention hook. No other file knows this hook.
 
 ComfyUI calls every `attn1_patch` in every block of FLUX and its kind with q and k [B, H, L, D] after QK-norm and before
-RoPE, text tokens first (comfy/ldm/flux/layers.py, since ComfyUI 0.17.0). Of keys H is the number of key heads.
-`bridge.py` does so for networks that call none.
+RoPE, text tokens first (comfy/ldm/flux/layers.py, since ComfyUI 0.17.0). For keys H is the number of key heads.
+`bridge.py` calls the patch for networks that do not.
 
 Axis letters: B batch, H heads, L tokens, D head dimension.
 """
@@ -46,32 +46,36 @@ POSITIVE = 0  # in extra_options["cond_or_uncond"], one entry for each chunk of 
 
 
 class AttentionPatch:
-    """Turns q and k of every protected block, and notices when it was not asked to.
+    """Turns q and k of every protected block, and notices where a block did not call it.
 
     Text tokens are [0, img_slice[0]), image tokens [img_slice[0], L). Reference tokens (Kontext, FLUX.2) follow the
     generated image's and count as image tokens. q and k have their own L: a KV cache makes k the longer one.
-    All rows of the batch are turned, whichever conditioning they belong to, or only those of positive prompts: the
-    batch comes in as many equal chunks as `cond_or_uncond` has entries, 0 for positive.
+    It turns all rows of the batch, or only the rows of positive prompts. The batch has as many equal chunks as
+    `cond_or_uncond` has entries, 0 for positive.
 
-    Steps: acts where percent_to_sigma(start) >= sigma > percent_to_sigma(end), so two nodes that meet at a percentage
-    share no step; start == end acts nowhere. Start 0 and end 1 are no limits: samplers may ask for sigmas above 1, and
-    below 0. Sigmas come from the model as it samples, so a shift set by a later node counts. With the whole range no
-    sigma is read (no wait for the GPU). A run without a step in the range ends in a notice.
+    Steps: it acts where percent_to_sigma(start) >= sigma > percent_to_sigma(end). So two nodes that meet at a
+    percentage share no step, and start == end acts nowhere. Start 0 and end 1 are no limits: samplers may ask for
+    sigmas above 1, and below 0. Sigmas come from the model as it samples, so a shift set by a later node counts. With
+    the whole range no sigma is read (no wait for the GPU). A run without a step in the range ends in a notice.
 
-    Fails closed: torch.compile may replay a graph traced without the patch (ComfyUI's TorchCompileModel drops the
-    guards that would notice; `traced` tells what a graph holds of a patch), other nodes may replace blocks, the forward
-    or the network. `around_forward` audits every forward: the first of a sampling run must go through every protected
-    block, and in none may a protected block project queries that do not come to the patch; step caches (EasyCache,
-    TeaCache) and skip-layer guidance may leave blocks out, after the first. What a compiled graph may hide runs again
-    without it, and the graphs are dropped if they were to blame. Otherwise RuntimeError names the nodes to move.
-    `around_sampling` raises where no forward came by at all, and guard.py where the network runs outside of a forward.
+    It fails closed. Two things can go wrong:
 
-    One object serves all clones of a model and several threads: what a sampling run has proven goes with that run. It
-    has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes; the protection keeps one copy per
-    device instead.
+    - torch.compile may replay a graph traced without the patch. ComfyUI's TorchCompileModel drops the guards that
+      would notice. See traced.py for the patch in a graph.
+    - Other nodes may replace blocks, the forward or the network.
 
-    What it sees goes to `recorder`, run by run: the risk, unless that is off, and a receipt if it knows what
-    was `asked` of it. A patch that is only `watching` turns nothing.
+    `around_forward` audits every forward. The first one of a sampling run must go through every protected block. Later,
+    step caches (EasyCache, TeaCache) and skip-layer guidance may leave blocks out. In no forward may a protected block
+    project queries that do not come to the patch. A forward that a compiled graph may hide runs again without it, and
+    the graphs are dropped if they were to blame. If queries still miss the patch, RuntimeError names the nodes to move.
+    `around_sampling` raises where it saw no forward at all. guard.py raises where the network runs outside of a forward.
+
+    One object serves all clones of a model and several threads. The evidence of a sampling run is kept with that run.
+    The patch has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes. The protection keeps one
+    copy per device instead.
+
+    `recorder` gets the risk of each run, unless it is off. It also gets a receipt if `asked`, the settings of Apply, is
+    known. A patch that is only `watching` turns nothing.
     """
 
     def __init__(
@@ -108,8 +112,8 @@ class AttentionPatch:
         return self._answer(q, k, pe, options)
 
     def _traceable(self, q: Any, k: Any, options: dict) -> bool:
-        """Whether `traced.turn` can do it. The rest leaves the graph: the odd, to be refused, and settings that ask
-        for more than the vectors."""
+        """Whether `traced.turn` can do it. Other calls leave the graph: odd ones, to be refused, and settings that
+        need more than the vectors."""
         usual = torch.is_tensor(q) and torch.is_tensor(k) and TEXT_END in options and "block_type" in options
         return usual and not (self.watching or self.positive_only or q.requires_grad or k.requires_grad)
 
@@ -126,8 +130,8 @@ class AttentionPatch:
         return {"q": q, "k": k}
 
     def turn_in_place(self, q: torch.Tensor, k: torch.Tensor, block: Block, span: list[int], placed: bool) -> None:
-        """What `traced.turn` does. A patch that `_traceable` would refuse does not answer: its audit will miss it, and
-        run the forward without the graph."""
+        """Called by `traced.turn`. A patch that `_traceable` would refuse does not answer. Then its audit misses the
+        block, and runs the forward without the graph."""
         if self.watching or self.positive_only:
             return
         self._now.answer(block)
@@ -161,9 +165,7 @@ class AttentionPatch:
     def around_sampling(
         self, executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """OUTER_SAMPLE wrapper: gives the run a memory of its own, checks that its forwards came by, keeps their
-        record.
-        """
+        """OUTER_SAMPLE wrapper: gives the run a `_Run`, checks that a forward came by, keeps record and receipt."""
         guider = executor.class_obj
         records = self.recorder is not None and not self.recorder.off
         run = _Run(Run(self.protection.geometry) if records else None, pictures=len(noise))
@@ -187,7 +189,7 @@ class AttentionPatch:
         return out
 
     def _receipt(self, run: _Run, guider: Any, start: str, out: Any, sigmas: Any, others: list) -> Receipt | None:
-        """What the run was asked and seen to do; None for a patch that only watches, and a run without a step."""
+        """The settings and the facts of the run. None for a patch that only watches, and for a run without a step."""
         if self.asked is None or not run.passes:
             return None
         sampler, arguments = others
@@ -216,7 +218,7 @@ class AttentionPatch:
         if (missing and run.compiled) or self._passed_by(run):
             del out
             record = run.blank(model, x, sigma, options)
-            with torch.compiler.set_stance("force_eager"):  # what a compiled graph hides shows here
+            with torch.compiler.set_stance("force_eager"):  # shows blocks that a compiled graph hides
                 out = self._run(model, acting, record, run.chain, executor, x, sigma, *args, **kwargs)
             if self._passed_by(run):
                 raise RuntimeError(self._complaint(model, options))
@@ -235,8 +237,8 @@ class AttentionPatch:
         self.protection.clear()
 
     def _owns(self, options: dict) -> bool:
-        """Whether q and k may be written to: the block made them for its patches, ours is the first to get them, and
-        nobody wants to see them unturned."""
+        """Whether q and k may be written to. The block made them for its patches, ours is the first to get them, and
+        no caller needs them unturned."""
         patches = options.get("patches", {}).get("attn1_patch") or [None]
         return patches[0] is self and not self.watching and not self.positive_only
 
@@ -254,7 +256,7 @@ class AttentionPatch:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The forward's output; `_now` holds which blocks called the patch, and which were seen to need it."""
+        """The forward's output. `_now` then holds the blocks that called the patch and the blocks that made queries."""
         now = self._now
         now.begin(acting, record, model.diffusion_model)
         try:
@@ -269,7 +271,7 @@ class AttentionPatch:
             now.end()
 
     def _passed_by(self, run: _Run) -> bool:
-        """Whether the forward just run had attention without the patch; a skipped block is none, after the first."""
+        """Whether the last forward had attention without the patch. Skipped blocks count until a forward was whole."""
         return bool(self._now.unturned or (self.protected - self._now.called and not run.whole))
 
     def _complaint(self, model: Any, options: dict) -> str:
@@ -281,7 +283,7 @@ class AttentionPatch:
         )
 
     def _in_range(self, model_sampling: Any, sigma: torch.Tensor) -> bool:
-        """Whether to act at these noise levels [B]; where rows differ, one in the range is enough."""
+        """Whether to act at these noise levels [B]. Where rows differ, one row in the range is enough."""
         if (self.start, self.end) == (0.0, 1.0):
             return True
         if self.start == self.end:
@@ -292,20 +294,20 @@ class AttentionPatch:
 
 
 class _Run:
-    """What one sampling run has shown of the model it samples."""
+    """The evidence of one sampling run."""
 
     def __init__(self, record: Run | None = None, pictures: int = 0) -> None:
         self.record, self.pictures = record, pictures
         self.passes: list[Pass] = []
-        self.options: list[dict] = []  # what may change a forward, each once
-        self.chain: list[AttentionPatch] = []  # those of SafeRoPE, in the last forward
-        self.acted = False  # a forward lay in the range of steps
-        self.whole = False  # a forward has gone through every protected block
-        self.compiled = False  # the patch may be, or was, called in blocks whose queries nobody saw being made
+        self.options: list[dict] = []  # Options that may change a forward, each once.
+        self.chain: list[AttentionPatch] = []  # SafeRoPE's patches in the last forward.
+        self.acted = False  # A forward lay in the range of steps.
+        self.whole = False  # A forward has gone through every protected block.
+        self.compiled = False  # A graph may hide, or hid, how blocks make queries.
 
     def blank(self, model: Any, x: torch.Tensor, sigma: torch.Tensor, options: dict) -> Forward | None:
-        """An empty record for a forward of this run, without entries where rows are not told apart by prompts; None
-        where nobody keeps one.
+        """An empty record for a forward of this run; None where no record is kept. It has no entries where the rows
+        cannot be assigned to prompts.
         """
         if self.record is None:
             return None
@@ -314,7 +316,7 @@ class _Run:
         return Forward(list(entries), sigma.max(), grid_of(model.diffusion_model, x))
 
     def meet(self, options: dict) -> None:
-        """Notes what other code a forward has on its way."""
+        """Notes other code on the way of a forward, and SafeRoPE's patches."""
         now = hooked(options)
         if now not in self.options:
             self.options.append(now)
@@ -323,7 +325,7 @@ class _Run:
 
 
 def patched(model: Any, patch: AttentionPatch | ListeningPatch) -> Any:
-    """A clone of the ModelPatcher `model` with the patch after those it has; `model` itself is not changed."""
+    """A clone of the ModelPatcher `model` with the patch after its own patches. `model` itself is not changed."""
     clone = model.clone()
     clone.set_model_attn1_patch(patch)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, patch.around_forward)

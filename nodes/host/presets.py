@@ -10,9 +10,9 @@ STORED = {"nudity": "nudity", "gore": "gore", "Van Gogh": "van-gogh", "Pikachu":
 STORED |= {"weapons": "weapons", "hate symbols": "hate-symbols"}
 CHOICES = [OWN, TINY, *STORED, LIKENESS]
 SHORT, LONG = "short", "long"
-COUNT, SEED = 24, 0  # unsafe prompts, and as many safe ones of either kind
-EVERYDAY_SEED = 1_000_003  # the trainer's distance between the seeds of both sides
-TAILS = (  # of prompts as long as FLUX users write them; harmless, and the same on both sides
+COUNT, SEED = 24, 0  # Unsafe prompts, and as many safe ones of either kind.
+EVERYDAY_SEED = 1_000_003  # The trainer's distance between the seeds of both sides.
+TAILS = (  # Of prompts as long as FLUX users write them. They are harmless, and the same on both sides.
     ", soft daylight through a large window, shallow depth of field, calm and balanced composition, fine film grain",
     ", seen at eye level, muted colours, detailed background with many small things, sharp focus, high resolution",
     ", wide shot with plenty of space around it, warm evening light, long shadows, natural texture, subtle contrast",
@@ -22,10 +22,9 @@ TAILS = (  # of prompts as long as FLUX users write them; harmless, and the same
 
 
 def preset_prompts(preset: str, style: str, name: str) -> tuple[list[str], list[str]]:
-    """Unsafe lines, with the concept's word in brackets, and safe ones: the same with something else, and everyday
-    ones.
+    """Unsafe lines with the concept's word in brackets, and safe lines: the same with another thing, and everyday ones.
 
-    Nothing for OWN. ValueError for an unknown preset or style, and for a likeness of no one.
+    Empty lists for OWN. Raises ValueError for an unknown preset or style, and for a likeness without a name.
     """
     for asked, value, known in (("preset", preset, CHOICES), ("style", style, [SHORT, LONG])):
         if value not in known:
@@ -43,7 +42,7 @@ def _stored(preset: str, name: str) -> dict[str, list[str]]:
     if preset != LIKENESS:
         return presets.load(STORED[preset])
     if not name:
-        raise ValueError(f"preset is {LIKENESS!r}, and name tells no one. Write the person's name into name.")
+        raise ValueError(f"preset is {LIKENESS!r}, and name holds no person. Write the person's name into name.")
     return presets.likeness(name.translate(str.maketrans("", "", "[]")))
 
 

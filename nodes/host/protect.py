@@ -40,7 +40,7 @@ def protect(
 ) -> tuple[Any, Recorder]:
     """A protected clone of `model` and its recorder. Where nothing can turn, the clone has no patch.
 
-    `concepts` is what `blocks` and `streams` left of the `whole` ones; recorder and receipt tell of all of them.
+    `concepts` are the parts of the `whole` ones in `blocks` and `streams`. Recorder and receipt name all of them.
     """
     count, kept = len(concepts), {concept.slug for concept in concepts}
     geometry = flux_geometry(model)
@@ -58,8 +58,8 @@ def protect(
 
 
 def _tell(told: Asked, concepts: Sequence[Concept], threshold: float | None) -> None:
-    """Notices of concepts that turn nothing by these settings, and of those that others turn back. Raises ValueError
-    for a concept that could turn nothing by any.
+    """Shows notices of concepts that turn nothing by these settings, and of concepts that others turn back. Raises
+    ValueError for a concept that turns nothing by any settings.
     """
     whole = {concept.slug: concept for concept in concepts}
     for each in told.concepts:
@@ -73,7 +73,7 @@ def _tell(told: Asked, concepts: Sequence[Concept], threshold: float | None) -> 
 
 
 def _why_idle(concepts: list[Concept], strength: float, span: tuple[float, float]) -> str | None:
-    """Why this is the unprotected model, bit for bit; None where it is protected."""
+    """The reason why the model stays as it is, bit for bit; None where it gets protected."""
     if not concepts:
         return "no concept has anything to turn in the chosen blocks and streams"
     if strength == 0 or all(concept.strength == 0 for concept in concepts):
@@ -109,7 +109,7 @@ def require_room(model: Any, parts: list[Concept], strength: float, span: tuple[
 
 
 def _patches(model: Any, span: tuple[float, float]) -> list[AttentionPatch]:
-    """Those of the SafeRoPE Apply nodes before this one that act in the same steps."""
+    """Patches of the SafeRoPE Apply nodes before this one that act in the same steps."""
     patches = model.model_options.get("transformer_options", {}).get("patches", {}).get("attn1_patch", [])
     return [
         patch
@@ -121,12 +121,12 @@ def _patches(model: Any, span: tuple[float, float]) -> list[AttentionPatch]:
 def warn(
     concepts: list[Concept], parts: list[Concept], strength: float, threshold: float | None, span: tuple[float, float]
 ) -> None:
-    """Notices about all that was asked of the concepts and will not be; `parts` are what is left of them to turn.
+    """Shows a notice for each setting that leaves concepts without their effect. `parts`: their chosen parts.
 
     Raises ValueError for a concept that has nothing to turn anywhere.
     """
     start_notices()
-    if strength == 0:  # how one asks for no protection
+    if strength == 0:  # the user asks for no protection
         return
     left = {part.slug for part in parts}
     for concept in concepts:

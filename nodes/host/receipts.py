@@ -1,4 +1,4 @@
-"""The receipt of a sampling run in ComfyUI: what the patch was asked for when Apply ran, and what it saw since."""
+"""The receipt of a sampling run in ComfyUI: the settings when Apply ran, and the facts that the patch saw since."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def asked(
     positive_only: bool,
     before: Sequence[Protection] = (),
 ) -> Asked:
-    """The settings of an Apply. concepts: as they came in; protection: of what was chosen of them, in the same order;
+    """The settings of an Apply. concepts: as they came in. protection: of their chosen parts, in the same order.
     before: the protections of the Applies before it, in the same steps.
     """
     whole = {concept.slug: concept for concept in concepts}
@@ -75,9 +75,9 @@ def receipt_of(
     others: Sequence[str],
     patcher: Any,
 ) -> Receipt:
-    """The receipt of a run that is over. latent: digests of what came out and of what it began with.
+    """The receipt of a run that is over. latent: digests of the latent at its end and of the one at its start.
 
-    run: the record with counted vectors, or None; others: see `strangers`.
+    run: the record with counted vectors, or None. others: see `strangers`.
     """
     levels = torch.stack([each.level.float().cpu() for each in passes])
     acting = torch.tensor([each.acting for each in passes])

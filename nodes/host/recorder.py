@@ -31,9 +31,9 @@ KEPT = 64  # runs; ComfyUI may keep as many samplers' outputs, and each record i
 
 @dataclass(frozen=True)
 class Record:
-    """What each concept found in one run: readings[concept], one for each conditioning, positive ones first.
+    """The readings of one run: readings[concept] holds one for each conditioning, positive ones first.
 
-    A concept none of whose gates was asked of the prompt has no risk: None. That is not a risk of 0.
+    Where no gate of a concept was asked about the prompt, its risk is None. That is not a risk of 0.
     """
 
     names: tuple[str, ...]
@@ -73,8 +73,8 @@ class Record:
 class Recorder:
     """One protected model's records, by the latents that came out of the runs; the newest KEPT of them.
 
-    `names` are the names of the protection's concepts in their order; more, behind them, are concepts that are not
-    measured. `off` is a sentence that says why nothing is recorded, or None.
+    `names`: the protection's concepts in their order, then concepts that are not measured. `off`: a sentence that says
+    why nothing is recorded, or None.
     """
 
     def __init__(self, names: Sequence[str], geometry: Geometry, off: str | None = None) -> None:
@@ -118,9 +118,8 @@ class Recorder:
 def require_usual(guider: Any) -> None:
     """Raise RuntimeError unless POSITIVE is this guider's number for its positive prompt, and for no other.
 
-    The numbers are those of the list that CFGGuider hands over in `predict_noise`. A guider with a method of its own,
-    or a function of another pack in its place, may have them in any order. guider: None where a node calls the model by
-    itself.
+    A number is a place in the list that CFGGuider hands over in `predict_noise`. A guider with a method of its own, or
+    a function of another pack in its place, may have any order. guider: None where a node calls the model by itself.
     """
     others = ["a node that calls the model by itself"] if guider is None else _others(guider)
     if others or not _conditionings(guider) <= USUAL:
@@ -133,7 +132,7 @@ def require_usual(guider: Any) -> None:
 
 
 def _others(guider: Any) -> list[str]:
-    """What decides about the order of the prompts in place of ComfyUI's CFGGuider."""
+    """Code that decides about the order of the prompts in place of ComfyUI's CFGGuider."""
     usual, options = comfy.samplers.CFGGuider, guider.model_options
     for name in ("outer_predict_noise", "predict_noise"):
         if getattr(getattr(guider, name, None), "__func__", None) is not getattr(usual, name, None):
@@ -151,6 +150,6 @@ def _conditionings(guider: Any) -> set[str]:
 
 def digest_of(samples: Tensor) -> str:
     """Identity of a latent: its shape and numbers, as samplers hand them over."""
-    told = getattr(comfy.model_management, "intermediate_dtype", None)  # ComfyUI 0.17 hands over what it sampled
+    told = getattr(comfy.model_management, "intermediate_dtype", None)  # ComfyUI 0.17 hands it over as sampled
     plain = samples.detach().to("cpu", told() if told else torch.float32).float().contiguous()
     return hashlib.sha256(repr(tuple(plain.shape)).encode() + plain.numpy().tobytes()).hexdigest()

@@ -1,6 +1,6 @@
 """A record of risk for people: words instead of tokens, pictures, and a report. Risk Map and Risk Probe show the same.
 
-Where no gate was asked there is no risk: that is said, drawn and handed on as such, never as 0.
+Where no gate was asked, there is no risk. Texts, pictures and outputs say so, and never say 0.
 
 Axes: B pictures, L tokens.
 """

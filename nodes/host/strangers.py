@@ -1,7 +1,7 @@
-"""Code of other packs that has a say in a sampling run: a receipt cannot know what it does.
+"""Code of other packs that takes part in a sampling run. A receipt cannot know its effect.
 
-ComfyUI's own code, torch's and ours is known. Whatever else hangs on the model, the guider, the sampler or the network,
-or was put in the place of ComfyUI's own functions, is named by its module.
+ComfyUI's own code, torch's and ours is known. Other code may hang on the model, the guider, the sampler or the network,
+or replace ComfyUI's own functions. It is named by its module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .network import changes_in_place
 KNOWN = {"comfy", "comfy_extras", "comfy_api", "comfy_execution", "nodes", "execution", "latent_preview", "torch"}
 KNOWN |= {"numpy", "tqdm", "einops", "torchsde", "scipy", "", *sys.stdlib_module_names} - {"__main__"}
 OURS = str(__package__).rsplit(".", 2)[0] + "."
-KNOWN |= {"xformers", "sageattention", "sageattn3", "flash_attn"}  # ComfyUI's own attention takes them where they are
+KNOWN |= {"xformers", "sageattention", "sageattn3", "flash_attn"}  # ComfyUI's own attention takes them if installed
 SHARED = (
     *(comfy.samplers, comfy.sample, comfy.k_diffusion.sampling),
     *(comfy.ldm.flux.math, comfy.ldm.common_dit, comfy.ldm.modules.attention),
@@ -34,8 +34,8 @@ DEEPEST = 8  # of nested dicts and lists in model_options
 
 
 def strangers(guider: Any, sampler: Any, arguments: Iterable[Any], options: Iterable[dict]) -> list[str]:
-    """Modules of other packs; arguments: of the sampling, such as its callback; options: transformer_options that
-    forwards had.
+    """Modules of other packs. arguments: of the sampling, such as its callback. options: transformer_options of its
+    forwards.
     """
     patcher = guider.model_patcher
     things = [guider, sampler, *vars(guider).values(), *vars(sampler).values(), *arguments, *options]
@@ -48,7 +48,7 @@ def strangers(guider: Any, sampler: Any, arguments: Iterable[Any], options: Iter
 
 
 def hooked(options: dict) -> dict:
-    """What of transformer_options may change a forward."""
+    """The part of transformer_options that may change a forward."""
     return {key: options[key] for key in ("patches", "patches_replace", "wrappers", "callbacks") if key in options} | {
         "override": options.get("optimized_attention_override")
     }
@@ -73,7 +73,7 @@ def _strange(home: str) -> bool:
 
 
 def _leaves(value: Any, depth: int = DEEPEST) -> Iterator[Any]:
-    """What is no dict, list, tuple or set, in whatever is."""
+    """The values in nested dicts, lists, tuples and sets, without tensors."""
     if isinstance(value, (dict, list, tuple, set)) and depth:
         for each in value.values() if isinstance(value, dict) else value:
             yield from _leaves(each, depth - 1)

@@ -1,8 +1,8 @@
 """The attention patch in a graph of torch.compile: one operator a block, so that no graph breaks.
 
-All that the patch does is done when the operator runs, in every replay: it notes the block for the audit, checks the
-vectors, turns and records. The graph holds no patch, but a place in the chain of SafeRoPE's patches: a replayed graph
-asks the patches of the forward that runs it, and turns nothing in a forward that has none.
+The patch works when the operator runs, in every replay: it notes the block for the audit, checks the vectors, turns and
+records. The graph holds no patch, but a place in the chain of SafeRoPE's patches. A replayed graph asks the patches of
+the forward that runs it. In a forward without patches it turns nothing.
 
 Axes: B batch, H heads, L tokens, D head dimension.
 """

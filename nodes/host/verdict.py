@@ -1,4 +1,4 @@
-"""What two detectors see in a picture of the tiny world. No other model's pictures are looked at."""
+"""Reads a picture of the tiny world with two detectors. Pictures of other models are not read."""
 
 from __future__ import annotations
 

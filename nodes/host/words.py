@@ -1,8 +1,8 @@
 """The words behind the tokens of FLUX's text stream, from the CLIP that made it: pieces, words, and where a marked word
 stands.
 
-FLUX's text stream is T5's states, token by token, padding included. Positions here are positions in that stream, which
-are those of q and k in every block. All of it is text: nothing is encoded, no weights are needed.
+FLUX's text stream is T5's states, token by token, padding included. Positions here are positions in that stream, as of
+q and k in every block. This module works on text alone: it encodes nothing and needs no weights.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def words(pieces: list[str]) -> list[tuple[str, int, int]]:
 def unknown(clip: Any, text: str) -> list[tuple[int, int]]:
     """Characters [start, end) of `text` that T5's vocabulary has no token for, as far as they are in the stream.
 
-    None of a tokenizer that does not tell tokens' places: `located` refuses it.
+    Empty for a tokenizer that does not tell tokens' places: `located` refuses it.
     """
     if not _t5(rows := clip.tokenize(text)):
         return []  # language models spell every text out in bytes
@@ -148,7 +148,7 @@ def _piece(token: Any, tokenizer: Any) -> str:
 
 
 def _trimmed(group: list[int], pieces: list[str]) -> tuple[int, int]:
-    """First and one after the last of a group's tokens, without those around it that hold no letter or digit."""
+    """The group's first token that holds a letter, digit or symbol, and one after its last such token."""
     speaking = [place for place in group if any(_speaks(character) for character in pieces[place])]
     return (speaking[0], speaking[-1] + 1) if speaking else (0, 0)
 

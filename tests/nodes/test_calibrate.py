@@ -234,7 +234,7 @@ def test_long_prompts_say_more_and_the_same_on_both_sides(bundled):
 def test_a_likeness_takes_the_name_that_is_given(bundled):
     unsafe, safe = bundled.preset_prompts("a person's likeness", "short", "Jane [Q] Doe")
     assert all("[Jane Q Doe]" in line for line in unsafe) and not any("Jane" in line for line in safe)
-    with pytest.raises(ValueError, match="name tells no one"):
+    with pytest.raises(ValueError, match="name holds no person"):
         bundled.preset_prompts("a person's likeness", "short", "")
 
 
