@@ -68,7 +68,7 @@ class AttentionPatch:
     step caches (EasyCache, TeaCache) and skip-layer guidance may leave blocks out. In no forward may a protected block
     project queries that do not come to the patch. A forward that a compiled graph may hide runs again without it, and
     the graphs are dropped if they were to blame. If queries still miss the patch, RuntimeError names the nodes to move.
-    `around_sampling` raises where it saw no forward at all. guard.py raises where the network runs outside of a forward.
+    `around_sampling` raises where it saw no forward at all, guard.py where the network runs outside of a forward.
 
     One object serves all clones of a model and several threads. The evidence of a sampling run is kept with that run.
     The patch has no `.to`: ComfyUI calls that on a copy of its list and with weight dtypes. The protection keeps one
