@@ -1,6 +1,11 @@
-"""`saferope audit`: what a workflow, or a picture made by ComfyUI, says of its protection
+"""`saferope audit`: the protection that a workflow, or a picture made by ComfyUI, asks for.
 
-file (JSON, PNG, WEBP) -> graph (from the API's form, or by editor from the editor's: scope, widgets; known: classes of
-nodes) -> models (their ways) -> protections (settings; concepts: what comes in; together: in a
-row, before samplers) -> verdict -> report
+The modules, in the order of their work:
+
+- `file` reads JSON, PNG and WEBP (`picture`).
+- `graph` makes a graph of the API's form, `editor` of the editor's form, with `scope` and `widgets`.
+- `known` tells the classes of nodes.
+- `models` follows the ways of models through the graph.
+- `protections` judges each Apply by its `settings` and its `concepts`, `together` in a row and before samplers.
+- `verdict` judges the whole, and `report` tells it.
 """

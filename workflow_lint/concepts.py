@@ -1,4 +1,4 @@
-"""The concepts that come into an Apply, with what may be read of their files: a caller hands these in as `Files`."""
+"""The concepts that come into an Apply, with facts from their files. A caller hands the files in as `Files`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .graph import Graph, Input, Link, Node
 from .known import CALIBRATE, COMBINE, LOAD, OUTSIDE
 from .settings import OF_COMBINE, OF_LOAD, SHA256, settings
 
-LEAST_STRENGTH = 0.05  # the nodes' smallest step: less rounds away
+LEAST_STRENGTH = 0.05  # the nodes' smallest step: a lower strength rounds to 0
 MOST_CONCEPTS, MOST_LINKS = 64, 500  # of one Apply: concepts, links followed
 MOST_COMBINED = 32  # inputs of a Combine node
 UNSEEN = "is in its file, which is not at hand (--concepts FOLDER)"
@@ -29,7 +29,7 @@ class File(Protocol):
     def rotations(
         self, concepts: Sequence[Concept], strength: float, threshold: float | None, blocks: str, streams: str
     ) -> Rotations | None:
-        """Those of an Apply with concepts of any files; None: it turns nothing. ValueError where it would stop."""
+        """Rotations of an Apply with concepts of any files; None: it turns nothing. ValueError where it would stop."""
 
     def turned(self, chain: Sequence[Rotations]) -> tuple[int, int]:
         """(heads in which the chain moves any unsafe direction of the file's concepts, all heads of these)."""
@@ -40,15 +40,16 @@ Files = Callable[[str], File | str]  # the file of a name in a workflow, or the 
 
 @dataclass
 class Part:
-    """What one node gives an Apply to turn; strength: of its file, where at hand, times its own times that of Apply.
+    """The concepts that one node gives an Apply.
 
-    `turns`: in how many of its heads, by its file, it moves what it is about, and how many it has; None: not known.
+    - `strength`: that of its file, where at hand, times its own, times Apply's.
+    - `turns`: by its file, (heads in which it moves its own unsafe directions, all its heads). None: not known.
     """
 
     node: str
     name: str
     strength: float = 1.0
-    sha256: str | None = None  # what it is pinned to
+    sha256: str | None = None  # the file that it is pinned to
     made_of_prompts: bool = False
     turns: tuple[int, int] | None = None
     file: File | None = field(default=None, repr=False, compare=False)
@@ -60,7 +61,7 @@ class Part:
 
 
 def parts(graph: Graph, apply: Node, files: Files | None, stops: list[str]) -> list[Part]:
-    """The concepts of an Apply in their order; whatever is not surely understood of any of them goes to `stops`."""
+    """The concepts of an Apply in their order. Each doubt about one of them goes to `stops`."""
     found: list[Part] = []
     todo = [value for value in (apply.inputs.get("concept"),) if value is not None]
     for _ in range(MOST_LINKS):
@@ -90,13 +91,13 @@ def _source(graph: Graph, value: Input, stops: list[str]) -> Node | None:
 
 
 def _combined(graph: Graph, node: Node, stops: list[str]) -> list[Input]:
-    """The inputs of a Combine in their order. 0.1.0 could take concepts apart, and then hardly protected."""
+    """The inputs of a Combine in their order. The one of 0.1.0 could take concepts apart, and then hardly protected."""
     names = [name for name in node.inputs if name not in OF_COMBINE]
     if names != [f"concepts.concept{i}" for i in range(min(len(names), MOST_COMBINED))]:
         stops.append(f"Combine {node.id} has inputs in a row that ComfyUI does not make: they cannot be verified")
         return []
     if settings(graph, node, OF_COMBINE, stops)["orthogonalise"] is not False:
-        stops.append(f"Combine {node.id} takes concepts apart (orthogonalise): what is left of each {UNSEEN}")
+        stops.append(f"Combine {node.id} takes concepts apart (orthogonalise): the rest of each {UNSEEN}")
     return [node.inputs[name] for name in names]
 
 
@@ -122,7 +123,7 @@ def _made(graph: Graph, node: Node, files: Files | None, stops: list[str]) -> li
 
 
 def _with_file(part: Part, file: File | None) -> Part:
-    """The part with the strength of that of the file's concepts which is furthest from 1."""
+    """The part with its file. Its strength is then that of the concept in the file which is furthest from 1."""
     if file:
         part.file, part.concepts = file, file.scaled(part.strength)
         part.strength = max((each.strength for each in part.concepts), key=lambda strength: abs(strength - 1))

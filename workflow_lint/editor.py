@@ -1,8 +1,8 @@
 """The graph of a workflow as ComfyUI's editor saves it: one plane of nodes, with subgraphs unfolded into it.
 
-Reroutes, muted nodes and the borders of subgraphs become wires, which bring what they are given. As the editor does
-when it queues: a muted node (mode 2) gives nothing, with all that is in it; a bypassed one (mode 4) passes on what has
-the type asked for. Here it passes on all inputs of that type, where the editor chooses one.
+Reroutes, muted nodes and the borders of subgraphs become wires, which pass on their input. Muted and bypassed nodes
+count as when the editor queues. A muted node (mode 2) gives nothing, nor does any node in it. A bypassed node (mode 4)
+passes on its input of the type asked for. Here it passes on all inputs of that type, where the editor chooses one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ MAX_LINKS = 100_000  # links and inputs with all subgraphs unfolded
 MAX_HOPS = 200  # wires between two nodes
 ASIDE = {"Note", "MarkdownNote"}
 BLUEPRINT = (
-    "this is a blueprint: its inputs count as connected, to a model without protection and to concepts that nobody has "
-    "looked at; audit the workflow that uses it"
+    "this is a blueprint: its inputs count as connected, to a model without protection and to unknown "
+    "concepts; audit the workflow that uses it"
 )
 GROUP = ("workflow>", "workflow/")  # how the type of a group node begins
 GROUP_NODE = "a group node, which is not looked into; convert it to a subgraph"
@@ -37,7 +37,7 @@ def from_editor(workflow: Any) -> Graph:
 
 
 def _definitions(workflow: dict) -> dict[str, Sheet]:
-    """Subgraphs by id, those inside of others too."""
+    """Subgraphs by id, nested ones too."""
     found: dict[str, Sheet] = {}
     todo = [workflow]
     while todo:
@@ -50,8 +50,8 @@ def _definitions(workflow: dict) -> dict[str, Sheet]:
 
 
 class _Plane:
-    """`placed`: the nodes that run or are bypassed, each with its scope; `wires`: what an output brings, by its place
-    and then by its number.
+    """`placed`: the nodes that run or are bypassed, each with its scope. `wires`: by place, a function from the number
+    of an output to its source.
     """
 
     def __init__(self, workflow: dict) -> None:
@@ -124,7 +124,7 @@ class _Plane:
         self._unfold(inner)
 
     def _follow(self, end: End | Input | None) -> Input | None:
-        """What comes over wires. None: nothing is linked there."""
+        """The input at the end of wires. None: nothing is linked there."""
         for _ in range(MAX_HOPS):
             if not isinstance(end, tuple):
                 return end

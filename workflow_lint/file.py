@@ -1,8 +1,8 @@
-"""What a file says of how it was made: a workflow's JSON, or the metadata of a PNG or WEBP that ComfyUI has saved.
+"""Reads the workflow in a file: a workflow's JSON, or the metadata of a PNG or WEBP that ComfyUI has saved.
 
-Files are untrusted: every size is capped before anything is read or inflated, and JSON that two readers could
-understand differently (equal keys, two texts of one name) is refused. NaN is let through: older versions of ComfyUI
-wrote it into harmless places, and no value that counts may be one.
+Files are untrusted. Every size is capped before anything is read or inflated. JSON that two readers could understand
+differently (equal keys, two texts of one name) is refused. NaN is let through: older versions of ComfyUI wrote it into
+harmless places, and no value that counts may be one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_DEPTH = 100  # of nested lists and objects; workflows have about 15
 
 @dataclass(frozen=True)
 class Documents:
-    """What a file holds: the API form that ran, the editor's form, or both. A JSON file holds one of them."""
+    """The workflows in a file: the API form that ran, the editor's form, or both. A JSON file holds one of them."""
 
     prompt: Any = None
     workflow: Any = None
@@ -31,7 +31,7 @@ class Documents:
 
 
 def read(path: Path) -> Documents:
-    """The workflow in a file. Raises Unreadable for whatever is none, OSError where there is no such file."""
+    """The workflow in a file. Raises Unreadable for a file without one, OSError for a missing file."""
     without_waiting = getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for a writer for ever
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | without_waiting)) as file:
         if not S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -1,6 +1,6 @@
 """One small graph for both forms of a ComfyUI workflow.
 
-An input holds a Link to another node's output, a Value, or is Unknown with the reason; an input that nothing is linked
+An input holds a Link to another node's output, a Value, or an Unknown with the reason. An input that nothing is linked
 to is missing. The API form becomes a graph here, the editor's form in `editor`.
 """
 
@@ -32,7 +32,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Unknown:
-    """Something that comes from where it cannot be followed to. `link`: it may be a link, and so bring a model."""
+    """An input whose source cannot be followed. `link`: it may be a link, and so bring a model."""
 
     reason: str
     link: bool = True
@@ -43,7 +43,7 @@ Input = Link | Value | Unknown
 
 @dataclass
 class Node:
-    """A node that runs, or a bypassed one, which stays as something that passes on what it is given."""
+    """A node that runs, or a bypassed one, which stays and passes on its inputs."""
 
     id: str
     kind: str
@@ -56,21 +56,21 @@ class Node:
 
     @property
     def strange(self) -> bool:
-        """Whether it runs and nobody has told what it does."""
+        """Whether it runs and is of no known class."""
         return not self.bypassed and not self.known
 
     @property
     def draws(self) -> bool:
-        """Whether it runs and is known to draw with a model: takes one, gives a latent or picture, and no model on.
+        """Whether it runs and is known to draw: takes a model, gives a latent or picture, and passes no model on.
 
-        Those that give neither (schedulers, savers) draw nothing, those that give a latent beside a model prepare both.
+        Nodes that give neither (schedulers, savers) draw nothing. Nodes that give a latent beside a model prepare both.
         """
         takes, gives = self._types()
         return bool(takes & MODELS and gives & DRAWN and not gives & MODELS) and self.kind not in ASKS_ONLY
 
     @property
     def guides(self) -> bool:
-        """Whether it runs and decides which prompts a model is asked with: samplers that take one, and guiders."""
+        """Whether it runs and chooses the prompts for a model: samplers that take one, and guiders."""
         takes, gives = self._types()
         return "MODEL" in takes and ("GUIDER" in gives or self.draws)
 
@@ -85,7 +85,7 @@ class Node:
 
 @dataclass
 class Graph:
-    """Nodes by id; `opaque`: what may sample out of sight (id and reason); `notes`: what else is worth telling."""
+    """Nodes by id. `opaque`: nodes that may sample out of sight (id and reason). `notes`: other facts for a reader."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     opaque: list[tuple[str, str]] = field(default_factory=list)
@@ -104,7 +104,7 @@ def from_api(prompt: Any) -> Graph:
         if not isinstance(kind, str) or kind == OUTSIDE or not isinstance(inputs, dict):
             raise Unreadable(f'has an entry {key!r:.60} that is no node, expected {{"class_type": ..., "inputs": ...}}')
         if EVERYWHERE.fullmatch(kind):
-            inputs = {}  # what it sends on is linked plainly in this form
+            inputs = {}  # its links are plain ones in this form
         graph.nodes[key] = Node(key, kind, {name: _api_input(value, prompt) for name, value in inputs.items()})
     return graph
 

@@ -1,6 +1,6 @@
-"""Which classes of nodes an audit knows, what they take and give, and what to advise about the others.
+"""The classes of nodes that an audit knows, the types that they take and give, and advice about other classes.
 
-A class that is not here is not understood: what it does with a model is not known, and what it gives may hold one.
+A class that is not here is not understood. Its effect on a model is not known, and its outputs may hold one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ANY, OTHER = "*", ""
 APPLY, LOAD, COMBINE, CALIBRATE, PROBE = (
     f"SafeRoPE_{name}" for name in ("Apply", "LoadConcept", "CombineConcepts", "CalibrateConcept", "RiskProbe")
 )
-# Stands for all that a blueprint is connected to once it is used. Readers refuse a file with a node of this class.
+# Stands for all nodes that a blueprint gets connected to. Readers refuse a file with a node of this class.
 OUTSIDE = "outside of the blueprint, node"
 # Classes of other packs. Their helper models caption, cut out, estimate depth or fill in: they are of types of their
 # own, so that ComfyUI lets no diffusion model in or out there.
@@ -34,9 +34,9 @@ _CONTEXT = re.compile(r"Context.*\(rgthree\)")
 
 @cache
 def node_table() -> dict[str, list]:
-    """{node: [{input: type}, [types of outputs]]} of ComfyUI's own nodes, ours and some of others.
+    """{node: [{input: type}, [types of outputs]]} of ComfyUI's own nodes, ours and some of other packs.
 
-    Types are those of MODELS and DRAWN, ANY where a slot may take or give one of them, else OTHER.
+    A type is one of MODELS and DRAWN, ANY where a slot may take or give one of them, else OTHER.
     """
     text = (Path(__file__).parent / "comfyui_nodes.json").read_text(encoding="utf-8")
     others = {kind: [{}, []] for kind in (*_HELPERS, OUTSIDE)} | {kind: [{}, ["MODEL"]] for kind in _LOADERS}
@@ -50,7 +50,5 @@ def advice(kind: str) -> str:
             "its links are not in the editor's file: audit the picture, or export the workflow in API form, with them"
         )
     if _CONTEXT.fullmatch(kind):
-        return "put plain links in its place: what it carries has no name in the file"
-    return (
-        "put a node of ComfyUI's own and plain links in its place, or mute it: nobody has told what it does to a model"
-    )
+        return "put plain links in its place: its values have no names in the file"
+    return "put a node of ComfyUI's own and plain links in its place, or mute it: its effect on a model is not known"

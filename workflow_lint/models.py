@@ -1,6 +1,6 @@
-"""Which links of a graph may carry a model, and what models pass on their ways from loaders to samplers.
+"""The links of a graph that may carry a model, and the nodes that models pass from loaders to samplers.
 
-Types come from the table of known classes alone: what a file says of a slot's type, its author may have made up.
+Types come from the table of known classes alone: the author of a file may have made up the types in it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ Way = tuple[str, Any]  # a node, and the way before it; None where a model begin
 
 
 class Models:
-    """The ways of models through a graph, all nodes in an order in which each comes after those that it takes from.
+    """The ways of models through a graph.
 
-    `before`, `after`: the nodes that a model comes from, and goes to; `broken`: why what comes into a node, where a
-    model belongs, is surely none. Nodes that run in a circle are told as opaque.
+    - `order`: all nodes, each after the nodes that it takes from. Nodes that run in a circle are told as opaque.
+    - `before`, `after`: the nodes that a model comes from, and goes to.
+    - `broken`: nodes that surely get no model where one belongs, with the reason.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -47,7 +48,7 @@ class Models:
             return list(nodes)
 
     def _look_at(self, node: Node, name: str, value: Input) -> None:
-        """Notes what an input takes: a model, surely none, or what is no model's business."""
+        """Notes an input that takes a model, or surely none where one belongs."""
         taken = self._taken(node, name)
         if isinstance(value, Link) and taken in MODELS | {ANY} and self._carries(value):
             self.before[node.id][value.source] = self.after[value.source][node.id] = None
@@ -56,7 +57,7 @@ class Models:
         elif isinstance(value, Unknown) and (taken in MODELS or (taken == ANY and value.link)):
             self.broken[node.id] = value.reason
         elif taken in MODELS:
-            self.broken[node.id] = "what is no model"
+            self.broken[node.id] = "something that is no model"
 
     def _taken(self, node: Node, name: str) -> str:
         """The type that an input takes. A dotted name is one of a growing row of inputs."""
@@ -72,11 +73,11 @@ class Models:
         return given in MODELS or (given == ANY and link.source in self._holders)
 
     def takes(self, key: str) -> bool:
-        """Whether a node takes a model, or what may be one."""
+        """Whether a node takes a model, or an input that may be one."""
         return bool(self.before[key]) or key in self.broken
 
     def ways(self, holding: Collection[str] = (), most: int = 1) -> dict[str, list[Way]]:
-        """For each node up to `most` of the ways on which a model reaches it past all that hold it."""
+        """For each node, up to `most` ways on which a model reaches it around all nodes in `holding`."""
         found: dict[str, list[Way]] = {}
         for key in self.order:
             if key in holding:
@@ -87,7 +88,7 @@ class Models:
         return found
 
     def reached(self, key: str, links: dict[str, dict[str, None]]) -> set[str]:
-        """The node, and all that models pass before it or after it."""
+        """The node, and all nodes that models pass before it or after it."""
         seen, todo = {key}, [key]
         while todo:
             new = [each for each in links[todo.pop()] if each not in seen]

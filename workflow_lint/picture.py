@@ -8,23 +8,23 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
-MAX_TEXT = 16 * 2**20  # bytes of one workflow; the largest of ComfyUI's own blueprints has 0.2 MiB
-MAX_CHUNKS = 100_000  # of a picture; a large PNG has some thousand
-PNG, RIFF, WEBP, HEAD = b"\x89PNG\r\n\x1a\n", b"RIFF", b"WEBP", 12  # bytes of the longest head
-NAMES = ("prompt", "workflow")  # what ran, in API form; and what the editor showed
-TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"comf")  # the last is ComfyUI's own, in animated files
-EXIF_TAGS = range(0x0100, 0x0111)  # ComfyUI counts down from 0x0110 (Model), a text "name:JSON" in each
+MAX_TEXT = 16 * 2**20  # Bytes of one workflow. ComfyUI's largest blueprint has 0.2 MiB.
+MAX_CHUNKS = 100_000  # Of a picture. A large PNG has some thousand.
+PNG, RIFF, WEBP, HEAD = b"\x89PNG\r\n\x1a\n", b"RIFF", b"WEBP", 12  # Bytes of the longest head.
+NAMES = ("prompt", "workflow")  # The workflow that ran, in API form, and the editor's.
+TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"comf")  # The last is ComfyUI's own, in animated files.
+EXIF_TAGS = range(0x0100, 0x0111)  # ComfyUI counts down from 0x0110 (Model), a text "name:JSON" in each.
 
 
 class Unreadable(ValueError):
-    """A file that tells nothing that can be judged; the message says what was got and what was expected."""
+    """A file without anything to judge. The message says the fault of the file and the expected content."""
 
 
 def texts_of(file: BinaryIO) -> dict[str, bytes] | None:
-    """UTF-8 of the texts `prompt` and `workflow` of a picture; None for what is no PNG or WEBP, read up to its head.
+    """UTF-8 of the texts `prompt` and `workflow` of a picture; None for other files, read up to their head.
 
-    Readers differ in which of two equal names they take: two different texts say nothing. Raises Unreadable for these,
-    and for a damaged file.
+    Readers differ in which of two equal names they take, so two different texts of one name say nothing. Raises
+    Unreadable for them, and for a damaged file.
     """
     head = file.read(HEAD)
     if head.startswith(PNG):
@@ -111,6 +111,6 @@ def _exif_texts(data: bytes) -> list[str]:
             warnings.simplefilter("ignore")  # Pillow's word on a damaged table
             exif.load(data)
             values = [exif.get(tag) for tag in EXIF_TAGS]
-    except Exception as error:  # Pillow raises whatever a damaged table leads it to
+    except Exception as error:  # Pillow raises errors of many kinds on a damaged table
         raise Unreadable(f"holds EXIF that cannot be read ({type(error).__name__})") from None
     return [value for value in values if isinstance(value, str)]

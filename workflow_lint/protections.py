@@ -1,8 +1,8 @@
-"""What the SafeRoPE nodes of a workflow do: whether each Apply acts, on which concepts, how far, and what weakens it.
+"""Judges the SafeRoPE nodes of a workflow: whether each Apply acts, on which concepts, how far, and its weaknesses.
 
-An Apply counts as acting only where everything that decides it can be read. What would make ComfyUI stop (a value out
-of range, a pin that no file can have) does not count either, nor what is decided by a concept's file as long as that is
-not at hand. Where it is, what it turns counts.
+An Apply counts as acting only where every setting that decides it can be read. It does not act where ComfyUI would stop
+(a value out of range, a pin that no file can have). Nor does it where a concept's file decides and is not at hand.
+Where the file is at hand, the heads that it turns count.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ _BLOCKS = re.compile(r"\s*[ds][0-9]{1,4}(-[0-9]{1,4})?\s*(,\s*[ds][0-9]{1,4}(-[0
 
 @dataclass
 class Protection:
-    """One Apply. `stops`: why it does not act, or not surely; `weak`: what makes it less than whole.
+    """One Apply.
 
-    `inert`: it surely changes nothing; `does`: what it does by its concepts' files.
+    - `stops`: reasons why it does not act, or not surely.
+    - `weak`: reasons why it is less than whole.
+    - `inert`: it surely changes nothing.
+    - `does`: its rotations by its concepts' files.
     """
 
     node: str
@@ -73,7 +76,7 @@ def _protection(models: Models, key: str, files: Files | None) -> Protection:
 
 
 def _inert(found: Protection) -> bool:
-    """Whether it surely changes nothing, whatever else cannot be read."""
+    """Whether it surely changes nothing, even if other settings cannot be read."""
     of = found.settings
     off = found.acts and all(part.strength == 0 for part in found.parts)
     closed = of["gate"] == FIXED and of["threshold"] == 1
@@ -81,7 +84,7 @@ def _inert(found: Protection) -> bool:
 
 
 def _stopped(found: Protection) -> Iterator[str]:
-    """What stops a protection whose settings can all be read."""
+    """Reasons why a protection does not act, if all its settings can be read."""
     of, blocks = found.settings, found.settings["blocks"].strip()
     start, end = of["start_percent"], of["end_percent"]
     if of["strength"] == 0:
@@ -124,7 +127,7 @@ def _tried(found: Protection) -> Iterator[str]:
 
 
 def _weakened(found: Protection) -> Iterator[str]:
-    """What makes a protection that acts less than whole. Rotations are periodic: more than 1 is not more than whole."""
+    """Reasons why an acting protection is not whole. Rotations are periodic: strength above 1 is not more."""
     of, blocks = found.settings, found.settings["blocks"].strip()
     for part in found.parts:
         if not math.isclose(part.strength, 1):

@@ -10,7 +10,7 @@ from .protections import Protection
 from .settings import FIXED
 from .verdict import Sampler, Verdict
 
-PROMISE = "this is what the file asks for; what ran, a file cannot show: a signed picture can (saferope verify)"
+PROMISE = "the file asks for this protection; a file cannot show that it ran: a signed picture can (saferope verify)"
 WHOLE, PART, NOT = "asks for protection on every path", "asks for protection in part", "does not ask for protection"
 EXIT_CODES = {WHOLE: 0, NOT: 1, PART: 3}
 SHOWN = 20  # samplers that are told in full
@@ -35,7 +35,7 @@ def level_of(whole: bool, part: bool) -> str:
 
 
 def as_json(file: str, verdict: Verdict, level: str | None = None) -> dict[str, Any]:
-    """All there is to say, for machines; level: as `level_of`, else by the verdict alone."""
+    """The whole verdict for machines. level: as `level_of`, else by the verdict alone."""
     level = level or level_of(verdict.protected, False)
     return {
         "file": file,

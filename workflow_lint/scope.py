@@ -1,4 +1,4 @@
-"""Scopes of the editor's form: a workflow, and each instance of a subgraph; what is linked to what in them."""
+"""Scopes of the editor's form, a workflow and each instance of a subgraph, and the links in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ End = tuple[str, int]  # an output: the place of its node in the whole workflow,
 class Sheet:
     """A workflow, or the definition of a subgraph, with its nodes and links checked.
 
-    `links`: their sources by number, with what they lead to; `leaving`: by output of the subgraph, the links to it.
+    `links`: by number, the source and the target of each. `leaving`: by output of the subgraph, the links to it.
     """
 
     def __init__(self, holder: dict) -> None:
@@ -61,7 +61,7 @@ class Scope:
         return self.prefix + source, slot
 
     def into(self, node: dict, index: int) -> End | Unknown | None:
-        """What is linked to an input of one of the nodes."""
+        """The output that is linked to an input of one of the nodes; None without a link."""
         number = node["inputs"][index].get("link") if index < len(node["inputs"]) else None
         if number is None:
             return None
@@ -71,7 +71,7 @@ class Scope:
         return self.origin(number)
 
     def out_of(self, slot: int) -> End | Unknown | None:
-        """What is linked, inside, to an output of the subgraph. The editor goes by the list of the output."""
+        """The inner output that is linked to an output of the subgraph. The editor goes by the list of the output."""
         found, listed = self.sheet.leaving.get(slot, []), []
         if slot < len(self.sheet.exits):
             listed = self.sheet.exits[slot].get("linkIds")
@@ -107,7 +107,7 @@ def slots(holder: dict, name: str) -> list[dict]:
 def _node(node: dict) -> dict:
     """A node with mode, inputs and outputs in any case, and the widgets of inner nodes that it shows as its own.
 
-    Its id holds no colon, which parts the ids in subgraphs.
+    Its id holds no colon: colons part the ids in subgraphs.
     """
     key, kind, mode = node.get("id"), node.get("type"), node.get("mode", 0)
     named = type(key) in (int, str) and ":" not in str(key) and isinstance(kind, str) and kind != OUTSIDE

@@ -1,6 +1,6 @@
 """Settings of nodes: the value that runs, from a widget or a primitive node with a constant, and the rule it must keep.
 
-Whatever is not surely understood is told as a reason why the Apply does not act.
+A setting that is not surely understood is told as a reason why the Apply does not act.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .widgets import PRIMITIVES
 
 STRENGTH_MAX = 2.0  # of the nodes
 CALIBRATED, FIXED = "as calibrated", "fixed"
-PAPER_THRESHOLD = 0.7  # a higher fixed gate lets through what the paper's own would not
+PAPER_THRESHOLD = 0.7  # a higher fixed gate lets tokens through that the paper's gate turns
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

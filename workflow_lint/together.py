@@ -1,4 +1,4 @@
-"""What becomes of an Apply together with others in a row, and with the samplers behind it."""
+"""Judges an Apply together with others in a row, and with the samplers behind it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ PLAIN_GUIDERS = {"KSampler", "KSamplerAdvanced", "SamplerCustom", "CFGGuider", "
 
 
 def doubts(chain: Sequence[Protection], digests: Sequence[str], full: bool) -> Iterator[str]:
-    """What Applies in a row, without the inert ones, may undo or overdo together, though one of them acts by itself.
+    """Doubts about Applies in a row, without the inert ones: together they may undo or overdo the turns of one of them.
 
-    In one Apply copies of a concept are held together; in a row ComfyUI stops where both pass half a turn.
+    One Apply limits copies of a concept together. In a row ComfyUI stops where both pass half a turn.
     """
     parts = [part for each in chain for part in each.parts if part.strength > 0]
     for part in parts:
         if digests and part.sha256 not in digests:
             yield (
-                f"concept {part.name!r} is not pinned to one of the required files, and may turn back what they turn: "
+                f"concept {part.name!r} is not pinned to one of the required files, and may undo their turn: "
                 "pin it, and require its sha256 too"
             )
     if full or len(chain) > 1:
@@ -50,13 +50,13 @@ def _undone(chain: Sequence[Protection], full: bool) -> Iterator[str]:
 
 
 def unpinned(chain: Sequence[Protection]) -> Iterator[str]:
-    """Concepts of Applies in a row that no sha256 holds to one file."""
+    """Concepts of Applies in a row that are not pinned to one file by a sha256."""
     for part in (part for each in chain for part in each.parts if part.sha256 is None):
         yield f"concept {part.name!r} of node {part.node} is not pinned by a sha256: pin it in Load Concept"
 
 
 def stops_by_samplers(found: Protection, models: Models) -> Iterator[str]:
-    """Why an Apply that acts does not under one of the samplers behind it, by settings that depend on them."""
+    """Reasons why an acting Apply does not act under a sampler behind it, by settings that depend on that sampler."""
     end, rows = found.settings["end_percent"], found.settings["conditionings"]
     behind = models.reached(found.node, models.after)
     for node in (models.graph.nodes[key] for key in models.order if key in behind):

@@ -1,9 +1,11 @@
 """Does, by a workflow, every path from a model to a sampler pass a SafeRoPE Apply that acts? A graph in, a verdict out.
 
-Models are followed from where they are loaded, through all that passes them on, up to an Apply that holds what is
-required; whatever is reached is exposed. Whatever is not surely understood counts as not protected: a node on the way
-that is not known, anything but a plain link where a model belongs, a setting whose effect depends on what is not in
-the file.
+Models are followed from their loaders, through all nodes that pass them on, up to an Apply that meets the requirements.
+A sampler that a model reaches on such a way is exposed. All that is not surely understood counts as not protected:
+
+- an unknown node on the way,
+- anything but a plain link where a model belongs,
+- a setting whose effect depends on facts outside of the file.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from .together import doubts, stops_by_samplers, unpinned
 
 ACTING = "an Apply that acts"
 MOST_PATHS = 4  # shown of a sampler
-MOST_LOOKED_AT, MOST_STEPS = 200, 1_000_000  # samplers and Applies; these, times the nodes that each may be behind
+MOST_LOOKED_AT, MOST_STEPS = 200, 1_000_000  # samplers and Applies; their number, times all nodes
 
 
 @dataclass
 class Sampler:
-    """A node that draws. `failures`: what is required and missing, with a path where it is missing."""
+    """A node that draws. `failures`: requirements that are missing, each with a path without it."""
 
     node: str
     kind: str
@@ -45,7 +47,7 @@ class Sampler:
 
 @dataclass
 class Verdict:
-    """What is to be said of one graph. `form`: that of the file."""
+    """The verdict on one graph. `form`: the form of the file."""
 
     graph: Graph
     samplers: list[Sampler]
@@ -57,7 +59,7 @@ class Verdict:
 
     @property
     def protected(self) -> bool:
-        """Every sampler, at least one, and nothing out of sight."""
+        """Every sampler is protected, there is at least one, and none may be out of sight."""
         return bool(self.samplers) and all(each.protected for each in self.samplers) and not self.opaque
 
     @property
@@ -68,9 +70,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Required:
-    """What every path must pass: an Apply that acts; `full`: over all of it; one pinned to each of `digests`.
+    """The requirements of every path: an Apply that acts, in full with `full`, and one pinned to each of `digests`.
 
-    every_pinned: and no concept on the way that is not pinned to some file.
+    every_pinned: every concept on the way must be pinned to some file, too.
     """
 
     digests: tuple[str, ...] = ()
@@ -88,9 +90,9 @@ class Required:
 
 
 def audit_file(documents: Documents, required: Required, files: Files | None = None) -> Verdict:
-    """The verdict on a file. Where it holds what ran and what the editor showed, the former counts.
+    """The verdict on a file. Where it holds the workflow that ran and the editor's, the workflow that ran counts.
 
-    Raises Unreadable where what counts cannot be read.
+    Raises Unreadable where the workflow that counts cannot be read.
     """
     if documents.prompt is None:
         verdict = audit(from_editor(documents.workflow), required, files)
@@ -144,7 +146,7 @@ def audit(graph: Graph, required: Required, files: Files | None = None) -> Verdi
 
 
 def _look(samplers: list[Sampler], models: Models, applies: dict[str, Protection], required: Required) -> None:
-    """Follows the ways of models to each sampler, and tells what is missing on them."""
+    """Follows the ways of models to each sampler, and tells the requirements that are missing on them."""
     bare = {
         f"a path without {what}": models.ways({key for key, each in applies.items() if holds(each)})
         for what, holds in required.tests()
@@ -162,7 +164,7 @@ def _look(samplers: list[Sampler], models: Models, applies: dict[str, Protection
 
 
 def _against(models: Models, found: dict[str, Protection], required: Required) -> dict[str, list[str]]:
-    """What is to be said against each node on the way of a model; against Applies, together with those before."""
+    """Objections to each node on the way of a model. Applies are judged together with the Applies before them."""
     told: dict[str, list[str]] = {key: [] for key in models.order}
     for node in (models.graph.nodes[key] for key in models.order):
         if node.id in models.broken:
@@ -181,12 +183,12 @@ def _against(models: Models, found: dict[str, Protection], required: Required) -
 
 
 def _notes(models: Models, found: dict[str, Protection]) -> Iterator[str]:
-    """What a reader should know who sees the verdict alone."""
+    """Notes for a reader who sees the verdict alone."""
     strange = dict.fromkeys(
         node.kind for key, node in models.graph.nodes.items() if node.strange and not models.takes(key)
     )
     if strange:
-        unseen = "not known, and not seen to take a model; if one loads and draws by itself, nobody sees it"
+        unseen = "not known, and not seen to take a model; if one loads and draws by itself, the audit cannot see it"
         yield f"{unseen}: {', '.join(strange)}"
     if any(each.acts and not all(part.file for part in each.parts) for each in found.values()):
-        yield "what the concepts turn was not looked at, only what the workflow asks for (--concepts FOLDER)"
+        yield "the effect of the concepts was not looked at, only the settings of the workflow (--concepts FOLDER)"

@@ -269,8 +269,8 @@ def test_the_report_names_what_is_not_known_and_promises_nothing():
     assert "StrangeLora 7: is not known, takes what may be a model, and may draw with it" in told
     told = as_text("f", verdict(SAFE["an unknown node that takes no model"]))
     assert told.startswith("f: asks for protection on every path (API form)\n")
-    assert "nobody sees it: StrangeFloat\n" in told and "what ran, a file cannot show" in told
-    assert "was not looked at, only what the workflow asks for (--concepts FOLDER)" in told
+    assert "cannot see it: StrangeFloat\n" in told and "a file cannot show that it ran" in told
+    assert "was not looked at, only the settings of the workflow (--concepts FOLDER)" in told
 
 
 @pytest.mark.parametrize(

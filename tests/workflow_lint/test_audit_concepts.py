@@ -139,7 +139,7 @@ def test_a_file_that_turns_nothing_does_not_protect(tmp_path, folder, name):
     name = f"{name}.safetensors"
     required = ("--require-sha256", sha256(folder / name))
     code, told = audit(tmp_path, one(folder, name), *required)
-    assert code == 0 and "was not looked at, only what the workflow asks for" in told
+    assert code == 0 and "was not looked at, only the settings of the workflow" in told
     assert audit(tmp_path, one(folder, name), "--concepts", folder)[0] == 1
     assert audit(tmp_path, one(folder, name), *required, "--concepts", folder)[0] == 1
 
