@@ -1,9 +1,12 @@
-"""Whose key signs: a local authority made by `saferope keys init`, or what a configuration file names.
+"""The key that signs: of a local authority made by `saferope keys init`, or of a configuration file.
 
-The configuration is `signing.json` in the user's own folder, and never a widget's: a workflow of a stranger must not
-choose a key. {"certificates": PEM file, the leaf first, "key": PEM file} or, in place of "key", {"callback":
-"module:function", "algorithm": "es256"} for a key in hardware or in a service: bytes in, the signature out, r and s
-side by side for ECDSA. "timestamp": the address of an RFC 3161 service, asked only where it is named.
+The configuration is `signing.json` in the user's own folder, and never a widget: a stranger's workflow must not choose
+a key. Its fields:
+
+- "certificates": a PEM file, the leaf first.
+- "key": a PEM file. For a key in hardware or in a service give "callback": "module:function" and "algorithm": "es256"
+  instead. The function gets bytes and returns their signature, for ECDSA r and s side by side.
+- "timestamp": the address of an RFC 3161 service. The service is asked only where it is named.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ FIELDS = {"certificates", "key", "callback", "algorithm", "timestamp"}
 
 @dataclass(frozen=True)
 class Config:
-    """What signs: a PEM chain, leaf first, and a function from bytes to their signature. timestamp: "" for none."""
+    """The signer: a PEM chain, leaf first, and a function from bytes to their signature. timestamp: "" for none."""
 
     chain: str
     algorithm: str
@@ -50,8 +53,8 @@ def folder() -> Path:
 def init_keys(name: str, old: tuple[bytes, bytes] | None = None) -> dict[str, bytes]:
     """A signer's certificate and key by a local authority: the content of files, by their names.
 
-    name: of the signer, in the certificate. old: certificate and key of an authority that is to be kept, so that
-    whoever trusts it trusts the new signer.
+    name: of the signer, in the certificate. old: certificate and key of an authority to keep. All who trust it
+    then trust the new signer.
     """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -69,7 +72,7 @@ def init_keys(name: str, old: tuple[bytes, bytes] | None = None) -> dict[str, by
 
 
 def configured(home: Path | None = None) -> Config:
-    """What the user's configuration names. Raises ValueError that says what is missing and what to do."""
+    """The user's configuration. Raises ValueError that names the missing thing and the remedy."""
     home = home or folder()
     path = home / CONFIG
     if not path.is_file():

@@ -1,7 +1,7 @@
 """The bytes of a manifest that no signature and no hash of C2PA covers: box headers, labels, padding.
 
-A changed byte there changes nothing that a picture says, and C2PA's own check lets it pass. Here it does not: what
-c2pa-python writes there is always the same, and anything else is told.
+A changed byte there changes nothing that a picture says, and C2PA's own check lets it pass. This check does not:
+c2pa-python always writes the same bytes there, and all others are told.
 
 JUMBF (ISO 19566-5): a box is its size, its kind and its content; a `jumb` holds a `jumd` (16 bytes of type, toggles, a
 label that ends in 0) and more boxes.
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 
 TYPE_TAIL = bytes.fromhex("00110010800000aa00389b71")  # of C2PA's and of ISO's types, behind four letters
-REQUESTABLE, SALTED = 0x03, 0x13  # toggles: it may be asked for by its label, and has one; and a box of salt
+REQUESTABLE, SALTED = 0x03, 0x13  # Toggles: requestable by its label; the same, with a box of salt.
 # Label of a box within a manifest -> the letters of its type, and the kind of its content
 PARTS = {
     "c2pa.assertions": (b"c2as", b"jumb"),
@@ -26,7 +26,7 @@ SIZES = {0x58: 1, 0x59: 2, 0x5A: 4}  # CBOR: bytes of this many bytes of length
 
 
 def changed(picture: bytes, kind: str) -> list[str]:
-    """What of the uncovered bytes of a picture's one manifest is not as it is written; kind: "png", "jpeg", "webp"."""
+    """Faults in the uncovered bytes of a picture's one manifest; kind: "png", "jpeg", "webp"."""
     try:
         store = b"".join(PIECES[kind](picture))
         ((label, letters, manifests),) = [_super(box) for box in _boxes(store)]

@@ -1,4 +1,4 @@
-"""Reads the content credentials of a picture, and says what is wrong with them. It asks nothing of the network."""
+"""Reads the content credentials of a picture, and names their faults. It asks nothing of the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMED = 6  # reasons
 
 @dataclass(frozen=True)
 class Credential:
-    """What a picture's credentials say. `wrong`: why it must not be believed; [] where it is whole and trusted."""
+    """The content of a picture's credentials. `wrong`: reasons not to believe it; [] where it is whole and trusted."""
 
     wrong: tuple[str, ...]
     signer: str = ""
