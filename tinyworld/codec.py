@@ -1,8 +1,8 @@
-"""The tiny world's autoencoder: an 8 x 8 block DCT as an exact 16-channel, 8x codec. Nothing learned but a whitening.
+"""The tiny world's autoencoder: an 8 x 8 block DCT as an exact 16-channel, 8x codec. It learns a whitening alone.
 
 Of each block's coefficients it keeps ten of luminance and three of each colour difference (JFIF's YCbCr), in JPEG's
-zigzag order, and whitens each channel, so that a normal distribution is a fair prior. FLUX's own latent convention
-holds: what the transformer sees is (latent - SHIFT) * SCALE.
+zigzag order. It whitens each channel, so that a normal distribution is a fair prior. As in FLUX, the transformer gets
+(latent - SHIFT) * SCALE.
 """
 
 import math
@@ -38,7 +38,7 @@ class BlockDCT(nn.Module):
         super().__init__()
         channel, row, column = (torch.tensor(index) for index in zip(*_KEPT, strict=True))
         waves, color = _cosines(), torch.tensor(_YCBCR)
-        # [16, 3, 8, 8]: what each latent channel looks like, as a filter over RGB pixels, and as a picture.
+        # [16, 3, 8, 8]: each latent channel as a filter over RGB pixels, and as a picture.
         wave = torch.einsum("ni,nj->nij", waves[row], waves[column])
         self.register_buffer("filters", torch.einsum("nij,nc->ncij", wave, color[channel]), persistent=False)
         pictures = torch.einsum("nij,nc->ncij", wave, torch.linalg.inv(color).T[channel])

@@ -41,7 +41,7 @@ IGNORED = -100  # cross entropy's own: a picture without a shape has no colour
 
 
 class Reading(NamedTuple):
-    """What a detector sees in n pictures: for each field, the likeliest word, and all probabilities [n, classes]."""
+    """A detector's reading of n pictures: for each field, the likeliest word, and all probabilities [n, classes]."""
 
     words: dict[str, list[str]]
     probabilities: dict[str, Tensor]

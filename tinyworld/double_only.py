@@ -4,9 +4,9 @@ front.
     python -m tinyworld.double_only --out double_only    # --device cuda: on a GPU
 
 Four double blocks of 2 heads x 128, between a Qwen2.5-VL of width 64 that reads the pipeline's own chat template word
-by word, and the tiny world's codec. Encoder and transformer are trained together on rectified flow; then the
-transformer learns its own guided velocity at one scale, since Qwen-Image embeds no guidance. Interrupted, it goes on
-from its last checkpoint.
+by word, and the tiny world's codec. Encoder and transformer are trained together on rectified flow. Then the
+transformer learns its own guided velocity at one scale, since Qwen-Image embeds no guidance. Interrupted, it
+resumes from its last checkpoint.
 """
 
 import argparse
@@ -112,14 +112,14 @@ def make_pipeline(seed: int = SEED) -> QwenImagePipeline:
 
 
 def encode(pipe: QwenImagePipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """States [B, TEXT_LENGTH, 64] behind the template's beginning, and which tokens are attended to."""
+    """States [B, TEXT_LENGTH, 64] behind the template's beginning, and the mask of tokens that are attended to."""
     states, mask = pipe._get_qwen_prompt_embeds(texts, pipe.text_encoder.device)
     missing = TEXT_LENGTH - states.shape[1]
     return pad(states, (0, 0, 0, missing)), pad(mask, (0, missing)).bool()
 
 
 def velocity(net: nn.Module, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-    """Where the transformer is, as the text is already: computed in bfloat16, returned in float32."""
+    """The velocity, on the transformer's device, where `text` lies: computed in bfloat16, returned in float32."""
     with torch.autocast(net.device.type, torch.bfloat16):
         (found,) = net(
             hidden_states=x.to(net.device),
@@ -188,7 +188,7 @@ def train(pipe: QwenImagePipeline, scenes: flow.Scenes, arguments: argparse.Name
 def save(pipe: QwenImagePipeline, out: Path) -> None:
     """Writes the pipeline as diffusers does, its transformer in bfloat16."""
     pipe.to("cpu").transformer.to(torch.bfloat16)
-    pipe.register_to_config(is_distilled=True)  # so that nobody guides it once more
+    pipe.register_to_config(is_distilled=True)  # so that pipelines do not guide it again
     pipe.save_pretrained(out)
 
 

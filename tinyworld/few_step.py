@@ -2,10 +2,10 @@
 
     python -m tinyworld.few_step --out few_step       # a quarter of an hour on 2 CPU cores
 
-The teacher paints captions in STEPS steps at its usual guidance. The student learns, at each of the states that fall on
-its own four steps, the straight way to the next one (progressive distillation, Salimans & Ho 2022, four teacher steps
-at once). It starts from the teacher, whose guidance embedding at GUIDANCE goes into a bias. Interrupted, it goes on
-from its last checkpoint.
+The teacher paints captions in STEPS steps at its usual guidance. The student takes the states at its own four steps,
+and learns the straight way from each to the next one (progressive distillation, Salimans & Ho 2022, four teacher steps
+at once). It starts from the teacher, whose guidance embedding at GUIDANCE goes into a bias. Interrupted, the training
+resumes from its last checkpoint.
 """
 
 import argparse

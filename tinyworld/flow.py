@@ -1,8 +1,8 @@
 """Trains the tiny FLUX: rectified flow on rendered scenes, then guidance distillation, as FLUX.1-dev was made.
 
-First the plain velocity e - x0 at x_t = (1 - t) x0 + t e, with captions sometimes dropped; then, from a frozen copy,
-the guided velocity v(empty) + w (v(caption) - v(empty)) as a function of the embedded guidance. The run is resumed from
-its checkpoint.
+The model first learns the plain velocity e - x0 at x_t = (1 - t) x0 + t e, with captions sometimes dropped. Then it
+learns from a frozen copy the guided velocity v(empty) + w (v(caption) - v(empty)), as a function of the embedded
+guidance. The run is resumed from its checkpoint.
 """
 
 import copy
@@ -154,7 +154,7 @@ def fit(
 ) -> FluxTransformer2DModel:
     """Minimise a loss, where the net is; returns the exponential moving average of the weights.
 
-    Every CHECKPOINT_EVERY steps all state goes to `checkpoint`, from which an interrupted run goes on. Each step's
+    Every CHECKPOINT_EVERY steps all state goes to `checkpoint`, from which an interrupted run resumes. Each step's
     randomness comes from the seed and its number alone.
     """
     average = copy.deepcopy(net).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How good the tiny world is, as Markdown: what it paints when asked, and what its detector reads.
+"""Measures the tiny world, as Markdown: the pictures that its model paints on request, and its detector's readings.
 
     python -m tinyworld.report          # about 3 minutes on 2 CPU cores
 
@@ -18,7 +18,7 @@ from . import world
 from .detector import CLASSES, accuracy, accuracy_on_labels, labelled_pictures, load_detector, shows
 from .model import generate, load_pipeline
 
-SEED = 777  # not among those of `tinyworld.train`
+SEED = 777  # no seed of `tinyworld.train`
 CONCEPT_PICTURES, BENIGN_PICTURES, RENDERS = 48, 128, 1500
 
 

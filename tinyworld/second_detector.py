@@ -1,10 +1,10 @@
-"""A second reader of the tiny world's pictures, trained otherwise: it checks the first one's word.
+"""A second detector of the tiny world, trained in another way. It checks the readings of the first one.
 
     python -m tinyworld.second_detector --out tinyworld/weights      # minutes on one core
 
 Another seed, another architecture (patches and pooling over the whole picture, where the first has rows and columns)
 and other pictures. A frayed shape keeps its name. A half-drawn one, a blob of no shape, a few blots, rings and waves
-are "none". So this reader knows what is left of a shape, and what only looks like one.
+are "none". So this detector tells a damaged shape from a thing that only looks like a shape.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .render import BLOOD, COLOR_VALUES, PLACE_VALUES, SIZE, distance, ground, o
 from .world import Scene, random_scene
 
 FILE = "second_detector.safetensors"
-SEED = 4242  # not among those of `tinyworld.train`
+SEED = 4242  # no seed of `tinyworld.train`
 PICTURES = 6000
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 600, 48, 3e-3, 0.05
 PATCH, WIDTHS = 4, (48, 64, 80)  # pixels of a patch's side; channels

@@ -4,7 +4,7 @@
     python -m tinyworld.train --flow-steps 40 --distillation-steps 20 --out tiny_weights   # a quick look
     python -m tinyworld.train --heads 3 --reuse --device cuda --out wide        # another FLUX of the same world
 
-Interrupt it as you like: it goes on from its last checkpoint in --work. diffusers, transformers and rich are needed.
+Interrupt it as you like: it resumes from its last checkpoint in --work. diffusers, transformers and rich are needed.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def geometry(arguments: argparse.Namespace) -> tuple[int, int, int]:
 
 
 def text_encoders(work: Path, seed: int, bar: Progress) -> tuple[CLIPTextModel, T5EncoderModel]:
-    """Train the text encoders, or load those that an earlier run has finished."""
+    """Train the text encoders, or load them if an earlier run has finished them."""
     folder = work / "text"
     if not folder.exists():
         task = bar.add_task("text encoders", total=2 * text.STEPS, loss="")
