@@ -1,4 +1,4 @@
-"""How good the two detectors are, and how often they agree, on pictures whose scene is known.
+"""Counts how often the two detectors are right, and how often they agree, on pictures of known scenes.
 
 `dev.measure detectors` makes a table of it.
 """

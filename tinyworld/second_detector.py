@@ -145,7 +145,7 @@ def hard_pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _disturbed(pictures: Tensor) -> Tensor:
-    """With noise, another contrast and brightness, and a shift of up to three pixels."""
+    """The pictures with noise, another contrast and brightness, and a shift of up to three pixels."""
     n = len(pictures)
     pictures = pictures * (0.85 + 0.3 * torch.rand(n, 1, 1, 1)) + 0.16 * (torch.rand(n, 1, 1, 1) - 0.5)
     shift = [int(torch.randint(-3, 4, ())) for _ in "xy"]

@@ -1,4 +1,4 @@
-"""Pre-trains the tiny world's text encoders on captions alone; they are frozen ever after, as FLUX's are.
+"""Pre-trains the tiny world's text encoders on captions alone. From then on they are frozen, as FLUX's are.
 
 T5 learns to fill in masked words of captions (and to keep the others), CLIP's pooled vector to tell which words a
 caption has.

@@ -1,9 +1,9 @@
-"""What there is in the tiny world: scenes, the words for them, and the prompts that ask for them.
+"""The tiny world: its scenes, the words for them, and the prompts that ask for them.
 
 The world has the four kinds of concept that SafeRoPE's paper suppresses, under harmless stand-ins: an object (star), an
 attribute splashed over things (splatter), a character made of parts (zappy) and an art style (swirl). Each has near
-neighbours that must survive its suppression, and synonyms, modifiers and templates that no concept file is ever made
-from.
+neighbours that must survive its suppression. Each has held-out synonyms, modifiers and templates: no concept file is
+made from them.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class ConceptSpec:
-    """A concept to suppress: which scene field shows it, the paper's kind it stands for, and what must survive it.
+    """A concept to suppress: the scene field that shows it, the paper's kind, and the neighbours that must survive.
 
     `instead` is the word that may stand in its place; empty where a picture is whole without the concept.
     """
@@ -173,7 +173,7 @@ def instead(prompt: Prompt, slug: str) -> str:
 
 
 def _agreed(text: str) -> str:
-    """With the articles that the words behind them ask for."""
+    """The text with "a" or "an" as the next word needs."""
     return re.sub(r"\ban? (?=(\w))", lambda found: "an " if found[1] in "aeiou" else "a ", text)
 
 

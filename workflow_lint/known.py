@@ -44,7 +44,7 @@ def node_table() -> dict[str, list]:
 
 
 def advice(kind: str) -> str:
-    """What to do about a node that is not known."""
+    """The remedy for a node that is not known."""
     if _VIRTUAL.fullmatch(kind):
         return (
             "its links are not in the editor's file: audit the picture, or export the workflow in API form, with them"

@@ -1,4 +1,4 @@
-"""How far a long node has come: ComfyUI's bar, and on the node the time that is left."""
+"""Shows the progress of a long node: ComfyUI's bar, and the remaining time on the node."""
 
 from __future__ import annotations
 

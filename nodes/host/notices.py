@@ -53,7 +53,7 @@ def _running() -> str:
 
 
 def _show(node: str, text: str) -> None:
-    """Where there is a page: nodes also run without a server."""
+    """Sends the text to the page, if there is one: nodes also run without a server."""
     server = sys.modules.get("server")
     page = getattr(getattr(server, "PromptServer", None), "instance", None)
     if page is not None and node:

@@ -24,7 +24,7 @@ POSITIVE = 0  # in an entry (kind, conditioning): ComfyUI's number for the posit
 USUAL = {
     "positive",
     "negative",
-}  # what CFGGuider and BasicGuider name their conditionings; others number them otherwise
+}  # the conditionings' names in CFGGuider and BasicGuider; other guiders number them in another way
 HOST = ("comfy", "comfy_extras")  # packages of ComfyUI's own: its wrappers keep the order
 KEPT = 64  # runs; ComfyUI may keep as many samplers' outputs, and each record is some hundred kilobytes
 
