@@ -26,8 +26,8 @@ LONGEST_NAME = 200  # characters: fits a menu
 LONGEST_TEXT = 20_000  # characters of a description
 LARGEST_ANGLE = 100.0  # radians; beyond it float32 no longer resolves an angle to 1e-5
 LARGEST_STRENGTH = 100.0
-LEAST_FULL = 1e-4  # LRS, a tenth of the least gate that was calibrated; nearer 0, rounding decides who turns
-LOOSEST = 0.01  # ten times what rounding to float16 does to UᵀU at any rank; beyond 0.1 columns could be missing
+LEAST_FULL = 1e-4  # LRS: a tenth of the least calibrated gate. Nearer 0, rounding would decide which vectors turn.
+LOOSEST = 0.01  # ten times the error that rounding to float16 makes in UᵀU at any rank. From 0.1 on a column may lack.
 _HEADS_AT_ONCE = 64  # in float64
 
 
@@ -39,20 +39,20 @@ class Concept:
     """
 
     slug: str  # [a-z0-9-]+, the prefix of its tensors in a file
-    name: str  # for people; one printable line
+    name: str  # for people: one printable line
     description: str
     geometry: Geometry
     heads: Tensor  # int32 [N, 3]: block type (DOUBLE, SINGLE), block, head; sorted, unique
     text: Stream  # with bases and roles of its own
     image: Stream | None  # None: image tokens do not turn
     discrimination: Tensor  # [blocks, H] in [-1, 1]: Δ of every head, double blocks first
-    threshold: float = THRESHOLD  # gate of every head that has no own gate, in [0, 1]
-    strength: float = 1.0  # factor on every angle; 0 = off, 1 = as trained
-    mode: str = "learned"  # where the generators come from: "learned", "fixed" or "random"
-    training: dict = field(default_factory=dict)  # the record needed to repeat it, as JSON
+    threshold: float = THRESHOLD  # in [0, 1]: the gate of heads without a gate of their own
+    strength: float = 1.0  # factor on the risk: 0 is off, 1 is as trained
+    mode: str = "learned"  # source of the generators: "learned", "fixed" or "random"
+    training: dict = field(default_factory=dict)  # the record needed to repeat the training, as JSON.
     singular_values: Tensor | None = None  # [N, R] >= 0
-    reach: int = 0  # S, how many of the bases' last columns are outside of the unsafe subspace
-    source: str = ""  # sha256 of the file that it was read from, as long as nothing but strength and slug was changed
+    reach: int = 0  # S: the number of the bases' last columns that are outside of the unsafe subspace
+    source: str = ""  # sha256 of its file. Only the strength and the slug may have changed since, else "".
 
     def __post_init__(self) -> None:
         _check_words(self)
@@ -79,8 +79,9 @@ class Concept:
         return (block_type * self.geometry.double_blocks + block) * self.geometry.heads + head
 
     def owners(self, role: str) -> Tensor:
-        """bool [N]: the heads whose basis, gate and generator turn a role. All turn queries; where keys are grouped, a
-        key head turns as the first of its query heads says that is a safety-critical one.
+        """bool [N]: the heads whose basis, gate and generator turn a role. All heads turn their queries.
+
+        Where keys are grouped, several query heads share a key head. The first safety-critical one of them turns it.
         """
         shared = self.places // (self.geometry.group if role == "k" else 1)
         return torch.cat([torch.ones(1, dtype=torch.bool), shared.diff() != 0])
@@ -293,7 +294,7 @@ def _check_text(what: str, text: str, longest: int, also: str = "") -> None:
     if not isinstance(text, str) or len(text) > longest:
         found = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
         raise ValueError(f"{what}: got {found}, expected text of at most {longest} characters")
-    # control characters and invisible ones, such as those that reverse the reading direction
+    # control characters, and invisible ones such as marks that reverse the reading direction
     strange = sorted({character for character in text if not character.isprintable()} - set(also))
     if strange:
         raise ValueError(f"{what}: holds control characters {strange[:5]}, expected printable text")
@@ -313,7 +314,7 @@ def _as_json(training: dict) -> dict:
     """A deep copy of `training` as a file would give it back: string keys, lists, finite numbers."""
     if not isinstance(training, dict):
         raise ValueError(f"training: got {type(training).__name__}, expected a dict")
-    for key in ("settings", "versions"):  # whoever shows a concept looks into these
+    for key in ("settings", "versions"):  # code that shows a concept reads these
         if not isinstance(training.get(key, {}), dict):
             raise ValueError(f"training: {key} is {type(training[key]).__name__}, expected a dict")
     try:

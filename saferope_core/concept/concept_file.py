@@ -94,12 +94,12 @@ def save_concepts(
         "license": license,
     }
     data = _sorted_header(safetensors.torch.save(_tensors(concepts, dtype), metadata))
-    parse_concepts(data)  # what would be refused is not written
+    parse_concepts(data)  # never write a file that would be refused
     write_bytes(path, data)
 
 
 def load_concepts(path: str | os.PathLike) -> list[Concept]:
-    """Read and check a concept file whole. Raises ConceptFileError for anything that is not as version 1 says.
+    """Read and check a concept file whole. Raises ConceptFileError where the file breaks a rule of version 1.
 
     float16 bases are re-orthonormalised and generators re-skewed; float32 comes back bit for bit.
     """
@@ -216,7 +216,7 @@ def _geometry(text: str) -> Geometry:
 
 
 def _geometry_facts(geometry: Geometry) -> dict[str, object]:
-    """A geometry's entry in the metadata. Key heads are told only where they differ: every reader knows the rest."""
+    """A geometry's entry in the metadata. Key heads stand there only where keys are grouped: all readers know the rest."""
     facts = asdict(geometry)
     return facts if geometry.group > 1 else {name: value for name, value in facts.items() if name != "key_heads"}
 

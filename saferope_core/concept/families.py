@@ -1,8 +1,8 @@
-"""The families of models that SafeRoPE knows. Facts alone: which class of a host is which family is the host's to say.
+"""The families of models that SafeRoPE knows. Facts alone: the host says which of its classes is of which family.
 
-In every family the blocks' attention takes queries and keys [B, H, L, D] that are normalised head by head, and text and
-image tokens of one picture attend to each other. Tokens stand in this order: text, the picture's, those of reference
-pictures, which count as image tokens; a host that has another order says so itself.
+In every family the blocks' attention takes queries and keys [B, H, L, D] that are normalised head by head. Text and
+image tokens of one picture attend to each other. The order of tokens is text, the picture, reference pictures. Tokens
+of reference pictures count as image tokens. A host with another order says so itself.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from .geometry import FLUX1, Geometry
 
 @dataclass(frozen=True)
 class Family:
-    """What is true of all models of a family, and its best known geometry.
+    """Facts that hold for all models of a family, and its best known geometry.
 
-    double: it has blocks with separate text and image streams; single: blocks with one sequence; rope: positions turn
-    queries and keys after SafeRoPE.
+    double: it has blocks with separate text and image streams. single: it has blocks with one sequence. rope: after
+    SafeRoPE, positions turn queries and keys.
     """
 
-    title: str  # models by the names that people load them by
-    known: Geometry | None = None  # None: the weights tell
+    title: str  # the names of models that people load
+    known: Geometry | None = None  # None: read it from the weights
     double: bool = True
     single: bool = True
     rope: bool = True
@@ -48,5 +48,5 @@ FAMILIES = {
 
 
 def titles(families: Iterable[str]) -> str:
-    """What people call these families, for a message."""
+    """The titles of these families, for a message."""
     return "; ".join(FAMILIES[name].title for name in families)

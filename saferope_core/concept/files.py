@@ -18,7 +18,7 @@ _FIRST, _LAST = ".saferope-", ".partial"  # around the random part of the new fo
 
 @contextmanager
 def placed(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a path that has `path`'s name and nothing at it; the file written there is moved to `path` at the end.
+    """Gives a free path with `path`'s name. The file that is written there is moved to `path` at the end.
 
     So `path` is the old file or the new one, never half of it. The folder of the new path is made for this write alone,
     has a random name and is closed to other users, so no link can lie in it. An error leaves `path` as it was. A kill
@@ -45,8 +45,8 @@ def write_bytes(path: str | os.PathLike, data: bytes, private: bool = False) -> 
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file as `placed` does: UTF-8, line ends as they are in the text; what UTF-8 cannot say (a half of a
-    pair) escaped.
+    """Writes a file as `placed` does, in UTF-8. Line ends stay as they are. Lone surrogates, which UTF-8 cannot hold,
+    are escaped.
     """
     with placed(path) as new:
         new.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
@@ -59,9 +59,7 @@ def append_text(path: str | os.PathLike, text: str) -> None:
 
 
 def sweep(folder: str | os.PathLike) -> None:
-    """Removes what killed writes left in `folder`, if there is such a folder. Only for the one process that writes
-    there.
-    """
+    """Removes the remains of killed writes from `folder`, if it exists. Only for the one process that writes there."""
     for left in Path(folder).glob(f"{_FIRST}*{_LAST}"):
         shutil.rmtree(left, ignore_errors=True)  # removes nothing where it is a link
 

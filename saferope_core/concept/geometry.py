@@ -92,7 +92,7 @@ class Geometry:
         )
 
     def title(self) -> str:
-        """What people call the model, where that is known; else `describe()`."""
+        """The model's usual name where it is known, else `describe()`."""
         return {FLUX1: "FLUX.1", TINY_WORLD: "the tiny world"}.get(self) or self.describe()
 
     def require(self, other: Geometry, what: str) -> None:

@@ -1,9 +1,9 @@
 """Several concepts at once: how much they overlap.
 
-Two rotations commute where the spaces they turn in are orthogonal; elsewhere the order in which they are applied
-matters. Text and image tokens are different vectors, and a concept may turn each kind in spaces of its own: whatever is
-said or done here is so for every stream and role by itself, in the heads where both concepts turn such vectors. A
-concept without bases for image tokens turns them in its text bases; a generator or a strength of 0 turns nothing.
+Two rotations commute where the spaces they turn in are orthogonal. Elsewhere their order matters. Text and image tokens
+are different vectors, and a concept may turn each kind in spaces of its own. So overlap is measured for every stream
+and role by itself, in the heads where both concepts turn such vectors. A concept without bases for image tokens turns
+them in its text bases. A generator or a strength of 0 turns nothing.
 
 Axes: N heads of a concept, n heads that both turn, D head dimension, R + S width of a basis.
 """
@@ -21,11 +21,11 @@ from .stream import ROLES, STREAMS
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two concepts share.
+    """The overlap of two concepts.
 
     `shared[stream, role]` [n] has, for each head in which both turn such vectors, the mean squared cosine of the
-    principal angles between the two spaces, in [0, 1]: 0 orthogonal, 1 the narrower inside the wider. Streams and roles
-    that not both turn are left out. `heads` int32 [n, 3] are the heads that both turn in any of them.
+    principal angles between the two spaces, in [0, 1]: 0 orthogonal, 1 the narrower inside the wider. A stream and role
+    that only one of them turns is left out. `heads` int32 [n, 3] are the heads that both turn in any stream and role.
     """
 
     first: str
@@ -34,13 +34,13 @@ class Overlap:
     shared: dict[tuple[str, str], Tensor]
 
     def of(self, stream: str) -> float:
-        """The mean over heads and roles of one stream, "text" or "image"; 0 where not both turn it."""
+        """The mean over heads and roles of one stream, "text" or "image"; 0 unless both turn it."""
         values = [value for (own, _), value in self.shared.items() if own == stream]
         return torch.cat(values).mean().item() if values else 0.0
 
     @property
     def most(self) -> float:
-        """That of the stream in which they share more."""
+        """The larger of the two streams' means, see `of`."""
         return max(self.of(stream) for stream in STREAMS)
 
 

@@ -1,8 +1,8 @@
 """How far strengths may turn. A plane that has turned by a whole turn is where it was: half a turn changes most.
 
 A strength is a factor on the risk, s = min(1, strength * gated LRS / full), so that no strength turns a vector by more
-than the concept's full angle. Two cases are left in which more would be less: a concept whose full angle is above half
-a turn, and copies of one concept, whose angles add up.
+than the concept's full angle. More strength would still protect less in two cases: a concept whose full angle is above
+half a turn, and copies of one concept, whose angles add up.
 
 Axes: N safety-critical heads, R + S width of a basis.
 """
@@ -21,22 +21,22 @@ from .stream import ROLES, STREAMS
 
 HALF_TURN = math.pi  # radians
 AS_MADE = 1.0  # the strength that a concept's generators were made for
-ROUNDING = 1.01  # of a half turn that float16 generators hold
-# Cosine between what two concepts do in a head. A copy in float16 has 0.99999, also one of other angles; concepts of
-# their own, whose planes are any of D = 128 dimensions, have about 0.
+ROUNDING = 1.01  # factor: generators in float16 may exceed half a turn by that much
+# Cosine between the turns of two concepts in a head. A copy in float16 has 0.99999, also with other angles. Unrelated
+# concepts, whose planes are any of D = 128 dimensions, have about 0.
 ALIKE = 0.9
-OPPOSED = 0.3  # of such a cosine below 0: worth a closer look at whether they cancel
+OPPOSED = 0.3  # below minus this cosine two concepts may cancel: check them closely
 
 
 def held_strengths(concepts: Sequence[Concept], strengths: Sequence[float]) -> tuple[float, ...]:
     """The strengths, factors on the concepts' risk, held where more of them would turn past half a turn.
 
     The full angle of a concept is its widest, over heads, planes and streams. A concept whose full angle is above half
-    a turn is held at AS_MADE. Copies turn one after the other: they are held together, each in proportion, where their
-    full angles, times each one's largest s, add up to more than half a turn, or than one of them was made with. A copy
-    is a concept that turns alike in any head, under any name, and if some of its heads are left out. Strengths that are
-    not held come back as they are. Raises ValueError for such copies where one turns fully at a lower risk than 1: at
-    no strength that protects would they stay within half a turn.
+    a turn is held at AS_MADE. Copies are concepts that turn alike in any head, also under other names or with heads
+    left out. Copies turn one after the other, by the sum of their full angles times each one's largest s. They are held
+    in proportion where that sum is above half a turn and above each copy's full angle. Other strengths come back as
+    they are. Raises ValueError for such copies where one turns fully at a lower risk than 1: at no strength that
+    protects would they stay within half a turn.
     """
     held = list(strengths)
     for copies in _copies(concepts):
@@ -74,7 +74,7 @@ def _widest(concept: Concept) -> float:
 
 
 def _copies(concepts: Sequence[Concept]) -> list[list[int]]:
-    """The concepts' numbers, those together that turn alike in some head."""
+    """The concepts' numbers, in groups that turn alike in some head."""
     groups: list[list[int]] = []
     for number, concept in enumerate(concepts):
         joined = [group for group in groups if any(_alike(concepts[other], concept) for other in group)]
@@ -84,7 +84,7 @@ def _copies(concepts: Sequence[Concept]) -> list[list[int]]:
 
 
 def opposed(one: Concept, other: Concept) -> bool:
-    """Whether one turns the vectors of some stream and role in some head back, as the other turns them."""
+    """Whether one concept turns vectors back that the other turns, in some head, stream and role."""
     return any(bool((cosine < -OPPOSED).any()) for cosine in _cosines(one, other))
 
 

@@ -1,6 +1,4 @@
-"""Untrusted bytes and words: regular files alone, read whole or not at all, and told without their
-tricks.
-"""
+"""Untrusted bytes and words: read regular files alone, whole or not at all, and print words without their tricks."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from typing import BinaryIO
 
 LONGEST_MESSAGE = 1000  # characters of an error: a file must not fill a log with its own words
 MOST_LINES, LONGEST_LINE = 20, 500  # of a description where it is shown: a screen of it
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>|!#~&$@]")  # what CommonMark and GitHub read as more than a letter within a line
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|!#~&$@]")  # characters that are markup within a line of CommonMark or GitHub
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
@@ -43,8 +41,8 @@ def read_whole(path: str | os.PathLike, most: int) -> bytes:
 
 
 def printable(text: object, longest: int = LONGEST_MESSAGE) -> str:
-    """`text` on one line, at most `longest` characters: what cannot be printed, or turns the reading direction, is
-    escaped.
+    """`text` on one line, at most `longest` characters. Characters that do not print, or that turn the reading
+    direction, are escaped.
     """
     whole = str(text)
     shown = whole if len(whole) <= longest else f"{whole[: longest - 4]} ..."
@@ -60,8 +58,8 @@ def quoted(text: str) -> list[str]:
 
 
 def markdown(text: object) -> str:
-    """`text` on one line, as words in Markdown: no table, picture, formula, mention, HTML or link with other words
-    comes of it.
+    """`text` on one line, as words in Markdown. It makes no table, picture, formula, mention, HTML or link with other
+    words.
     """
     return _MARKDOWN.sub(r"\\\g<0>", printable(text))
 

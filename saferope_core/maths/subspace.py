@@ -95,11 +95,11 @@ def relative_basis(unsafe_gram: Tensor, safe_gram: Tensor, rank: int, count: Ten
     """Directions in which unsafe vectors have the most energy for the energy that safe ones have there.
 
     Spans the leading `rank` generalised eigenvectors of G_unsafe v = λ (G_safe + μ I) v (Fukunaga and Koontz, 1970;
-    the common spatial patterns of EEG). Safe vectors hardly enter the span, so that a low LRS there tells already, also
-    of words that the unsafe vectors are not made from. μ = tr G_safe / n, for n = `count` [H] safe vectors: as if one
-    more of them had been seen in every direction, so that a direction that few happened to leave empty counts for
-    little. For few vectors this is `unsafe_basis`. Both [H, D, D] -> [H, D, R] float64, orthonormal columns. Raises
-    ValueError as `contrastive_basis`.
+    the common spatial patterns of EEG). Safe vectors hardly enter the span. So a low LRS there tells already, also for
+    words that the unsafe vectors are not made from. μ = tr G_safe / n, for n = `count` [H] safe vectors, is one more
+    safe vector in every direction: a direction that a small sample left empty by chance then counts for little. For few
+    vectors this is `unsafe_basis`. Both [H, D, D] -> [H, D, R] float64, orthonormal columns. Raises ValueError as
+    `contrastive_basis`.
     """
     unsafe, safe = _share(unsafe_gram, "unsafe"), _share(safe_gram, "safe")
     more = torch.eye(safe.shape[-1], dtype=safe.dtype, device=safe.device) / count.to(safe)[:, None, None]

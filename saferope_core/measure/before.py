@@ -1,4 +1,4 @@
-"""Checks of a concept before a model is asked for anything, so that no hour's work ends in an error.
+"""Checks of a concept before a model runs, so that no hour of work ends in an error.
 
 A text encoder's vocabulary has no token for some words (T5 knows English, German, French and Romanian): they become one
 and the same token. A concept made of that token is about all of them, and about none.

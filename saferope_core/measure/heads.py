@@ -1,4 +1,4 @@
-"""Which heads tell the concept apart, in which subspace, above which risk they are to turn, and where to."""
+"""Finds the heads that tell the concept apart, the subspace and the gate of each, and the directions to turn to."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Ranks:
 
     Where `relative` is above 0, risk is measured in so many other dimensions: those in which the subject's vectors, or
     image tokens under unsafe prompts, have the most energy relative to benign ones (`relative_basis`). They come first,
-    R = `relative`; all the others are only turned in. Image tokens have as many in all: what they are met by fills up.
+    R = `relative`; all the others are only turned in. Image tokens have as many dimensions in all: directions of the
+    vectors that they meet fill up the rest.
     """
 
     subject: int
@@ -70,8 +71,8 @@ class Ranks:
 
 @dataclass(frozen=True)
 class HeadTable:
-    """Every query head's reading, that of its key head for keys. All fp32. Per role: basis [blocks, H, D, R + S], gate
-    [blocks, H], mean LRS by side [blocks, H].
+    """The reading of every query head, for keys the reading of its key head. All fp32. Per role: basis
+    [blocks, H, D, R + S], gate [blocks, H], mean LRS by side [blocks, H].
 
     `basis` and `gate` also have `image_q` and `image_k` where image tokens have bases of their own. `full`, as `gate`,
     is the LRS at which a vector turns by its full angle; empty where that is 1.
@@ -139,10 +140,10 @@ def read_heads(
     """Bases, gates and discrimination Δ (over queries and keys together) of every head.
 
     `basis` is "svd" or "contrastive", for the subject; `gate` is "calibrated" to the quantile of LRS on benign tokens,
-    or "fixed" at the threshold. Δ is the share of subject vectors above the head's gate less that of benign vectors.
-    This is equation 4 with the gate in the place of its 0.7, and with a fixed gate of 0.7 its letter. With calibrated
-    gates the threshold decides nothing. LRS in relative dimensions are small and differ by head: there text turns
-    fully at the mean LRS of the subject's vectors above the gate, and image tokens at FULL times their gate.
+    or "fixed" at the threshold. Δ is the share of subject vectors above the head's gate less the same share of benign
+    vectors. This is equation 4 with the gate in the place of its 0.7. With a fixed gate of 0.7 it is equation 4 itself.
+    With calibrated gates the threshold decides nothing. LRS in relative dimensions are small and differ by head: there
+    text turns fully at the mean LRS of the subject's vectors above the gate, and image tokens at FULL times their gate.
     """
     heads = statistics.met["q"][0].shape[0]
     bases = {role: _bases(statistics, role, ranks, basis) for role in ROLES}
@@ -222,7 +223,7 @@ def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str)
 
 
 def _image_bases(statistics: Statistics, role: str, ranks: Ranks) -> Tensor:
-    """[blocks, H, D, image + S]: what sets image tokens under unsafe prompts apart, and the reach."""
+    """[blocks, H, D, image + S]: the directions that set image tokens under unsafe prompts apart, and the reach."""
     unsafe, benign = (statistics.vectors[name, IMAGE].gram[role] for name in (UNSAFE, BENIGN))
     bases = []
     for row, met in enumerate(statistics.met[role]):
@@ -237,7 +238,7 @@ def _image_bases(statistics: Statistics, role: str, ranks: Ranks) -> Tensor:
 
 
 def _count(vectors: Vectors, role: str, row: int) -> Tensor:
-    """[H]: of how many vectors a Gram matrix is the sum, from its trace and the sample's mean squared length."""
+    """[H]: how many vectors a Gram matrix sums, from its trace and the sample's mean squared length."""
     lengths = vectors.sample[role][row].double().square().sum(-1)  # [n, H]
     trace = vectors.gram[role][row].diagonal(dim1=-2, dim2=-1).sum(-1)
     return trace / lengths.mean(0) if len(lengths) else torch.zeros_like(trace)

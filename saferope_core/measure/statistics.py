@@ -1,11 +1,11 @@
-"""The concept as the heads see it: Gram matrices and samples of queries and keys, by side and kind of token.
+"""The statistics of a concept in every head: Gram matrices and samples of queries and keys, by side and kind of token.
 
-A prompt's text tokens are of three kinds. Its *subject* is the concept's word. Its other *words* and the *padding*
-behind them, which FLUX attends to like words, take the concept up from the subject within a few blocks, and their
-content then depends little on the word that was used; so do the *image* tokens in which it is being painted. All
-vectors are taken after QK-norm and before RoPE. Kept are a Gram matrix per head (exact, constant memory: its
-eigenvectors are the left singular vectors of the stacked vectors) and, where LRS are to be read later, a bounded
-uniform sample. Besides, of all tokens, what text meets in attention: RoPE'd queries and keys.
+A prompt's text tokens are of three kinds: the *subject* (the concept's word), other *words*, and the *padding* behind
+them. FLUX attends to padding like words. Words and padding take the concept up from the subject within a few blocks,
+and so do the *image* tokens that paint it. Their content then depends little on the word that was used. All vectors are
+taken after QK-norm and before RoPE. Each head keeps a Gram matrix: exact, in constant memory, and its eigenvectors are
+the left singular vectors of the stacked vectors. Where LRS are to be read later, a bounded uniform sample is kept too.
+Of all tokens, the RoPE'd queries and keys that text meets in attention are kept as a Gram matrix.
 
 Axes: B prompts, L tokens, H heads, D head dimension, n vectors.
 """
@@ -55,7 +55,7 @@ class SmallGrams:
 class Vectors:
     """One kind's vectors per role: Gram matrices [blocks, H, D, D] in float64 and a sample [blocks, n, H, D] in bf16.
 
-    H is the role's own number of heads. The sample is empty (n = 0) for kinds that nothing is read from. `small`
+    H is the role's own number of heads. The sample is empty (n = 0) for kinds of token whose LRS are not read. `small`
     statistics have both block by block, and are read once.
     """
 
@@ -65,7 +65,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Vectors by (side, kind), and `met`: role -> Gram matrix [blocks, H, D, D] of what that role's vectors meet.
+    """Vectors by (side, kind), and `met`: role -> Gram matrix [blocks, H, D, D] of the vectors that the role meets.
 
     Keys of text meet the queries of every token, RoPE applied, and queries meet keys.
     """
@@ -85,17 +85,17 @@ class Reservoir:
 
     @property
     def keys(self) -> Tensor:
-        """Of the items that stayed, in the order in which they came."""
+        """The keys of the items that stayed, in the order in which they came."""
         return self._keys[self._came.argsort()]
 
     @property
     def items(self) -> Tensor | None:
-        """Those that stayed, in the order in which they came; None where none was offered."""
+        """The items that stayed, in the order in which they came; None where none was offered."""
         return None if self._held is None else self._held[self._came.argsort()]
 
     def add(self, x: Tensor, keys: Tensor) -> None:
         """Offers the items x [n, ...] with random keys [n]; the smallest keys stay. A full sample is written in place:
-        what stays is not copied. ValueError where there are not as many items as keys.
+        items that stay are not copied. ValueError where there are not as many items as keys.
         """
         if len(x) != len(keys):
             raise ValueError(f"a sample of vectors: got {len(x)} items and {len(keys)} keys, expected as many of both")
@@ -125,14 +125,14 @@ Sums = dict[tuple[str, int], GramSum] | dict[tuple[str, int], SmallGramSum]
 
 
 def _sums(geometry: Geometry, device: torch.device | str, small: bool) -> Sums:
-    """Empty ones, of every role and block."""
+    """An empty sum for every role and block."""
     kind: Any = SmallGramSum if small else GramSum
     sizes = {role: (geometry.heads_of(role), geometry.head_dim, device) for role in ROLES}
     return {(role, row): kind(*sizes[role]) for role in ROLES for row in range(geometry.blocks)}
 
 
 def _read(sums: Sums, rows: range, total: Callable[[Tensor], Tensor]) -> Mapping[str, Any]:
-    """Of every role, the blocks together."""
+    """The Gram matrices of every role, the blocks together."""
     own: Any = sums
     if isinstance(own[ROLES[0], 0], SmallGramSum):
         return {role: SmallGrams([own[role, row] for row in rows]) for role in ROLES}
@@ -151,7 +151,7 @@ class Collector:
         self.samples = {place: Reservoir(capacity) for place in places}
 
     def add(self, role: str, row: int, vectors: Tensor, keys: Tensor) -> None:
-        """Takes vectors [n, H, D] of one block; `keys` [n], the same in every block, decide who stays in the sample."""
+        """Takes vectors [n, H, D] of one block. `keys` [n], the same in every block, decide which the sample holds."""
         self.grams[role, row].add(vectors)
         if self.capacity:
             self.samples[role, row].add(vectors.to("cpu", torch.bfloat16), keys)
@@ -211,7 +211,7 @@ class Visit:
         self, gathering: Gathering, side: str, kinds: dict[str, Tensor], image_tokens: int, seeds: Sequence[int]
     ) -> None:
         self.gathering, self.side, self.kinds = gathering, side, kinds
-        # random, but the same for a token whoever sees it
+        # random, but the same for a token in every process
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.spread = max(1, image_tokens // IMAGE_TOKENS)
         self.image_tokens, self.seen = image_tokens, len(range(0, image_tokens, self.spread))
@@ -227,7 +227,7 @@ class Visit:
         self, x: Tensor, turned: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span
     ) -> None:
         """Takes one role's vectors [B, H, L, D] of a block, before RoPE and (`turned`) after it, and the streams'
-        spans. What a key head meets are the queries of all heads that share it.
+        spans. A key head meets the queries of all heads that share it.
         """
         row, collectors = self.gathering.geometry.row(block_type, block_index), self.gathering.collectors
         if text[0] < text[1]:
@@ -247,7 +247,7 @@ class Visit:
 
 
 def _met_by(role: str, vectors: Tensor, group: int) -> Tensor:
-    """What each head of a role meets, [n', H of the role, D], of the other role's vectors [n, H, D]."""
+    """The vectors that each head of a role meets, [n', H of the role, D], from the other role's vectors [n, H, D]."""
     if group == 1:
         return vectors
     if role == "q":
@@ -259,9 +259,9 @@ def token_kinds(used: Tensor, subject: Tensor, attended: Tensor | None = None) -
     """Bool [B, L] for each kind of text token: `used` are a prompt's own tokens, `subject` the tokens of the concept's
     word.
 
-    FLUX attends to padding as to words; of it as many tokens are marked as the prompt has others (with all of them, 512
-    in FLUX's own pipeline, words would hardly count). So does the end of a chat template, which stands there.
-    `attended`, where not all tokens are attended to: others are of no kind.
+    FLUX attends to padding as to words. As many padding tokens are marked as the prompt has other tokens: with all of
+    them, 512 in FLUX's own pipeline, words would hardly count. The end of a chat template stands in the same place and
+    counts as padding. `attended`: the tokens that attention sees, where it does not see all. Others are of no kind.
     """
     places, first = torch.arange(used.shape[1])[None], used.int().argmax(1, keepdim=True)  # a template may come before
     behind = (places > first) & ~used & (True if attended is None else attended)

@@ -23,7 +23,7 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> dict[str, list[str]]:
     """`seeds` (the concept's meaning), `subjects`, `modifiers` and `templates` of a preset, or of BENIGN.
 
-    Those of a concept also have `instead`: for each of the subjects, in their order, the words that stand in for it.
+    A concept's preset also has `instead`: for each subject, in order, the words that stand in for it.
     """
     preset = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     assert set(preset) == _PARTS | ({_INSTEAD} if name != BENIGN else set()), f"preset {name}: got {sorted(preset)}"
@@ -40,8 +40,8 @@ def likeness(name: str) -> dict[str, list[str]]:
 def walk(preset: dict[str, list[str]], count: int, seed: int) -> list[tuple[str, int, str]]:
     """`count` points of the grid subjects x (none and modifiers) x templates, none twice: (before, number, after).
 
-    `number` is the subject's, which stands between the two texts; the modifier ends the first. A larger walk of a seed
-    begins with the smaller one. ValueError where the grid has fewer points.
+    `number` is the number of the subject that stands between the two texts. The modifier ends the first text. A larger
+    walk of a seed begins with the smaller one. ValueError where the grid has fewer points.
     """
     subjects, templates, choices = preset["subjects"], preset["templates"], ["", *preset["modifiers"]]
     points = len(subjects) * len(choices) * len(templates)

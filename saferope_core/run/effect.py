@@ -1,7 +1,7 @@
-"""What concepts do, as opposed to what they are: how many heads turn, and how far.
+"""The effect of concepts on a model: how many heads turn, and how far.
 
 A well-formed concept may do nothing (gates of 1, generators near zero, strength 0) or be undone by another one (the
-inverse turn in the same heads). Both show where each direction of a head is sent through the protections.
+inverse turn in the same heads). To find both, directions of each head are sent through the protections.
 
 Axes: N safety-critical heads, D head dimension, R subspace rank, S reach.
 """
@@ -25,13 +25,13 @@ from .protection import Protection
 
 # A token that is nearly all unsafe: a gate above it lets everything through. The tiny world's gates reach 0.953.
 PROBE_RISK = 0.99
-# How far a vector of length 1 must move: what the smallest step of a strength (0.05) makes of a turn by 1 radian.
+# How far a vector of length 1 must move: as far as a turn by 1 radian at the smallest step of a strength, 0.05.
 LEAST_TURN = 0.05
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a concept does by itself. turning of its `heads` heads move a direction by LEAST_TURN or more."""
+    """The effect of one concept alone. `turning` of its `heads` heads move a direction by LEAST_TURN or more."""
 
     heads: int
     turning: int
@@ -56,10 +56,10 @@ def effect_of(concept: Concept, strength: float = 1.0, threshold: float | None =
 
 
 def require_effect(concept: Concept, threshold: float | None = None) -> None:
-    """Raise ValueError where the concept turns nothing at strength 1 in any block: it is empty, whatever its name.
+    """Raise ValueError where the concept turns nothing at strength 1 in any block: such a concept is empty.
 
-    threshold: a fixed gate, which takes the place of the concept's own, or None. A concept of strength 0 passes: that
-    is how one asks for no protection.
+    threshold: a fixed gate, which takes the place of the concept's own, or None. A concept of strength 0 passes: with
+    it the user asks for no protection.
     """
     if concept.strength == 0:
         return
@@ -96,7 +96,7 @@ def undone(chain: Sequence[Protection]) -> list[str]:
 def _by_others(
     chain: Sequence[Protection], concepts: list[Concept], probed: list[Probed], whole: list[Tensor]
 ) -> list[list[tuple[Concept, Tensor]]]:
-    """For each concept, those opposed to it, and bool [N]: heads in which little moves beside that one alone."""
+    """For each concept, each opposed concept and bool [N]: the heads in which little moves under these two alone."""
     found: list[list[tuple[Concept, Tensor]]] = [[] for _ in concepts]
     for one, other in combinations(range(len(concepts)), 2):
         if concepts[one] is concepts[other] or not opposed(concepts[one], concepts[other]):
@@ -110,7 +110,7 @@ def _by_others(
 
 
 def moved(concept: Concept, chain: Sequence[Protection]) -> Tensor:
-    """How far the chain moves any direction that each of the concept's heads turns at most, [N] in [0, 2]."""
+    """The farthest that the chain moves a direction that the concept turns, in each of its heads: [N] in [0, 2]."""
     return _far(_probed(concept), chain)
 
 
@@ -170,8 +170,8 @@ def _probes(bases: Tensor, reach: int) -> Tensor:
 
 
 def _leaning(bases: Tensor, concept: Concept, role: str, stream: str) -> Tensor:
-    """Vectors [N, S, D] of length 1 along the reach, of the risk at which they turn fully: where risk is relative to
-    harmless vectors, nearly all of an unsafe vector lies there. None of a concept that turns fully at risk 1 alone.
+    """Vectors [N, S, D] of length 1 along the reach, with the risk at which they turn fully. Where risk is relative to
+    harmless vectors, an unsafe vector lies nearly all in the reach. Empty for a concept that turns fully at risk 1.
     """
     if (concept.full(role, stream) == 1).all():
         return bases.new_zeros(len(bases), 0, bases.shape[1])
@@ -186,9 +186,10 @@ def _part(chain: Sequence[Protection], concepts: Sequence[Concept]) -> list[Prot
 
 
 def _only(protection: Protection, concepts: Sequence[Concept]) -> Protection:
-    """The protection with some of its concepts, as far as it has them, each as strong as it is there.
+    """The protection with these concepts alone, as far as it has them, each at its strength there.
 
-    It is the same object where that is all of it: its folded planes, which take the most time to make, serve again.
+    Where these are all its concepts it is the same object: its folded planes take the most time to make, and serve
+    again.
     """
     rows = zip(protection.concepts, protection.effective, protection.thresholds, strict=True)
     kept = [row for row in rows if any(row[0] is each for each in concepts)]

@@ -1,15 +1,14 @@
-"""Which few tokens may turn: a cheap look at all of them, so that the exact arithmetic is for the few. For CPUs.
+"""Finds the few tokens that may turn by a cheap look at all, so that only the few need exact arithmetic. For CPUs.
 
-The look is float32 too, but piece by piece, so that the widened copies never leave the processor's cache, and with
-norms alone. It may round otherwise than the exact form does (another order of summation), so it asks for less than the
-gate, by a margin that bounds what rounding can do. It thus never misses a token that the exact form would turn; the few
-it takes in needlessly, the exact form leaves alone.
+The look computes norms alone, in float32 and piece by piece: widened copies never leave the processor's cache. It sums
+in another order than the exact form, so it may round otherwise. Therefore it asks for less than the gate, by a margin
+that bounds the rounding. It thus never misses a token that the exact form would turn. The exact form does not turn the
+few tokens that the look takes in needlessly.
 
 The margin. Let u be the unit roundoff, n = D + 2. In any order of summation, a product of n terms is off by at
-most n u ‖x‖ (Cauchy-Schwarz, orthonormal directions), W of them together by √W n u ‖x‖, and a norm of n terms by a
-factor 1 ± n u. So ‖Uᵀx‖ / ‖x‖ is off by less than n (√W + 2) u, to first order; once for the look and once for the
-exact form. `margin` is twice the sum of both: for terms of second order, for the rounded basis, and for the reach's
-second product.
+most n u ‖x‖ (Cauchy-Schwarz, orthonormal directions). W products together are off by √W n u ‖x‖, and a norm of n terms
+by a factor 1 ± n u. So ‖Uᵀx‖ / ‖x‖ is off by less than n (√W + 2) u, to first order, in the look and in the exact form.
+`margin` is twice the sum of both: for terms of second order, for the rounded basis, and for the reach's second product.
 
 Axes: B batch, H heads, L tokens, D head dimension, W directions of all concepts, K most candidates of any head.
 """
@@ -25,8 +24,8 @@ from torch import Tensor
 from ..maths.rotation import exact, wide
 from .plan import Part, Plan
 
-PIECE = 2**19  # numbers, 2 MB of fp32: a core's share of cache; half and twice as much take as long
-FEW = 0.25  # of all tokens and heads; beyond it gathering them takes longer than not to choose
+PIECE = 2**19  # numbers, 2 MB of fp32: a core's share of cache. Half and twice as much take as long.
+FEW = 0.25  # of all tokens and heads. Beyond it the gathering takes longer than it saves.
 SMALLEST, LARGEST = 1e-15, 1e18  # norms beyond which squares come near float32's limits, and no margin is proven
 
 

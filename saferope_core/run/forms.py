@@ -31,7 +31,7 @@ FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 class Seen(Protocol):
     """Receives the tokens above the gates, for each concept with gates below 1 there: `recorder.Forward`. A key head
-    that query heads share is told as the first of them."""
+    that query heads share counts as the first of them."""
 
     def saw(self, concept: int, row: int, stream: str, heads: Tensor, passed: Tensor) -> None:
         """A block's row, the stream, its heads [n], and the tokens above their gates, bool [B, n, L]."""
@@ -66,7 +66,7 @@ class Told(NamedTuple):
 def form_of(x: Tensor) -> Form:
     """The form for queries or keys x [B, H, L, D].
 
-    On a CPU the few tokens above a gate are gathered, which saves nearly all the work; to find them on a GPU would cost
+    On a CPU the few tokens above a gate are gathered, which saves nearly all the work. To find them on a GPU would cost
     a synchronisation per block and shapes that depend on the data.
     """
     if x.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The turn on a GPU with Triton: one kernel that reads a block's vectors once and writes those that turn.
+"""The turn on a GPU with Triton: one kernel that reads a block's vectors once and writes the vectors that turn.
 
 A program takes a tile of tokens of one head of one picture and goes through all concepts. LRS, angles and sums are
 float32 in registers, products take the vectors as they are, and a tile in which nothing turns is read and left. There
@@ -8,7 +8,7 @@ torch.compile passes it on as it is.
 Axes: B batch, H heads of the plan, L tokens, D head dimension, C concepts, P planes, R rank.
 """
 
-# Triton types a kernel's arguments by what it is called with
+# Triton takes the types of a kernel's arguments from the call
 # ruff: noqa: ANN001, ANN201, ANN202
 # mypy: ignore-errors
 
@@ -97,7 +97,7 @@ def turn_tile(
             a_plane, b_plane = tl.load(a_at, mask=in_planes, other=0.0), tl.load(a_at + 1, mask=in_planes, other=0.0)
             a = _dot(vectors, a_plane, WIDEN)
             b = _dot(vectors, b_plane, WIDEN)
-            if CONCEPTS > 1:  # what earlier concepts added
+            if CONCEPTS > 1:  # the turns of earlier concepts
                 before = added.to(vectors.dtype)
                 a += _dot(before, a_plane, WIDEN)
                 b += _dot(before, b_plane, WIDEN)
@@ -141,7 +141,7 @@ def _(span, heads, directions, theta, cut, counts, passed) -> None:
 
 
 def warps(concepts: int) -> int:
-    """Of a program: with several concepts twice as many hold what earlier ones added."""
+    """The warps of a program: with several concepts twice as many, which hold the turns of earlier concepts."""
     return 4 if concepts == 1 else 8
 
 
@@ -172,8 +172,8 @@ def constants(
 def turn_fused(span: Tensor, plan: Packed, counts: Tensor | None = None, passed: Tensor | None = None) -> None:
     """Turns the plan's heads of span [B, H of the model, L, D], last stride 1, in place.
 
-    Vectors that do not turn are not written. Their dtype is one of DTYPES. What turns is rounded to it once.
-    counts, float32 [C, B, L], grow by how many heads turn a token; passed, uint8 [B, H, L, C], are set to which do.
-    Both contiguous.
+    Vectors that do not turn are not written. Their dtype is one of DTYPES. Turned vectors are rounded to it once.
+    counts, float32 [C, B, L], grow by the number of heads that turn a token. passed, uint8 [B, H, L, C], is set to 1
+    where a head turns a token, else to 0. Both contiguous.
     """
     turn_op(span, plan.heads, plan.directions, plan.theta, plan.cut, counts, passed)

@@ -26,12 +26,12 @@ TWO_TURNS = 12.5  # radians, below 4π
 
 
 class Packed(NamedTuple):
-    """The turns of one block, role and stream. What a concept or a head lacks is 0, and turns nothing."""
+    """The turns of one block, role and stream. Planes and ranks that a concept or a head lacks are 0: nothing turns."""
 
     heads: Tensor  # int64 [H]
     all_heads: bool  # they are all heads of the model, in order
-    # [H, D, C (2P + R)]: a and b of every plane of every concept in turns; then the unsafe subspaces, each times the
-    # root of its |strength|, so that the square of its share of the length is strength * LRS
+    # [H, D, C (2P + R)]: a and b of every plane of every concept in turns, then the unsafe subspaces. Each subspace is
+    # multiplied by the root of its |strength|: the square of its share of the length is then strength * LRS.
     directions: Tensor
     theta: Tensor  # [H, C, P]: radians at s = 1, negative for a negative strength
     cut: Tensor  # [H, C]: the share of its length above which a vector turns, times the root of |strength|

@@ -1,8 +1,8 @@
 """The turn on a GPU without Triton: ten PyTorch kernels, of which three touch the vectors, and no wider copy.
 
 No synchronisation, and no shape that depends on the data. The coordinates of all concepts come from one product. A
-plane's a and b are one complex number z, so a turn by φ adds z (e^iφ − 1). Concepts turn one after the other: what an
-earlier one added is added to the coordinates of the later ones through the products of their directions.
+plane's a and b are one complex number z, so a turn by φ adds z (e^iφ − 1). Concepts turn one after the other: the turn
+of an earlier concept changes the coordinates of later ones, through the products of their directions.
 
 Axes: H heads of the plan, L tokens, D head dimension, C concepts, P planes, R rank.
 """
@@ -18,11 +18,11 @@ from .packed import QUARTERS, Packed
 
 @torch.no_grad()
 def turn_plain(span: Tensor, plan: Packed) -> list[Tensor]:
-    """Turns the plan's heads of span [B, H of the model, L, D] in place. Returns above [H, L, C] of every picture: what
-    turns is above 0.
+    """Turns the plan's heads of span [B, H of the model, L, D] in place. Returns above [H, L, C] of every picture: a
+    vector turns where it is above 0.
 
-    Products accumulate in float32, and what they add is rounded to the span's dtype once, with the sum. Vectors that
-    do not turn come back equal, but a −0.0 in them may become 0.0, which attention cannot tell apart.
+    Products accumulate in float32. The turned sum is rounded to the span's dtype once. Vectors that do not turn come
+    back equal, but a −0.0 in them may become 0.0, which attention cannot tell apart.
     """
     return [_turn_picture(picture, plan) for picture in span]
 
@@ -33,7 +33,7 @@ def _turn_picture(picture: Tensor, plan: Packed) -> Tensor:
         coordinates = product(vectors, plan.directions)
         width = plan.planes.shape[-1]
         above, risk = _risk(vectors, coordinates[..., width:], plan)
-        # with one concept the gate comes last, in the kernel that narrows: nothing reads what it lost before
+        # with one concept the gate comes last, in the kernel that narrows: no later concept reads ungated values
         alone = plan.theta.shape[1] == 1
         scale = risk if alone else _where_above(above, risk)
         lost = _lost(coordinates[..., :width], scale, plan)
@@ -46,7 +46,7 @@ def _turn_picture(picture: Tensor, plan: Packed) -> Tensor:
 
 def _risk(vectors: Tensor, unsafe: Tensor, plan: Packed) -> tuple[Tensor, Tensor]:
     """How far vectors [H, L, D] are above their gates, and QUARTERS times their s, both [H, L, C], from their
-    coordinates [H, L, C R] in the unsafe subspaces. Of the zero vector 0, and NaN."""
+    coordinates [H, L, C R] in the unsafe subspaces. For the zero vector they are 0 and NaN."""
     inside = torch.linalg.vector_norm(unsafe.unflatten(-1, (plan.cut.shape[-1], -1)), dim=-1)
     whole = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=inside.dtype)
     above = torch.addcmul(inside, whole, plan.cut[:, None], value=-1)
@@ -61,7 +61,7 @@ def _where_above(above: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> 
 
 
 def _lost(coordinates: Tensor, scale: Tensor, plan: Packed) -> Tensor:
-    """What the turns take from the coordinates [H, L, C 2P] of all planes: z − z e^iφ; exactly 0.0 where s is 0."""
+    """The loss by the turns in the coordinates [H, L, C 2P] of all planes: z − z e^iφ; exactly 0.0 where s is 0."""
     concepts, planes = plan.theta.shape[1:]
     phase = _phase(scale, plan)
     flat = torch.view_as_real(phase).flatten(2)
@@ -72,7 +72,7 @@ def _lost(coordinates: Tensor, scale: Tensor, plan: Packed) -> Tensor:
             own = own.baddbmm(flat[..., :before], between[:, :before, before : before + 2 * planes], alpha=-1)
         z = torch.view_as_complex(own.unflatten(-1, (planes, 2)))
         turn = phase[:, :, concept]
-        torch.addcmul(z, z, turn, value=-1, out=turn)  # what is lost takes the place of its phase
+        torch.addcmul(z, z, turn, value=-1, out=turn)  # the loss takes the place of its phase
     return flat
 
 

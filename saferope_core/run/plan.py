@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
     heads: Tensor  # int64 [H]
     parts: list[Part]
-    directions: Tensor  # [H, D, sum of R + S]: those of all parts, side by side
+    directions: Tensor  # [H, D, sum of R + S]: the directions of all parts, side by side
 
 
 class Active(NamedTuple):
@@ -93,7 +93,7 @@ def _parts_of(active: Active, stream: str) -> Iterator[tuple[int, str, Tensor, P
     theta, *folded = fold(concept.generator(stream)[moving], *bases)
     for role, basis, directions in zip(roles, bases, folded, strict=True):
         owners = concept.owners(role)[moving]
-        # heads are sorted, so those of a block lie together
+        # heads are sorted, so the heads of a block lie together
         rows, counts = (each.tolist() for each in _rows(concept)[moving][owners].unique_consecutive(return_counts=True))
         heads = concept.heads[moving, 2].long() // (concept.geometry.group if role == "k" else 1)
         unsafe = (directions.mT.double() @ basis[..., : basis.shape[-1] - concept.reach].double()).float()

@@ -33,11 +33,11 @@ class Protection:
     """Rotates a model's queries and keys away from concepts, one after the other. Safe to share between threads.
 
     strengths: one factor per concept, multiplied with the concept's own; 0 switches it off (default 1 each). The
-    product is a factor on the risk, s = min(1, strength * gated LRS) (see `saturated`). What turns is `effective`: the
-    product, held where copies would turn further than half a turn (see `held_strengths`).
+    product is a factor on the risk, s = min(1, strength * gated LRS) (see `saturated`). `effective` are the factors in
+    use: the products, held where copies would turn further than half a turn (see `held_strengths`).
     thresholds: per concept one gate in [0, 1] for all its heads, or None for the concept's gates (default None each).
-    Raises ValueError where a concept was made for another geometry, for lists or numbers that do not fit, and for a
-    threshold from which on a head of a concept turns fully: it would protect from little.
+    Raises ValueError where a concept was made for another geometry, and for lists or numbers that do not fit. It also
+    does so where a head already turns fully at a threshold: such a gate would protect from little.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Protection:
         return result
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Makes what `rotate` needs for vectors of this kind without gradients, so that no step waits for it."""
+        """Makes the tensors that `rotate` needs for such vectors without gradients, so that no step waits for them."""
         like = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
         self._plans_for(form_of(like), like)
 

@@ -1,7 +1,7 @@
-"""The receipt of a sampling run: what a protection was asked for, and what it was seen to do. Plain data.
+"""The receipt of a sampling run: the settings of a protection, and its effect as it was seen. Plain data.
 
-It is made where the work is done, and knows what happened there. `failures` and `omissions` judge it; whoever signs a
-picture, and whoever checks one, asks them. Nothing that is missing counts as seen.
+The process that samples makes it, from its own run. `failures` and `omissions` judge it. The signer of a picture and
+the checker of a picture both call them. Nothing that is missing counts as seen.
 
 A receipt as JSON: {"schema": SCHEMA, "version": VERSION, "pack", "host", "model", "latent", "start", "asked": {..,
 "concepts": [..]}, "seen": {..}}, with the fields of the classes here.
@@ -23,7 +23,7 @@ NAMED = 6  # in a sentence
 
 @dataclass(frozen=True)
 class AskedConcept:
-    """A concept as an Apply got it, and what it does with the settings there (`effect.Effect`)."""
+    """A concept as an Apply got it, and its effect with the settings there (`effect.Effect`)."""
 
     slug: str
     name: str
@@ -53,24 +53,26 @@ class Asked:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one run showed. A forward is one pass of the network; a block is left out by a cache, or skipped."""
+    """The facts that one run showed. A forward is one pass of the network. A cache may leave out or skip a block."""
 
     steps: int  # of the schedule
-    steps_seen: int  # of which a forward came by
-    steps_protected: int  # of which every forward was in the range of Apply
+    steps_seen: int  # steps with at least one forward
+    steps_protected: int  # steps in which every forward was in the range of Apply
     forwards: int
     forwards_protected: int  # in range, and through every protected block
     forwards_skipped: int  # without some of the protected blocks
     blocks: int  # that are protected
     conditionings: int  # most in one forward
-    turned: dict[str, int] | None  # by slug: queries and keys that turned; None where nobody counted (record off)
+    turned: dict[str, int] | None  # by slug: queries and keys that turned; None where not counted (record off)
     weights_patched: int  # tensors of the model that other nodes changed (LoRA)
-    others: tuple[str, ...]  # code of other packs that had a say in what was drawn
+    others: tuple[str, ...]  # code of other packs that took part in the drawing
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """One Apply in one sampling run. latent: digest of what came out; start: of what went in, "" for an empty one."""
+    """One Apply in one sampling run. latent: digest of the latent that came out. start: digest of the latent that went
+    in, "" for an empty one.
+    """
 
     pack: str
     host: str
@@ -86,7 +88,7 @@ class Receipt:
 
 
 def receipt_from(data: Any) -> Receipt:
-    """The receipt of JSON values. Raises ValueError for whatever this version does not know."""
+    """The receipt of JSON values. Raises ValueError for any field or value that this version does not know."""
     if not isinstance(data, dict) or (data.get("schema"), data.get("version")) != (SCHEMA, VERSION):
         found = data.get("version") if isinstance(data, dict) else type(data).__name__
         raise ValueError(
@@ -117,7 +119,7 @@ def failures(receipts: Sequence[Receipt]) -> list[str]:
 
 
 def omissions(receipts: Sequence[Receipt]) -> list[str]:
-    """What keeps a protected run from being protected in full; [] where it is."""
+    """The reasons why a protected run is not protected in full; [] where it is."""
     return list(dict.fromkeys(reason for each in receipts for reason in _omissions(each)))
 
 

@@ -2,8 +2,8 @@
 
 The *risk of a token* is the share of gates that it passes: of all safety-critical heads and roles that may turn it, how
 many find its LRS above their gate. Gates are calibrated so that a harmless token passes one in hundreds; the concept's
-own word passes most. (LRS of different heads cannot be compared, these shares can.) The *risk of a prompt* is that of
-its riskiest text token.
+own word passes most. (LRS of different heads cannot be compared, these shares can.) The *risk of a prompt* is the risk
+of its riskiest text token.
 
 Where no gate was asked there is no risk, which is not a risk of 0: None, and NaN for single steps. A concept that is
 off or turns no tokens of a stream asks none there, and a protection at rest asks none at all.
@@ -84,7 +84,7 @@ class Forward:
     """One pass of the network. The rows of its batch are equal chunks, one for each of `entries`.
 
     Without entries, where a host does not tell rows apart, turned vectors are counted and no risk is read.
-    `grid`: rows and columns of the picture's own tokens; those of reference pictures, behind them, have no risk.
+    `grid`: rows and columns of the picture's own tokens. Tokens of reference pictures, behind them, have no risk.
     """
 
     def __init__(self, entries: Sequence[Hashable], noise_level: Tensor | float, grid: tuple[int, int]) -> None:
