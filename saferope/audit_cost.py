@@ -1,4 +1,4 @@
-"""What `saferope audit` costs: workflows as large as it takes them, each asked for whole protection, then for any."""
+"""The cost of `saferope audit`, on the largest workflows that it takes: for whole protection, then for any."""
 
 from __future__ import annotations
 

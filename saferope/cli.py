@@ -56,9 +56,9 @@ app.command("bench")(bench.bench)
 
 def main() -> None:
     """Entry point of the console script."""
-    # PyTorch's word on bf16 autocast over fp32 norms, which is what is wanted here: a slower kernel, the same numbers
+    # PyTorch warns of bf16 autocast over fp32 norms, which we want: the kernel is slower, the numbers are the same
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    # they tell of kernels that this machine does not have
+    # these libraries warn of kernels that this machine lacks
     for library in ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     guarded(app)

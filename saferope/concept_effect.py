@@ -47,7 +47,7 @@ class ConceptFile:
 
 
 def in_folder(folder: Path) -> Files:
-    """The concept files of a folder. Those outside of it are never looked at, wherever links or names lead."""
+    """The concept files of a folder. Files outside of it are never read, wherever links or names lead."""
     root = folder.resolve()
 
     @cache

@@ -30,7 +30,7 @@ def describe(path: Path, concepts: Sequence[Concept]) -> str:
 
 
 def facts(concept: Concept) -> dict[str, str]:
-    """What there is to know of a concept, in words and numbers, but for its description."""
+    """All facts of a concept, in words and numbers, but for its description."""
     # some heads at a time: complex numbers of float64 take several times a large file
     theta = torch.cat([planes(part)[0].flatten() for part in concept.text.generator.split(_HEADS_AT_ONCE)])
     gates = torch.cat([concept.gate(role) for role in concept.acts("text")])
@@ -117,14 +117,14 @@ def card(path: Path, concepts: Sequence[Concept], license: str) -> str:
         lines += ["", "## With other prompts", "", text]
     lines += [
         "",
-        "It protects whoever uses it, not from whoever runs the model: strength 0, or a workflow without it, is "
-        "unprotected.",
+        "It protects people who use it. It does not stop a person who runs the model without it: strength 0, or a "
+        "workflow without this file, is unprotected.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _command(name: str) -> str:
-    """Paints a pair of pictures; the name is the file's, in the folder that the command is called in."""
+    """A command that paints a pair of pictures; `name` is the file's, in the folder where the command is called."""
     return shlex.join(
         ["saferope", "generate", "--model", "MODEL", "--concept", name, "--prompt", "...", "--out", "pairs"]
     )

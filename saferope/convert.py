@@ -18,10 +18,10 @@ _DOUBLE, _SINGLE = "S_param_Double.", "S_param_Single."
 def convert(path: Path, slug: str) -> Concept:
     """A concept that turns as the adapter was meant to.
 
-    Their code multiplies row vectors by exp(r S), which is exp(-r S) on columns, so A = -S; S was skew only at first,
-    so its skew part is taken. In single blocks S[1] is the text's and S[0] (drawn small) the image's, though their code
-    hands them to tokens by a fixed place, 4096, that is right at no resolution. Heads whose basis is zero were left
-    out. Raises ValueError for anything that is no such state dict; nothing but tensors is ever unpickled.
+    Their code multiplies row vectors by exp(r S), which is exp(-r S) on columns, so A = -S. S was skew only at first,
+    so its skew part is taken. In single blocks S[1] is the text's and S[0] (drawn small) the image's. Their code hands
+    them to tokens by a fixed place, 4096, that is right at no resolution. Heads whose basis is zero were left out.
+    Raises ValueError for any other file. Nothing but tensors is ever unpickled.
     """
     state = _load(path)
     double, single = (_listed(state, prefix, path) for prefix in (_DOUBLE, _SINGLE))
@@ -55,7 +55,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: got {size} bytes, expected at most {MAX_BYTES}: this is no RotaryAdapter")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or hostile pickle makes of the unpickler
+    except Exception as error:  # any error that a broken or hostile pickle causes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path}: not a state dict of tensors ({reason:.120}); convert a RotaryAdapter's .pth"

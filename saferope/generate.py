@@ -94,7 +94,7 @@ class RiskMeter:
         return self.protection.rotate(x, role, block_type, block_index, text, image, self.forward)
 
     def take(self) -> list[dict[str, dict[str, float | None]]]:
-        """A record per picture, and starts anew: concept -> stream -> risk of its riskiest token, mean over steps.
+        """Returns a record per picture: concept -> stream -> risk of its riskiest token, mean over steps. Starts anew.
 
         None: not measured, as the concept is off or turns no tokens of the stream.
         """

@@ -26,11 +26,11 @@ def protect(pipe: Any, concepts: Concepts, strength: float = 1.0, threshold: flo
     concepts. The whole batch is protected, negative prompts of true CFG as well. After the block the pipeline is as it
     was before, bit for bit, also after an exception.
 
-    Raises ValueError where `pipe` is of no family that SafeRoPE reaches (docs/models.md), is compiled, is inside of
-    another `protect`, where a concept was made for another geometry, or has no effect at any strength (gates that
-    nothing passes, angles near 0; strength 0 is the way to draw without protection). Raises RuntimeError where a
-    forward pass left out a protected query or key, as a replaced attention does, and at the end of a block in which
-    the transformer never ran.
+    Raises ValueError where `pipe` is of no family that SafeRoPE reaches (docs/models.md), is compiled, or is inside of
+    another `protect`. Also where a concept was made for another geometry or has no effect at any strength (gates that
+    nothing passes, angles near 0). To draw without protection, use strength 0. Raises RuntimeError where a forward pass
+    left out a protected query or key, as a replaced attention does. Also at the end of a block in which the transformer
+    never ran.
     """
     transformer = _transformer_of(pipe)
     loaded = _loaded(concepts)

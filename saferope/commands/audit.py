@@ -1,4 +1,4 @@
-"""`saferope audit`: what a workflow, or a picture that ComfyUI saved, says of its protection. Loads no model.
+"""`saferope audit`: the protection that a workflow, or a picture that ComfyUI saved, asks for. Loads no model.
 
 It loads torch only to look into concept files (`--concepts`).
 """

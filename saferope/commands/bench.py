@@ -1,4 +1,4 @@
-"""`saferope bench`: what protection costs on this machine."""
+"""`saferope bench`: the cost of protection on this machine."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def bench(
         str, typer.Option(help="cpu, or cuda: time every form of the turn on the GPU, and nothing else.")
     ] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all forms take turns.")] = 5,
-    curves: Annotated[bool, typer.Option(help="Also how the cost grows with each size.")] = True,
+    curves: Annotated[bool, typer.Option(help="Also measure how the cost grows with each size.")] = True,
     count: Annotated[
         bool,
         typer.Option(
             "--count",
-            help="Time nothing: count what a step costs on a GPU, and compile its kernel, in count.md and count.json.",
+            help="Time nothing: count the cost of a step on a GPU, and compile its kernel, in count.md and count.json.",
         ),
     ] = False,
 ) -> None:
     """Time rotation, files, training and audits side by side, as a table and curves; needs 4 GB and some minutes.
 
-    Says what this machine could not run. The block is a FLUX single block with random weights.
+    The table names the rows that this machine could not run. The block is a FLUX single block with random weights.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from saferope_core import Concept
     from saferope_training.flux.models import Model
 
-USER_ERROR = 2  # the exit code of a mistake that the user can mend, also Typer's own for unknown options
+USER_ERROR = 2  # exit code: a mistake that the user can mend. Typer has the same for unknown options.
 LONGEST = 4000  # characters of an error that are told; ours have a few hundred
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 CLOSED_PIPE = 141  # 128 + SIGPIPE
@@ -37,7 +37,7 @@ ConceptFiles = Annotated[
 
 
 def command(*stages: str, **defaults: Any) -> Callable[[Callable], Callable]:
-    """A decorator: the function's `settings` become options, if they decide the stages; mistakes end it in a line.
+    """A decorator: settings that decide the stages become options of the function. A mistake ends it with one line.
 
     Defaults are the defaults of Settings unless given here. ValueError and OSError are mistakes and exit with
     USER_ERROR.
@@ -118,7 +118,7 @@ def told() -> Iterator[None]:
 
 
 def _indented(error: Exception) -> str:
-    """The error's words, which may be a file's: with a limit, and indented, so that they pass for no line of ours."""
+    """The error's words, cut at a limit. They may come from a file: indented, they cannot pass for a line of ours."""
     told = str(error)
     if isinstance(error, FileNotFoundError) and error.errno and error.filename:
         told = f"{error.filename}: got no such file or folder; check the path"

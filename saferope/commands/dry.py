@@ -1,4 +1,4 @@
-"""`--dry-run`: every check of a command, and what it would take. Nothing is loaded, fetched or written."""
+"""`--dry-run`: every check of a command, and its memory, disk and time. Nothing is loaded, fetched or written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ LEFT = "left to the run: whether the text encoder knows the prompts' words, and 
 
 
 def making(settings: Settings, out: Path, device: str, goal: str, every: int = 0, pictures: int = 0) -> None:
-    """Of a command that makes statistics or a concept file. Raises what the command would raise before it loads."""
+    """The dry run of a command that makes statistics or a concept file. Raises the errors that the command would raise
+    before it loads.
+    """
     from saferope_training.making import checks, estimate, material
     from saferope_training.making.recipe import prompt_inputs, require_unchanged
     from saferope_training.prompts import BENIGN, UNSAFE, side
@@ -41,7 +43,7 @@ def making(settings: Settings, out: Path, device: str, goal: str, every: int = 0
 
 
 def tell(task: Task, shape: Shape, out: Path, device: str, training: bool, notes: Sequence[str] = ()) -> None:
-    """The tables of a task: memory by phase, RAM, disk and time, and what does not fit into what is free."""
+    """Prints the tables of a task: memory by phase, RAM, disk and time, and all that does not fit on this machine."""
     from saferope_training.making import estimate, memory
 
     paints = bool(task.every or not task.goal)

@@ -34,10 +34,10 @@ def evaluate(
     file: Annotated[Path | None, typer.Argument(help="A concept file, for the tiny world; or name a --suite.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for tables and pictures; the concept file's own, or `evaluation`, if left out."),
+        typer.Option(help="Folder for tables and pictures. Left out: the concept file's own, or `evaluation`."),
     ] = None,
     device: Device = "cpu",
-    strength: Annotated[float, typer.Option(help="0 off, 1 as trained; of the concept file.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="Strength of the concept file: 0 off, 1 as trained.")] = 1.0,
     unsafe: Annotated[
         str | None, _prompts("File of prompts that ask for the concept, for any model; or a count.")
     ] = None,
@@ -82,10 +82,10 @@ def evaluate(
 ) -> None:
     """Measure methods beside the unprotected model, paired by prompt and seed. Writes Markdown, CSV, JSON and pictures.
 
-    A concept file alone gives its table beside it: in the tiny world by prompts of its own, on any model by your files
-    (--unsafe, --benign). A suite compares concept files with baselines. The same command resumes a killed run.
-    Several processes share the pictures: `accelerate launch -m saferope evaluate ...` on GPUs, on CPUs `python -m
-    torch.distributed.run --nproc_per_node 2 -m ...`.
+    For a concept file alone, the table is written beside it. In the tiny world it has prompts of its own; on any model
+    give your files (--unsafe, --benign). A suite compares concept files with baselines. The same command resumes a
+    killed run. Several processes share the pictures: `accelerate launch -m saferope evaluate ...` on GPUs, on CPUs
+    `python -m torch.distributed.run --nproc_per_node 2 -m ...`.
     """
     if (file is None) == (suite is None):
         raise ValueError(

@@ -1,6 +1,7 @@
-"""What `saferope evaluate` does: your own prompts on any model, a concept file in the tiny world, or a suite.
+"""The work of `saferope evaluate`: your own prompts on any model, a concept file in the tiny world, or a suite.
 
-Each checks all that can be known before the model loads. With `dry` it ends there, and tells what the rest would take.
+Each checks all that it can before the model loads. With `dry` it ends there, and tells the memory, disk and time of the
+rest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ BATCH, FLUX_BATCH = 32, 4  # prompts painted together
 
 @dataclass(frozen=True)
 class Run:
-    """Model, where tables and pictures go, the process's own device; prompts painted together, None: the model's."""
+    """The settings of the model, the folder of tables and pictures, the process's device, and how many prompts are
+    painted together (None: the model's number).
+    """
 
     settings: Settings
     out: Path
@@ -48,7 +51,7 @@ def prompt_files(
     unsafe_count: int | None,
     benign_count: int | None,
 ) -> Prompts:
-    """The files, and counts; --unsafe and --benign may be either."""
+    """The files and counts of prompts. --unsafe and --benign may each be a file or a count."""
     from saferope_benchmark.evaluation.own import Prompts
 
     files, counts = [], []
@@ -123,7 +126,7 @@ def suite(
     of_flux: dict[str, Path | None],
     models: dict[str, Any],
 ) -> None:
-    """A whole comparison. `chosen` are choices of `prepared`; `of_flux` files of prompts, `models` those of metrics."""
+    """A whole comparison. `chosen`: choices of `prepared`. `of_flux`: files of prompts. `models`: models of metrics."""
     from saferope_benchmark import suites
     from saferope_benchmark.evaluation.compare import compare
     from saferope_benchmark.suites.questions import paper_metrics
@@ -148,7 +151,7 @@ def suite(
 
 
 def _require_model(run: Run, file: Path | None) -> None:
-    """That model and device are there, and that the file's concepts fit the model, where its sizes can be read."""
+    """Checks that model and device are there, and that the file's concepts fit the model where its sizes are known."""
     from saferope_core import load_concepts
     from saferope_training.flux import loading
     from saferope_training.flux.attach import geometry_from
@@ -172,7 +175,7 @@ def _rehearse(run: Run, sets: Sequence[PromptSet], methods: int, training: bool 
 
     settings, count = run.settings, sum(len(asked.asks) for asked in sets)
     notes = [] if methods > 1 else ["pictures and their time are of one method; a suite paints them for each"]
-    if training:  # as suites train real models, see suites.contenders.settings_for
+    if training:  # as suites train real models, see `settings_for`
         settings = replace(settings, passes_of=1, checkpointing=True) if settings.model != TINYWORLD else settings
         notes += ["a suite makes concept files and baselines first: their time is not counted"]
     else:

@@ -1,4 +1,4 @@
-"""`saferope inspect`, `merge`, `convert`, `card`: what to do with concept files. None of them loads a model."""
+"""`saferope inspect`, `merge`, `convert`, `card`: work on concept files. None of them loads a model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def convert(
     slug: Annotated[str, typer.Option(help="The concept's name: small letters, digits, hyphens.")],
     half: Half = False,
 ) -> None:
-    """Make a concept file of the authors' RotaryAdapter; only tensors are unpickled, generators become exactly skew."""
+    """Make a concept file of the authors' RotaryAdapter. Only tensors are unpickled. Generators become exactly skew."""
     import torch
 
     from saferope_core import save_concepts

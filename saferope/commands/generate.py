@@ -27,10 +27,10 @@ def generate(
         int | None, typer.Option(help="Sampling steps; the model's own if left out (dev 28, schnell 4).")
     ] = None,
     start: Annotated[float, typer.Option(help="Where in the steps protection starts, 0 to 1.")] = 0.0,
-    end: Annotated[float, typer.Option(help="Where it ends, 0 to 1.")] = 1.0,
+    end: Annotated[float, typer.Option(help="Where in the steps protection ends, 0 to 1.")] = 1.0,
     device: Device = "cpu",
 ) -> None:
-    """Paint prompts without and with protection: pictures, a grid of pairs, and a record of what was at risk."""
+    """Paint prompts without and with protection: pictures, a grid of pairs, and a record of the risk of each."""
     from ..generate import GRID, RECORD, paint
 
     if not 0 <= start <= end <= 1:

@@ -9,8 +9,8 @@ import typer
 
 _VERDICT = "Verdict"
 JUDGE_HELP = (
-    'Who says whether a picture shows the concept: nudenet, opennsfw, clip, vqa, detector, or "python '
-    'FILE.py:FUNCTION", from PIL pictures to a probability each. Repeatable; those that fit if left out.'
+    'Judge of whether a picture shows the concept: nudenet, opennsfw, clip, vqa, detector, or "python '
+    'FILE.py:FUNCTION", from PIL pictures to a probability each. Repeatable. Left out: the judges that fit.'
 )
 
 DryRun = Annotated[
@@ -40,7 +40,7 @@ Vqa = Annotated[
 
 
 class Ending(NamedTuple):
-    """What is asked of the verdict: whether there is one, a file of held-out prompts, judges and their models."""
+    """The options of the verdict: whether there is one, a file of held-out prompts, judges and their models."""
 
     verdict: bool
     held_out: Path | None

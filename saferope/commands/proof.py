@@ -33,7 +33,7 @@ def init(
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     for file, data in init_keys(name, old).items():
         write_bytes(home / file, data, private=file in PRIVATE)
-    say(f"Wrote keys to {home}. Give {home / AUTHORITY} to whoever is to trust your pictures. Give no other file away.")
+    say(f"Wrote keys to {home}. Give {home / AUTHORITY} to people who check your pictures. Give no other file away.")
 
 
 @command()
@@ -87,7 +87,7 @@ def _report(file: Path, anchors: str, wanted: tuple[str, ...], full: bool) -> di
 
 
 def _judged(runs: tuple, wrong: list[str], left: list[str], wanted: tuple[str, ...]) -> list[list[dict]]:
-    """The runs as JSON; what is wrong with them is added to `wrong`, and what they leave out to `left`."""
+    """The runs as JSON. Adds their faults to `wrong`, and the parts that they leave out to `left`."""
     from saferope_core import failures, omissions, receipt_from
 
     read = [[receipt_from(each) for each in run] for run in runs]
@@ -125,7 +125,7 @@ def _anchors(trust: list[Path] | None) -> str:
 
     own = folder() / AUTHORITY
     if not trust and not own.is_file():
-        raise ValueError(f"Nobody is trusted: there is no {own}. Give --trust with the certificate of an authority.")
+        raise ValueError(f"No signer is trusted: there is no {own}. Give --trust with the certificate of an authority.")
     return "\n".join(path.read_text(encoding="ascii") for path in trust or [own])
 
 

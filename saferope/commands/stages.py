@@ -40,7 +40,7 @@ def prompts(settings: Settings, out: Out) -> None:
 
 @command(*BEFORE_HEADS)
 def extract(settings: Settings, out: Out, device: Device = CPU, dry_run: DryRun = False) -> None:
-    """Collect what every head makes of the concept's words: Gram matrices and samples of queries and keys."""
+    """Collect statistics of the concept's words in every head: Gram matrices and samples of queries and keys."""
     from saferope_training.making.recipe import STATISTICS
 
     if dry_run:
@@ -139,7 +139,7 @@ def calibrate(
 
 
 def _require_ending(ending: Ending) -> None:
-    """Told before hours of training: ValueError where prompts or judges of the verdict cannot be had or used."""
+    """Checks before hours of training: ValueError where prompts or judges of the verdict are missing or of no use."""
     asked = (ending.held_out, *ending.judges, ending.clip, ending.vqa)
     if not ending.verdict and any(asked):
         raise ValueError("--no-verdict: got --held-out or a judge beside it, which only a verdict reads; leave one out")

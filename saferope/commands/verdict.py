@@ -1,4 +1,4 @@
-"""The verdict at the end of `train` and `calibrate`: pictures that training never saw, and what they say, in words.
+"""The verdict at the end of `train` and `calibrate`: pictures that training never saw, and their result in words.
 
 It is a first look. `saferope evaluate` measures.
 """
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from .options import Ending
 
-COUNT = 12  # prompts of a kind in the tiny world: a concept that is shown in half of them is missed 1 time in 4,096
-FEWER = 6  # of other models, whose pictures take seconds or minutes
+COUNT = 12  # prompts of a kind in the tiny world: a concept that is shown in half of them is missed 1 time in 4,096.
+FEWER = 6  # prompts of a kind on other models, whose pictures take seconds or minutes.
 LEAK = 0.1  # share of protected pictures with the concept above which the verdict says that it leaks
 VERDICT = "verdict"
 
@@ -57,7 +57,7 @@ def tell(recipe: Recipe, file: Path, ending: Ending, progress: Callable[[str, in
 
 
 def pictures(settings: Settings, held_out: Path | None) -> int:
-    """How many a verdict paints, with and without the file."""
+    """How many pictures a verdict paints, with and without the file."""
     from tinyworld.world import CONCEPTS
 
     if settings.model == "tinyworld" and settings.concept in CONCEPTS and held_out is None:
@@ -72,8 +72,8 @@ def _tiny(recipe: Recipe) -> bool:
 
 
 def _sets(recipe: Recipe, held_out: Path | None) -> list[PromptSet]:
-    """The tiny world's own, with held-out words; else the first prompts of both sides with seeds that training never
-    saw, and those of `held_out`."""
+    """The tiny world's own sets, with held-out words. Else the first prompts of both sides, with seeds that training
+    never saw, and the prompts of `held_out`."""
     from saferope_benchmark.evaluation.own import Prompts
     from saferope_benchmark.prompt_sets import SEED, Ask, PromptSet, Sizes, tiny_world_sets
     from saferope_training.prompts import side
@@ -92,7 +92,7 @@ def _sets(recipe: Recipe, held_out: Path | None) -> list[PromptSet]:
 
 
 def _rest(scenes: bool) -> list:
-    """Whether the rest of a prompt is kept, where prompts say what they show."""
+    """The metric of whether the rest of a prompt is kept, where scenes of the prompts are known."""
     from saferope_benchmark.scores import REST
     from saferope_benchmark.scores.detector import detector
 
@@ -107,7 +107,7 @@ def _rest(scenes: bool) -> list:
 
 
 def words(report: Report, file: Path) -> list[str]:
-    """What the numbers mean, and what to do next."""
+    """The meaning of the numbers, and the next step for the user."""
     from saferope_benchmark.evaluation.own import NOT_MEASURED, shown_rows
 
     rows = shown_rows(report.rows)

@@ -80,7 +80,7 @@ def test_who_signed_decides(picture, keys, tmp_path, monkeypatch):
     file = picture()
     monkeypatch.setenv("SAFEROPE_KEYS", str(tmp_path / "other"))
     code, told = verify(file)
-    assert code == 2 and "Nobody is trusted" in told
+    assert code == 2 and "No signer is trusted" in told
     CliRunner().invoke(app, ["keys", "init"])
     code, report = verify(file)
     assert code == 1 and "signingCredential.untrusted" in report["reasons"][0]
