@@ -216,7 +216,7 @@ def _geometry(text: str) -> Geometry:
 
 
 def _geometry_facts(geometry: Geometry) -> dict[str, object]:
-    """A geometry's entry in the metadata. Key heads stand there only where keys are grouped: all readers know the rest."""
+    """A geometry's entry in the metadata. It has key heads only where keys are grouped: all readers know the rest."""
     facts = asdict(geometry)
     return facts if geometry.group > 1 else {name: value for name, value in facts.items() if name != "key_heads"}
 
