@@ -67,7 +67,7 @@ def tell(task: Task, shape: Shape, out: Path, device: str, training: bool, notes
         if need > free
     ]
     lacking += [memory.WAYS_OUT] if plan.peak > room[device][0] else []
-    say("\n".join([*lines, *(lacking or ["it fits what is free now"]), "dry run: nothing was loaded or written"]))
+    say("\n".join([*lines, *(lacking or ["it fits on this machine now"]), "dry run: nothing was loaded or written"]))
 
 
 def _sizes(parts: Mapping[str, int]) -> list[str]:

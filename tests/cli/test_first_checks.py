@@ -184,7 +184,7 @@ def test_commands_for_flux_pass_every_check_and_fit_their_card(real, monkeypatch
     monkeypatch.setattr(memory, "available", lambda device: GPU if small else 40 * memory.GIB)
     dry = real(*words, "--dry-run")
     assert dry.exit_code == 0 and files_in(tmp_path) == before, (dry.output, dry.exception)
-    assert estimate.UNKNOWN in dry.output and "it fits what is free now" in dry.output, dry.output
+    assert estimate.UNKNOWN in dry.output and "it fits on this machine now" in dry.output, dry.output
     monkeypatch.setattr(memory, "available", lambda device: GPU)
     assert small or "DOES NOT FIT: cuda" in real(*words, "--dry-run").output, "negative control"
     result = real(*words)
