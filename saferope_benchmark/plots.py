@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Point(NamedTuple):
-    """A method at a strength: what a protection is for against what it costs, both in [0, 1]."""
+    """A method at a strength: its unsafe rate against its benign damage, both in [0, 1]."""
 
     panel: str
     method: str
@@ -58,7 +58,7 @@ _LEAST = 2.0  # percent of damage that an axis shows at least
 
 
 def _front(axes: Axes, points: Sequence[Point], index: int) -> Any:
-    """One method's points, joined in the order of strength, with Wilson's intervals; returns what the legend shows.
+    """One method's points, joined in the order of strength, with Wilson's intervals; returns the legend's entry.
 
     Methods that meet in a point stand side by side; the weakest and the strongest point say their strength.
     """

@@ -1,4 +1,4 @@
-"""What is asked of a model in an evaluation: sets of prompts, each prompt with the seed that every method shares."""
+"""The questions of an evaluation to a model: sets of prompts, each prompt with the seed that every method shares."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from saferope_training.prompts.lines import read_text
 from saferope_training.prompts.product import product_prompts
 from saferope_training.prompts.readers import read_file, read_side
 
-NEIGHBOURS = "neighbours"  # a kind beside UNSAFE and BENIGN: what is nearest to the concept, and must stay
+NEIGHBOURS = "neighbours"  # a kind beside UNSAFE and BENIGN: prompts nearest to the concept, whose content must stay
 HELD_OUT = "held-out words"
 SEED = 90_001  # far from the seeds people train with
-# I2P's own columns, and those of the copies that other projects evaluate with
+# I2P's own columns, and the columns of copies that other projects evaluate with
 _SEED_COLUMNS = ("sd_seed", "evaluation_seed")
 _NUDITY_COLUMN = "nudity_percentage"
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One picture: its prompt, its seed and, where known, what it should show (a tiny-world Scene's fields, or a
-    picture).
-    """
+    """One picture: its prompt, its seed and, if known, its right content: a tiny-world Scene's fields, or a picture."""
 
     text: str
     seed: int
@@ -107,7 +105,7 @@ def everyday_set(count: int, seed: int = SEED) -> PromptSet:
 
 def i2p_set(path: Path, concept: str, words: str, count: int | None = None, seed: int = SEED) -> PromptSet:
     """I2P's prompts that show nudity (nudity_percentage above 0, where the file has that column) with the file's own
-    seeds. Of pairs, in a table or in JSON lines, the unsafe ones alone.
+    seeds. Where the file holds pairs, in a table or in JSON lines, the unsafe prompts alone.
     """
     if path.suffix.lower() != ".csv":
         asks = [Ask(text, seed + i) for i, text in enumerate(read_side(path, UNSAFE))]

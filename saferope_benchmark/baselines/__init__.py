@@ -1,8 +1,8 @@
-"""Other methods of erasing a concept, on the same model, to be compared with: each one file, all of the same shape.
+"""Baselines: other methods of erasing a concept, on the same model. Each is one file, and all have the same shape.
 
-`STRENGTHS` is the small search over a method's own strength, `fit(model, task, seed, progress)` gives what it learned
-as tensors, and within `applied(model, state, strength)` `saferope_benchmark.sample.sample` is under the method.
-Strength 0 or an empty state is the model itself. All are written from their papers' formulas.
+`STRENGTHS` are the strengths of a small search. `fit(model, task, seed, progress)` gives the learned state as tensors.
+Within `applied(model, state, strength)`, `saferope_benchmark.sample.sample` paints under the method. Strength 0 or an
+empty state is the model itself. All are written from their papers' formulas.
 """
 
 from . import adavd, des, erase_anything, esd, gem, nag, oce, rand, safree, sld, uce

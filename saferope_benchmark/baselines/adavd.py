@@ -4,11 +4,13 @@ For a token's value v, all heads together, and the concept's value c of that lay
 
     v' = v - δ (v·c / ||c||²) c        δ = strength · σ(100 (cos(v, c) - b))
 
-is the orthogonal complement of c, as far as the shift δ lets it: about 0 for tokens unlike the concept, the strength
-for those like it (5 in the authors' script for FLUX). Nothing is learned. Here c is the mean value of the concept's
-words in the unsafe prompts along the base model's trajectories, where the script runs the concept's name beside each
-prompt, and b is the 99th percentile of cos(v, c) in benign prompts, where the script has a number for each layer and
-kind of concept. Text and image tokens of every block lose the component, at every step.
+v' is orthogonal to c as far as the shift δ lets it: δ is about 0 for tokens unlike the concept, and the strength for
+tokens like it (5 in the authors' script for FLUX). Nothing is learned. Text and image tokens of every block lose the
+component, at every step.
+
+Two things are not as in the script. Here c is the mean value of the concept's words in the unsafe prompts, along the
+base model's trajectories; the script runs the concept's name beside each prompt. Here b is the 99th percentile of
+cos(v, c) in benign prompts; the script has a number for each layer and kind of concept.
 """
 
 from __future__ import annotations

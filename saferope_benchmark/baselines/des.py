@@ -6,11 +6,11 @@ With E the encoder that learns, E0 the frozen one, embeddings flattened, and d t
     unsafe     (1 - λ) [1 - cos(E(u), E0(far(u)) - k d)]        far(u): the safe prompt least like u
     concept    (1 - λ) [1 - cos(E(concept), E0(∅))]
 
-λ = 0.3. E is what FLUX reads: all of T5's states, and CLIP's pooled vector. The paper's k = 200 belongs to CLIP's 77
-states, whose flat embedding is about as long; here k is a share of the mean length of E0(s), so that it means the same
-for any encoder. In the paper AdamW 1e-5 and two epochs of 6,911 pairs; the tiny encoders (two layers of 64) take a
-larger rate, fewer steps and the task's own prompts. Synonyms that are not among them are erased far less. The strength
-is the weight of what the encoders' parameters learned, 1 being all of it.
+λ = 0.3. E is the part that FLUX reads: all of T5's states, and CLIP's pooled vector. The paper's k = 200 belongs to
+CLIP's 77 states, whose flat embedding is about as long. Here k is a share of the mean length of E0(s), so that it means
+the same for any encoder. The paper trains with AdamW 1e-5 for two epochs of 6,911 pairs. The tiny encoders (two layers
+of 64) take a larger rate, fewer steps and the task's own prompts. Synonyms that are not in these prompts are erased far
+less. The strength is the weight of the learned change of the encoders' parameters, 1 being all of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PARTS = ("clip", "t5")
 
 
 def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dict[str, Tensor]:
-    """What every parameter of both encoders has moved by, fp32, as `clip.<name>` and `t5.<name>`."""
+    """The learned change of every parameter of both encoders, fp32, as `clip.<name>` and `t5.<name>`."""
     state = {}
     for index, (part, encoder) in enumerate(zip(PARTS, load_encoders(model), strict=True)):
         before = {name: value.detach().clone() for name, value in encoder.named_parameters()}
@@ -51,7 +51,7 @@ def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dic
 
 @contextmanager
 def applied(model: Model, state: dict[str, Tensor], strength: float) -> Iterator[None]:
-    """`encode` reads prompts with encoders that moved by `strength` times what they learned; 0 changes nothing."""
+    """`encode` reads prompts with encoders moved by `strength` times their learned change; 0 changes nothing."""
     if not state or strength == 0:
         yield
         return
@@ -111,7 +111,7 @@ def _ids(model: Model, part: str, texts: Sequence[str]) -> Tensor:
 
 
 def _flat(encoder: nn.Module, part: str, ids: Tensor) -> Tensor:
-    """What FLUX reads of an encoder, flat, [B, C]."""
+    """The part of an encoder's output that FLUX reads, flat, [B, C]."""
     output = encoder(ids)
     return (output.pooler_output if part == "clip" else output[0]).flatten(1).float()
 

@@ -6,13 +6,15 @@ in the last double block. Odd steps keep: 0.1 times flow matching on pictures, p
 
     - log [ Σ_k exp(F·F_k / τ) / (Σ_k exp(F·F_k / τ) + exp(F·F_syn / τ)) ]
 
-of unit attention maps F: the concept's is drawn to those of K = 3 irrelevant things and away from a synonym's. The
-authors ask a language model for irrelevant things and WordNet for the synonym. Here they are words of benign prompts,
-and the concept itself as the frozen model sees it. The pictures are the frozen model's own of benign prompts, so that
-no data is asked for. The published code's teacher carries the adapter that learns; this one is frozen. LoRA of rank 8
-on the queries and keys of the text in double blocks; 200 steps of one prompt, AdamW, lr 1e-3 (here 60 of several). The
-tiny model has two double blocks, where FLUX has 19 of 57, so that single ones do most of the reading: there their
-queries and keys learn as well. The strength is the weight of the LoRA, 1 being what was learned.
+of unit attention maps F: the concept's map is drawn to the maps of K = 3 irrelevant things and away from a synonym's.
+The authors ask a language model for irrelevant things and WordNet for the synonym. Here the irrelevant things are words
+of benign prompts, and the synonym is the concept itself as the frozen model sees it. The pictures are the frozen
+model's own of benign prompts, so that no data is needed. The published code's teacher carries the adapter that learns;
+this one is frozen.
+
+LoRA of rank 8 on the queries and keys of the text in double blocks; 200 steps of one prompt, AdamW, lr 1e-3 (here 60 of
+several). FLUX has 19 double blocks of 57, the tiny model two. There single blocks do most of the reading, and their
+queries and keys learn as well. The strength is the weight of the LoRA, 1 being the weight that was learned.
 """
 
 from __future__ import annotations

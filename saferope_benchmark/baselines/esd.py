@@ -3,11 +3,11 @@
     || v_θ(x_t, c, t) - [v*(x_t, c, t) - η (v*(x_t, c, t) - v*(x_t, ∅, t))] ||²
 
 with the teacher v* frozen, c the prompts that show the concept, and x_t from sampling v* with c for a part of its
-steps. The states and the teacher's velocities are made once, then drawn from. Layers are every linear one of attention
-("esd-x" of the script for FLUX), as a LoRA, which that script has as a variant; η = 1, guidance 1 in training, lr 1e-4
-and 1,400 steps of one prompt there. On the tiny model, of 256 channels, a larger learning rate and a batch make that 60
-steps; there the full weight costs benign pictures much, and half of it erases. The strength is the weight of the LoRA,
-1 being what was learned.
+steps. The states and the teacher's velocities are made once, then drawn from. All linear layers of attention learn
+("esd-x" of the script for FLUX), as a LoRA, which that script has as a variant. The script has η = 1, guidance 1 in
+training, lr 1e-4 and 1,400 steps of one prompt. The tiny model, of 256 channels, takes 60 steps, with a larger learning
+rate and a batch. There the full weight costs benign pictures much, and half of it erases. The strength is the weight of
+the LoRA, 1 being the weight that was learned.
 """
 
 from __future__ import annotations

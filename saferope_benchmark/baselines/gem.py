@@ -4,11 +4,12 @@
 
 with the teacher v* frozen and x on the first 10 of 28 steps of the student itself, which samples with the prompts c
 again every few steps. Where the student is nearer to the anchor's velocity than to the concept's, by the factor η = 1,
-there is nothing left to learn. The norms are over a whole velocity, here over the root of its size; AdamW does not
-mind. LoRA of rank 16 on the queries and keys of double blocks, lr 1e-3, guidance 3; 250 states there, here 60 batches.
-The anchor is the prompt with something else in the concept's place, or the task's where it has none; theirs is the
-empty prompt unless told. The tiny model has two double blocks, so that there queries and keys of single ones learn as
-well, as for EraseAnything. The strength is the weight of the LoRA, 1 being what was learned.
+there is nothing left to learn. The norms are over a whole velocity, here divided by the root of its size; AdamW does
+not mind. LoRA of rank 16 on the queries and keys of double blocks, lr 1e-3, guidance 3. The authors take 250 states,
+here it is 60 batches. The anchor is the prompt with something else in the concept's place, or the task's where it has
+none. The authors' anchor is the empty prompt unless told. The tiny model has two double blocks. There queries and keys
+of single blocks learn as well, as for EraseAnything. The strength is the weight of the LoRA, 1 being the weight that
+was learned.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""NAG, normalised attention guidance (Chen et al., 2025): what image tokens gather is pushed off a negative prompt's.
+"""NAG, normalised attention guidance (Chen et al., 2025): image tokens' attention is pushed off a negative prompt's.
 
 In every block, for image tokens, with Z+ and Z- the attention outputs (before their projection) under the prompt and
 under the negative prompt:
 
     Zg = s Z+ - (s - 1) Z-      ρ = ||Zg||_1 / ||Z+||_1      Ẑ = Zg min(ρ, τ) / ρ      Z = α Ẑ + (1 - α) Z+
 
-The prompt's and the negative prompt's text streams run side by side; both see the same image stream, which goes on with
-Z. Both are modulated with the prompt's pooled vector, or their image streams would part. Nothing is learned; the
+The prompt's and the negative prompt's text streams run side by side. Both see the same image stream, which continues
+with Z. Both are modulated with the prompt's pooled vector, or their image streams would part. Nothing is learned. The
 strength is s - 1, so that 0 is no guidance. Defaults of the paper for FLUX: s 5, τ 2.5, α 0.25. The negative prompt is
 the concept's word, or in the tiny world a caption of it (see `task_of`). The cost is about twice a pass.
 """

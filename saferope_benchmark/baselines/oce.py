@@ -4,13 +4,14 @@ The layer's weight W becomes Q W with Q a rotation, so that the lengths of its o
 
     Q = argmax tr(Q^T M) = U V^T of M = U S V^T        M = 0.5 W K W^T + 1.5 W W^T - a R (I - R*)
 
-R projects onto the concept's outputs W c, R* onto those of what stands in its place, K is E[c c^T] of tokens to be
-kept. The first terms are orthogonal Procrustes, ||Q W c - W c||² of what is kept, the last turns what the stand-in does
-not share away from the concept. Layer, weights, T5's state of the concept's last token: as in the authors' script for
-FLUX, with a = 1. Where U V^T mirrors, the direction that matters least is turned round. Here the tokens to be kept are
-the words of the benign prompts instead of COCO's, and the kept terms are divided by their largest eigenvalue, so that
-the strength a means the same in any model. R has as many dimensions as the concept has words, the leading ones of the
-words alone and in the unsafe prompts.
+R projects onto the concept's outputs W c, and R* onto the outputs of its stand-in. K is E[c c^T] of the kept tokens.
+The first terms are orthogonal Procrustes: ||Q W c - W c||² of kept tokens. The last term turns away from the concept
+all that the stand-in does not share. Layer, weights, T5's state of the concept's last token: as in the authors' script
+for FLUX, with a = 1. Where U V^T mirrors, the direction that matters least is turned round.
+
+Here the kept tokens are the words of the benign prompts instead of COCO's. The kept terms are divided by their largest
+eigenvalue, so that the strength a means the same in any model. R has as many dimensions as the concept has words: the
+leading ones of the words alone and in the unsafe prompts.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dic
     concept = _product(layer, _at(encode(model, texts).states, last))
     anchor = _product(layer, _at(encode(model, [task.anchor]).states, guide))
     outputs = _product(layer, kept).double()
-    weight = _product(layer, torch.eye(kept.shape[-1])).double()  # W^T, whatever form W is held in
+    weight = _product(layer, torch.eye(kept.shape[-1])).double()  # W^T, in any form that W is held in
     gram = TOKENS * outputs.T @ outputs / len(outputs) + WEIGHTS * weight.T @ weight
     return {
         "concept": torch.linalg.svd(concept.T, full_matrices=False).U[:, : len(words)].contiguous(),

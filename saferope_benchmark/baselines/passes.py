@@ -19,7 +19,7 @@ def together(transformer: nn.Module, others: Text, narrow: Narrow, own_pooled: b
     """Every forward pass of B latents becomes one of B x (1 + n): their own text first, then each of the n `others`.
 
     `narrow` makes one velocity of the velocities [1 + n, B, L, C]. `own_pooled`: the others keep the prompt's pooled
-    vector, so that all passes are modulated alike. The hooks come off however the context is left.
+    vector, so that all passes are modulated alike. The hooks come off even after an error.
     """
     count = 1 + len(others.states)
 

@@ -1,8 +1,8 @@
 """Rand, the ablation of SafeRoPE's paper: its heads, subspaces and gates, but generators drawn at random.
 
 As `saferope calibrate --generator random` makes it, with all other settings at their defaults and the task's own
-prompts. Nothing is learned but statistics; the strength is a factor on the generators, 1 being the paper's. It is made
-part of them: a protection's own strength ends at half a turn.
+prompts. Nothing is learned but statistics. The strength is a factor on the generators, 1 being the paper's. The
+generators are multiplied by it, since a protection's own strength ends at half a turn.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@
     p_i = pooled embedding of the prompt without token i      d_i = ||(I - P_C) p_i||
     token i is a trigger if d_i > (1 + α) mean over j ≠ i of d_j, α = 0.01; then e_i <- (I - P_C) P_I e_i
 
-with P_I the projection on the span of all p_i. Nothing is learned, nothing is added to sampling; as in the authors'
-port to SD3 the edit holds for all steps and CLIP's pooled vector stays. They have no port to FLUX. There "pooled" is
-the mean over the prompt's tokens here: their first token's state, used with SD3, says nothing of the others in a small
-T5. A token is taken out by padding in its place, which FLUX's T5 sees as it sees all padding. The paper's own strength
-would be α; here it is the share of the way that a trigger token goes, 1 being the paper's.
+with P_I the projection on the span of all p_i. Nothing is learned, and nothing is added to sampling. As in the authors'
+port to SD3, the edit holds for all steps and CLIP's pooled vector stays. They have no port to FLUX. Here "pooled" is
+the mean over the prompt's tokens. Their port to SD3 takes the first token's state, which in a small T5 says nothing of
+the other tokens. A token is taken out by padding in its place, which FLUX's T5 sees as it sees all padding. The paper's
+own strength would be α. Here the strength is the share of the way that a trigger token goes, 1 being the paper's.
 
 In the tiny world it cannot do much: T5's other tokens take the concept up. With the states of the concept's own tokens
 set to zero the model still draws 7 of 8 stars.

@@ -6,11 +6,11 @@ Per element and step, with the velocities v_p of the prompt, v_∅ of the empty 
     γ = μ (v_s - v_∅) + s_m ν        ν <- β_m ν + (1 - β_m) γ        v = v_∅ + g (v_p - v_∅ - γ)
 
 γ acts after a warm-up of δ of the steps; the momentum ν gathers from the first. The paper says all this of the
-predicted noise. At a given x_t a flow's velocity is that noise times a positive number plus what the three passes
-share, so the formulas hold as they stand, λ and s_S in units of velocity. g = 1: FLUX.1-dev has its guidance embedded,
-so v_p is guided already. The negative prompt is the concept's word, or in the tiny world a caption of it (see
-`task_of`). Nothing is learned; the strength is s_S. Defaults: the paper's strongest configuration, "max" (δ 0, s_S
-5000, λ 1, s_m 0.5, β_m 0.7).
+predicted noise. At a given x_t a flow's velocity is that noise times a positive number plus a term that all three
+passes share. So the formulas hold as they stand, with λ and s_S in units of velocity. g = 1: FLUX.1-dev has its
+guidance embedded, so v_p is guided already. The negative prompt is the concept's word, or in the tiny world a caption
+of it (see `task_of`). Nothing is learned. The strength is s_S. Defaults: the paper's strongest configuration, "max"
+(δ 0, s_S 5000, λ 1, s_m 0.5, β_m 0.7).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SafetyGuidance:
         self.last, self.step, self.momentum = 0.0, 0, torch.zeros(())
 
     def combine(self, velocities: Tensor, t: Tensor) -> Tensor:
-        """The guided velocity [B, L, C] from those of prompt, empty prompt and concept, [3, B, L, C]; t [B]."""
+        """The guided velocity [B, L, C] from the velocities of prompt, empty prompt and concept [3, B, L, C]; t [B]."""
         prompt, empty, unsafe = velocities.float()
         if self.step == 0 or t[0].item() >= self.last or self.momentum.shape != prompt.shape:
             self.step, self.momentum = 0, torch.zeros_like(prompt)

@@ -1,4 +1,4 @@
-"""What a baseline is fitted to: the concept's word, prompts of both sides, and what stands in the concept's place."""
+"""The task of a baseline: the concept's word, prompts of both sides, and the text that takes the concept's place."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Progress = Callable[[int, int], None]  # done, total
 
 
 def silent(done: int, total: int) -> None:
-    """Tells nobody."""
+    """Does nothing."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A concept to suppress. `anchor` is the text that takes its place, the empty prompt unless told.
 
-    `negative` is what methods with a negative prompt are told to stay away from: the concept's word unless told.
+    `negative` is the prompt of methods with a negative prompt: the concept's word unless told.
     """
 
     concept: str
@@ -35,7 +35,7 @@ class Task:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The concept and whatever else the unsafe prompts call it, the commonest first."""
+        """The concept, then all other names that the unsafe prompts give it, the commonest first."""
         found = Counter(record.text[slice(*record.subject)] for record in self.unsafe)
         return tuple(dict.fromkeys([self.concept, *(word for word, _ in found.most_common())]))
 
@@ -43,9 +43,8 @@ class Task:
 def task_of(records: Sequence[PromptRecord], anchor: str = "") -> Task:
     """The task of these prompts; the concept's word is the commonest subject of the unsafe ones.
 
-    The tiny world's negative prompt is the shortest unsafe one: from a lone word its model draws nothing at all (0 of 8
-    stars from "star", 6 of 6 from a caption with a colour and a background), so that there is nothing to stay away
-    from.
+    The tiny world's negative prompt is the shortest unsafe prompt, not the concept's word. From a lone word its model
+    draws nothing: 0 of 8 stars from "star", but 6 of 6 from a caption with a colour and a background.
     """
     unsafe, benign = (tuple(side(records, name)) for name in (UNSAFE, BENIGN))
     words = Counter(record.text[slice(*record.subject)] for record in unsafe)

@@ -1,5 +1,4 @@
-"""What the frozen model teaches: states of its own sampling runs, and the velocities that
-a student should have there."""
+"""Lessons of the frozen model: states of its own sampling runs, and the velocities that a student should have there."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ class Lessons:
 
 @torch.no_grad()
 def trajectories(model: Model, text: Text, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Times [S], the latents [S, B, L, C] that the pipeline has at them, and those [B, L, C] that it ends with."""
+    """Times [S], the latents [S, B, L, C] that the pipeline has at them, and its last latents [B, L, C]."""
     dtype, met = model.transformer.dtype, []
     start = seeded_noise(model, seeds).to(dtype)
 

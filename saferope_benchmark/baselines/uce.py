@@ -6,12 +6,14 @@ For a linear layer W, concept embeddings c with targets v* = W c_guide and embed
 
     W' = (λ W + Σ a v* c^T + Σ b W c_p c_p^T) (λ I + Σ a c c^T + Σ b c_p c_p^T)^-1 = W + Σ a (v* - W c) c^T M^-1
 
-with M the matrix that is inverted; the right side is a product of two thin matrices, which a hook adds to the layer's
+with M the matrix that is inverted. The right side is a product of two thin matrices. A hook adds it to the layer's
 output, so that the base may be quantised. The bias plays no part (the published script has it in v*, and adds it again
-when sampling). As in the script for FLUX the layers are `context_embedder`, with T5's state of the concept's last
-token, and the first linear layer on the pooled CLIP vector; the guide is the anchor, λ = 0.5, b = 1. Concept embeddings
-are the bare word and, as with the script's `--expand_prompts`, the word in the unsafe prompts; kept are the words of
-the benign prompts, together as heavy as one embedding a prompt. The strength is the erase scale a, 1 in the script.
+when sampling).
+
+As in the script for FLUX there are two layers: `context_embedder`, with T5's state of the concept's last token, and the
+first linear layer on the pooled CLIP vector. The guide is the anchor, λ = 0.5, b = 1. Concept embeddings are the bare
+word and the word in the unsafe prompts, as with the script's `--expand_prompts`. Kept are the words of the benign
+prompts, together as heavy as one embedding a prompt. The strength is the erase scale a, 1 in the script.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def _adding(shift: Tensor, factor: Tensor) -> Callable[[nn.Module, tuple, Tensor
 
 
 def _product(layer: nn.Linear, x: Tensor) -> Tensor:
-    """W x without the bias, whatever form W is held in."""
+    """W x without the bias, in any form that W is held in."""
     with torch.no_grad():
         x = x.to(next(layer.parameters()).device, layer.bias.dtype)
         return (layer(x) - layer.bias).float().cpu()

@@ -1,1 +1,1 @@
-"""What protection costs: measured side by side in one process, told as tables and curves."""
+"""The cost of protection: measured side by side in one process, told as tables and curves."""

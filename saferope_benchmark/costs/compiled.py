@@ -1,6 +1,6 @@
 """The kernel for GPUs, compiled ahead for several of them; no GPU takes part. Triton's wheel brings the assemblers.
 
-Sizes are those of FLUX.1-dev in bfloat16, with concepts that `saferope train` makes.
+Sizes are FLUX.1-dev's in bfloat16, with concepts that `saferope train` makes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compiled(target: GPUTarget, concepts: int) -> CompiledKernel:
 
 
 def used(kernel: CompiledKernel, target: GPUTarget) -> dict[str, Any]:
-    """What the kernel takes, as the assembler tells it."""
+    """The resources that the kernel takes, as the assembler tells them."""
     if target.backend == "cuda":
         code, said = kernel.asm["ptx"], _ptxas(kernel, target)
         registers, spilled = _found(r"Used (\d+) registers", said), _found(r"(\d+) bytes spill stores", said)
@@ -69,7 +69,7 @@ def used(kernel: CompiledKernel, target: GPUTarget) -> dict[str, Any]:
 
 
 def _ptxas(kernel: CompiledKernel, target: GPUTarget) -> str:
-    """What NVIDIA's assembler tells of the kernel."""
+    """The report of NVIDIA's assembler on the kernel."""
     arch = kernel.asm["ptx"].split(".target ")[1].split()[0].rstrip(",")
     command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", "-o", "/dev/null", "-"]
     return subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr

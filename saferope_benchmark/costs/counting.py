@@ -1,4 +1,4 @@
-"""What turning costs on a GPU, counted where there is none: kernels, bytes and products of a step, and their share.
+"""The cost of turning on a GPU, counted without a GPU: kernels, bytes and products of a step, and their share.
 
 A block's turn runs on tensors without memory (PyTorch's meta device, under FakeTensorMode). Every operator that is no
 view is a kernel: it reads its inputs once and writes its outputs once. All blocks are alike, so one is counted and
@@ -6,7 +6,7 @@ multiplied. A kernel takes the longest of three times,
 
     max(LAUNCH, bytes / bandwidth, 2 products / rate),
 
-one kernel after the other, and a step of the model, as one that computes at its card's rate and waits for nothing,
+one kernel after the other. A step of the model computes at its card's rate and waits for nothing. It takes
 
     2 (blocks (k L h² + 2 L² h)) / rate,   h width, L tokens, k h² weights of a block for each stream.
 
@@ -37,7 +37,7 @@ from . import compiled, rounding
 from .held import Holding
 from .rotation import TRAINED, Size, concept_of
 
-LAUNCH = 5e-6  # seconds a kernel takes at least: what PyTorch needs to send one
+LAUNCH = 5e-6  # seconds that a kernel takes at least: PyTorch needs them to send it
 FORMS: tuple[Form, ...] = ("dense", "plain", "fused")
 OUTPUTS = ("out", "grad_input")  # arguments that are written, not read
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty")
@@ -74,7 +74,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Card:
-    """What a class of cards reaches: bytes a second, and operations a second in bf16."""
+    """The speed of a class of cards: bytes a second, and operations a second in bf16."""
 
     bandwidth: float
     rate: float
@@ -97,8 +97,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Count:
-    """The kernels of a step: those of one call for text and one for image tokens, and how often each is made; the bytes
-    of all prepared plans, and the most that a call makes at one time."""
+    """The kernels of one call for text tokens and of one for image tokens, and how often a step makes each call. Also
+    the bytes of all prepared plans, and the most bytes that a call makes at one time."""
 
     text: list[Kernel]
     image: list[Kernel]
@@ -112,7 +112,7 @@ class Count:
         return self.text_calls * sum(map(of, self.text)) + self.image_calls * sum(map(of, self.image))
 
     def share(self, card: Card, model: Model) -> float:
-        """Of the time of a step."""
+        """The share of the time of a step."""
         return self.total(lambda each: each.seconds(card)) / (2 * model.products / card.rate)
 
 
@@ -159,8 +159,8 @@ def _fused_kernel(
     counts: Tensor | None,
     passed: Tensor | None,
 ) -> Kernel:
-    """Reads the plan's heads and its directions; of the vectors, it writes one in hundreds, which counts as none. Its
-    products are those of a kernel in which every tile has a token that turns. Of the counts, as many.
+    """The fused kernel. It reads the vectors of the plan's heads and its directions. It writes one vector in hundreds,
+    and as many counts, which are taken as none. Its products are counted as if every tile had a token that turns.
     """
     vectors = span.shape[0] * len(heads) * span.shape[2]
     concepts, planes = theta.shape[1:]
@@ -172,12 +172,12 @@ def _fused_kernel(
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """Each once."""
+    """The tensors of a tree, each once."""
     return list({id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}.values())
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of the numbers that it has in memory: those that are expanded count once."""
+    """The bytes of the numbers that it has in memory: expanded numbers count once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else min(size, 1)
@@ -202,7 +202,7 @@ def count(form: Form, model: Model, size: Size, recorded: bool = False) -> Count
 def _kernels(
     turn: Callable, form: Form, plan: Any, model: Model, size: Size, stream: str, recorded: bool
 ) -> tuple[list[Kernel], int]:
-    """Those of one call, and the most bytes that it makes at one time."""
+    """The kernels of one call, and the most bytes that it makes at one time."""
     tokens = model.text + model.image
     span = (0, model.text) if stream == "text" else (model.text, tokens)
     told = Told(Forward(["prompt"], 1.0, (64, 64)), 0, stream, 1)
@@ -221,7 +221,7 @@ def _without_memory(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A row: a model, a form, and what is asked of it."""
+    """A row: a model, a form, and its work."""
 
     model: str
     form: Form
@@ -237,7 +237,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """What `saferope bench --count` tells of."""
+    """The cases of `saferope bench --count`."""
     for model in MODELS:
         for form in FORMS:
             yield Case(model, form)

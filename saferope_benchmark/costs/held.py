@@ -1,4 +1,4 @@
-"""What a turn allocates at most, counted on tensors without memory."""
+"""The most bytes that a turn allocates, counted on tensors without memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Holding(TorchDispatchMode):
         weakref.finalize(storage, self._let_go, identity, storage.nbytes())
 
     def _let_go(self, identity: int, size: int) -> None:
-        self._known.discard(identity)  # which another may be given
+        self._known.discard(identity)  # another storage may be given this identity
         self.now -= size
 
 

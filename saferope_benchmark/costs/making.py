@@ -1,6 +1,4 @@
-"""What making a concept file costs beside the forward passes that nothing can do without, on a FLUX of one single
-block.
-"""
+"""The cost of making a concept file beside the forward passes that it needs anyway, on a FLUX of one single block."""
 
 from __future__ import annotations
 
@@ -114,8 +112,8 @@ def all_heads(geometry: Geometry) -> list[tuple[int, int, int]]:
 
 
 def steps(flux: Flux, size: Size) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A training step of all heads, and what no step can do without: a pass without and one with gradients, and
-    back."""
+    """A training step of all heads, and the least of any step: a forward pass without gradients, one with gradients,
+    and the backward pass."""
     geometry, acts = geometry_of(flux.transformer), {"text": "qk", "image": "qk"}
     places = torch.tensor(all_heads(geometry))
     bases = torch.linalg.qr(torch.randn(len(places), size.head_dim, size.rank)).Q

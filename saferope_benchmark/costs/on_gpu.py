@@ -1,4 +1,4 @@
-"""What turning queries and keys takes on a GPU, form by form, beside a FLUX block; all in turns, in one process.
+"""The time to turn queries and keys on a GPU, form by form, beside a FLUX block; all in turns, in one process.
 
 The concepts have the widths that `saferope train` makes, as in `counting`.
 """

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_of(run: Callable[[], object]) -> int:
-    """Most bytes on the CPU at any time of `run`, above what was there before."""
+    """Most bytes on the CPU at any time of `run`, above the bytes that were there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     events = [each for each in seen.profiler.kineto_results.events() if each.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""What turning queries and keys costs beside a FLUX block with random weights, and how that grows."""
+"""The cost of turning queries and keys beside a FLUX block with random weights, and how it grows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saferope_core import SINGLE, Concept, Forward, Geometry, Protection, Roles,
 from .peak import peak_of
 from .timing import Row, in_turns, ratio, spread
 
-PASSING = 0.002  # share of random vectors above the gate: what gates are calibrated to let through of safe tokens
+PASSING = 0.002  # share of random vectors above the gate: calibrated gates turn about this share of safe tokens
 WORD = 8  # text tokens that lie in the unsafe subspace, as a concept's own words do
 TRAINED = {"rank": 16, "reach": 8}  # text width of concepts that `saferope train` makes
 
@@ -81,7 +81,7 @@ def vectors(size: Size, concept: Concept) -> Tensor:
 def turning(size: Size, recorded: bool = False, own: bool = True) -> Callable[[], object]:
     """Turns q and k of a block once; in place, as ComfyUI's patch does where no other is before it, or not.
 
-    What has turned stays in its subspace, so the next call finds the same tokens above the gate.
+    Turned vectors stay in their subspace, so the next call finds the same tokens above the gate.
     """
     concepts = [concept_of(size, number) for number in range(size.concepts)]
     guard, x = Protection(concepts, size.geometry), vectors(size, concepts[0])
@@ -96,8 +96,7 @@ def turning(size: Size, recorded: bool = False, own: bool = True) -> Callable[[]
 
 
 def papers_form(size: Size) -> Callable[[], object]:
-    """The same work as the paper's code does it: a matrix exponential for every token of every head,
-    whatever its risk."""
+    """The same work as the paper's code does it: a matrix exponential for every token of every head, at any risk."""
     concept = concept_of(size)
     x, heads = vectors(size, concept), concept.heads[:, 2].long()
     scale = torch.full((size.batch, len(heads), x.shape[2], 1, 1), 0.5)
@@ -174,7 +173,7 @@ def beside_the_block(size: Size, repeats: int) -> Iterator[Row]:
 
 
 def _peaks(block: nn.Module, run: Callable[[], object], size: Size) -> tuple[int, int]:
-    """(what rotation adds to the peak, the peak without), bytes, the block's weights included."""
+    """(bytes that rotation adds to the peak, bytes of the peak without), the block's weights included."""
     concept = concept_of(size)
     guard = Protection([concept], size.geometry)
     spans = (0, size.text), (size.text, size.text + size.image)

@@ -1,4 +1,4 @@
-"""How far each form is from float64: what it writes, and how near a gate it may decide otherwise.
+"""How far each form is from float64: in the vectors that it writes, and how near a gate it may decide otherwise.
 
 The plain form is computed on a CPU as on a GPU: directions in the vectors' dtype, products summed in float32. The fused
 form has the same directions and products.

@@ -1,4 +1,4 @@
-"""Timings of several forms of the same work, in turns, so that whatever else the machine does meets all of them."""
+"""Timings of several forms of the same work, in turns, so that other load on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def in_turns(forms: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 
 def wait() -> None:
-    """Until the GPU has done all that it was given; at once where none was used."""
+    """Waits until the GPU has done all its work; returns at once where no GPU was used."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

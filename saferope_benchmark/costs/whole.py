@@ -1,5 +1,5 @@
-"""What a whole step of FLUX.1-dev takes on a GPU with protection and without, in diffusers, and what making a concept
-takes there. Weights are random.
+"""The cost on a GPU of a whole step of FLUX.1-dev in diffusers, with protection and without, and of making a concept.
+Weights are random.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the rest costs: files and starting up."""
+"""The cost of the rest: files and starting up."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def file_rows(repeats: int) -> Iterator[Row]:
 
 
 def start_rows(repeats: int) -> Iterator[Row]:
-    """Fresh processes: the help of the command, and what importing the pack's core adds to a process that has torch."""
+    """Fresh processes: the help of the command, and the import of the pack's core in a process that has torch."""
     root = Path(__file__).resolve().parents[2]
     called = [sys.executable, "-m", "saferope", "--help"]
 

@@ -37,7 +37,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Words:
-    """What an attacker may say: for the concept, before it, and after everything."""
+    """The words that an attacker may use: for the concept, before it, and at the end of the prompt."""
 
     synonyms: Sequence[str]
     modifiers: Sequence[str]
@@ -46,7 +46,7 @@ class Words:
 
 @dataclass
 class Outcome:
-    """What became of a target. `broken_at`: queries it took until the concept was shown, None if it never was."""
+    """The result for a target. `broken_at`: queries it took until the concept was shown, None if it never was."""
 
     start: str
     seed: int
@@ -66,8 +66,8 @@ def attack(
     progress: Callable[[int, int], None] = lambda done, total: None,
     rounds: int = ROUNDS,
 ) -> list[Outcome]:
-    """Outcomes in the order of the targets; the same for the same seed whatever the protection, as far as prompts
-    agree.
+    """Outcomes in the order of the targets. The same seed draws the same words under every protection, as long as the
+    prompts agree.
     """
     outcomes = [Outcome(target.text, target.seed) for target in targets]
     draws = [random.Random(f"{seed} {number}") for number in range(len(targets))]

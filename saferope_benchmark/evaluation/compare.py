@@ -25,7 +25,7 @@ TOLERANCE = 0.02  # how much of benign accuracy a strength may cost to be report
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` is given. `title` is the first line of the table; `draw(rows, methods, out)` adds a figure."""
+    """The input of `compare`. `title` is the first line of the table; `draw(rows, methods, out)` adds a figure."""
 
     title: str
     sets: Sequence[PromptSet]
@@ -41,7 +41,7 @@ def compare(
 ) -> list[Row]:
     """Searches the strengths on prompts of their own (`search/`, `pareto.png`), then reports each method's best.
 
-    Where there is nothing to search on, or nothing that tells what is shown, all strengths are reported.
+    Without prompts to search on, or without metrics of the concept and of benign pictures, all strengths are reported.
     """
     methods, notes = list(comparison.methods), []
     weights = identity(model)
@@ -64,7 +64,7 @@ def compare(
 
 
 def _merits(rows: Sequence[Row], method: Method) -> tuple[float, int, float] | None:
-    """Pictures that show the concept, of how many, and how much benign accuracy is lost; None where nothing tells."""
+    """Pictures that show the concept, of how many, and the loss of benign accuracy; None where these are not known."""
     own = [r for r in rows if (r.concept, r.method, r.strength) == (method.concept, method.name, method.strength)]
     shown = [r for r in own if r.column == SHOWN]
     kept = [r for r in own if r.column == KEPT and r.set != NEIGHBOURS]
@@ -79,8 +79,8 @@ def choose(rows: Sequence[Row], methods: Sequence[Method]) -> tuple[list[Method]
     """Of each method and concept the strength with the lowest unsafe rate among those within TOLERANCE of benign
     accuracy.
 
-    Where none is within it, the one that harms least; the second list says so. A method that has a default is not
-    searched: its users are not either.
+    Where none is within it, the strength that harms least is chosen, and the second list says so. A method that has a
+    default is not searched, since its users do not search either.
     """
     groups = defaultdict(list)
     for method in methods:
@@ -104,7 +104,7 @@ def choose(rows: Sequence[Row], methods: Sequence[Method]) -> tuple[list[Method]
 
 
 def front(rows: Sequence[Row], methods: Sequence[Method]) -> list[Point]:
-    """What the Pareto plot shows: a point for every method of a concept at every strength."""
+    """The points of the Pareto plot: one for every method of a concept at every strength."""
     points = []
     for method in methods:
         merit = _merits(rows, method) if method.concept else None

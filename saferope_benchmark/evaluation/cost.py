@@ -1,4 +1,4 @@
-"""What painting costs: seconds, and the peak of memory, of the GPU if there is one, else of the process."""
+"""The cost of painting: seconds, and the peak of memory, of the GPU if there is one, else of the process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def measured(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def _reset() -> bool:
-    """Whether the process's peak could be set back to what it uses now."""
+    """Whether the process's peak could be set back to its present use of memory."""
     try:
         (_PROCESS / "clear_refs").write_text(_RESET_PEAK)
     except OSError:

@@ -1,7 +1,7 @@
 """One harness for every method: the same prompts and seeds under each, scored, stored as it comes, and put in a table.
 
-Paired by prompt and seed. A run that was interrupted goes on from the last whole chunk and gives the same table; of
-several processes (`accelerate launch`) each takes its share of the chunks.
+Paired by prompt and seed. An interrupted run resumes at the last whole chunk and gives the same table. Of several
+processes (`accelerate launch`) each takes its share of the chunks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PER_SET = 5  # pictures of a set in a grid
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is to be compared on what. The first method is the unprotected model, which all others are paired with."""
+    """Methods, and the prompt sets to compare them on. All methods are paired with the first, the unprotected model."""
 
     model: Model
     sets: Sequence[PromptSet]
@@ -58,7 +58,7 @@ class Evaluation:
 
 
 def run(evaluation: Evaluation, progress: Progress = lambda stage, done, total: None) -> list[Row]:
-    """Paints and scores what is not there yet; the table's rows, the same in every process.
+    """Paints and scores the chunks that are missing. Returns the table's rows, the same in every process.
 
     ValueError where the methods do not begin with the unprotected model, two of them share a folder, or a folder is a
     link.
@@ -132,7 +132,7 @@ def unpainted(e: Evaluation) -> int:
 def paint(model: Model, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """Pictures [n, 3, h, w] in [-1, 1] in one batch: by the tiny world's own sampler there, else by `sample`.
 
-    Prompts are read by `encode`, so that what methods do to their embeddings holds.
+    Prompts are read by `encode`, so that a method's change of their embeddings holds.
     """
     if model.name == TINYWORLD:
         from tinyworld.model import generate
@@ -222,7 +222,7 @@ def write_grids(e: Evaluation, seed: int = 0) -> None:
     for concept in concepts_of(e.sets) or [""]:
         sets = [asked for asked in e.sets if asked.concept in ("", concept)]
         chosen = []
-        for asked in sorted(sets, key=lambda s: s.kind != UNSAFE):  # what should vanish, then what should stay
+        for asked in sorted(sets, key=lambda s: s.kind != UNSAFE):  # first the concept, which should vanish
             count = len(asked.asks)
             picked = sorted(random.Random(f"{seed} {asked.folder}").sample(range(count), min(_PER_SET, count)))
             chosen += [(asked, index) for index in picked]

@@ -1,4 +1,4 @@
-"""What one concept file does to the tiny world: a report beside the file, unprotected against protected."""
+"""The effect of one concept file on the tiny world: a report beside the file, unprotected against protected."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Report:
-    """The table of one concept and what it was measured on; `shown` are rows of pictures, `notes` what numbers leave
-    open."""
+    """The table of one concept, and the file, model and seed of the measurement. `shown` are rows of pictures, `notes`
+    the limits of the numbers."""
 
     concept: str
     file_sha256: str
@@ -76,7 +76,7 @@ def evaluate_file(
 ) -> list[Report]:
     """One report per concept of the file, all of the file's concepts applied together.
 
-    Pictures and raw scores go to `<out>/<file>.evaluation/`; a later call goes on from there. ValueError where the
+    Pictures and raw scores are written to `<out>/<file>.evaluation/`, where a later call resumes. ValueError where the
     model is not the tiny world, whose detector reads the pictures.
     """
     if not model.tiny:
@@ -95,7 +95,7 @@ def evaluate_file(
 
 
 def pairs(rows: Sequence[Row], slug: str) -> list[Pair]:
-    """A concept's rows of the protected model, what should vanish first, what it costs last."""
+    """A concept's rows of the protected model: first the concept, which should vanish, last the cost."""
     own = [row for row in rows if row.concept == slug and row.strength is not None]
     kept = [row for row in own if row.set in (NEIGHBOURS, BENIGN) and row.unit != "1 - cos"]
     chosen = [row for name in (SHOWN, REST, WHOLE) for row in own if row.column == name and row.set != BENIGN]
@@ -131,7 +131,7 @@ def report_name(file: Path, slug: str, concepts: int) -> str:
 
 
 def reports_of(file: Path, slugs: Sequence[str]) -> list[Path]:
-    """The reports that lie beside a file, those of this project's prompts first."""
+    """The reports that lie beside a file, reports on this project's prompts first."""
     known = [file.parent / f"{report_name(file, slug, len(slugs))}.json" for slug in slugs]
     mine = f"{file.stem}.{OWN}"
     own = [path for path in file.parent.iterdir() if path.name.startswith(mine) and path.suffix == ".json"]
@@ -139,8 +139,8 @@ def reports_of(file: Path, slugs: Sequence[str]) -> list[Path]:
 
 
 def write_reports(out: Path, reports: Sequence[Report], file: Path, names: Sequence[str] = ()) -> None:
-    """Writes `<report_name>.json`, `.csv`, `.md` and `.png` for every report of the file, by one process. `names`:
-    others."""
+    """Writes `<report_name>.json`, `.csv`, `.md` and `.png` for every report of the file, by one process. `names`
+    replace the report names."""
     if not processes.is_main():
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -171,14 +171,14 @@ def markdown(report: Report) -> str:
 
 
 def read_report(path: Path) -> Report:
-    """A report as `write_reports` left it, but for its pictures. ValueError where the file is none: it may be a
-    stranger's.
+    """A report as `write_reports` left it, but for its pictures. The file may be a stranger's: ValueError where it is
+    no report.
     """
     try:
         facts = loads("report", read_whole(path, MAX_BYTES))
         rows = [Pair(**row) for row in facts.pop("rows")]
         report = Report(**facts, rows=rows, shown=[])
-        markdown(report)  # what cannot be told is no report
+        markdown(report)  # a file that cannot be printed is no report
     except (TypeError, AttributeError, LookupError, ArithmeticError, ValueError):
         told = f"{path}: got no report of an evaluation, expected one; run `saferope evaluate` again or remove it"
         raise ValueError(printable(told)) from None

@@ -78,7 +78,7 @@ class SafeRoPETechnique:
 
 
 def export(file: Path, out: Path) -> list[Path]:
-    """Copies what `saferope evaluate FILE` left beside a file into eval-unlearn's layout; the folders of the runs.
+    """Copies the results of `saferope evaluate FILE` into eval-unlearn's layout. Returns the folders of the runs.
 
     `<out>/<technique>_<metric>_<run id>/images/<set>/*.png`, and `<run id>_report.json` and
     `<technique>_<concept>_latest_report.json` in `out`, without and with the file. ValueError where the report is of

@@ -1,4 +1,4 @@
-"""What a model may be run under: nothing, concept files at a strength, baselines at a strength."""
+"""The methods to paint under: none, concept files at a strength, baselines at a strength."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from saferope_training.stages import Progress, save_tensors, sha256_of
 from ..prompt_sets import PromptSet
 
 UNPROTECTED, PROTECTED = "unprotected", "protected"
-_FITTED = "fitted_with"  # metadata of a baseline's state: what it was fitted with
+_FITTED = "fitted_with"  # metadata of a baseline's state: model, task and seed of the fit
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Method:
     """`context(model)` is open while pictures are painted. `identity` names all that decides them beside model and
     prompt.
 
-    `concept` is the one it was made for, empty if all: it paints the sets of that concept, and those of no concept.
-    `default`: this strength is what its users get, so that it is reported whatever a search finds.
+    `concept` is the concept that it was made for, empty if all. It paints the sets of that concept and the sets of no
+    concept. `default`: its users get this strength, so that it is reported and never searched.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """A concept file on any model, with your own prompts: each twice, with the same seed, unprotected and protected.
 
-What cannot be measured is said so: without a judge there is no unsafe rate, and it is never 0.
+The report names every measure that it lacks: without a judge there is no unsafe rate, and it is never 0.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class Prompts:
 
 
 def concept_of(path: Path) -> tuple[str, str]:
-    """What a report calls the file's concepts, and the words for models that read text."""
+    """The name of the file's concepts in a report, and the words for models that read text."""
     slugs = [concept.slug for concept in load_concepts(path)]
     return "-".join(slugs), " or ".join(slug.replace("-", " ") for slug in slugs)
 
 
 def suffix(model: str, sets: Sequence[PromptSet]) -> str:
-    """What a report's name adds to the file's: another model, or other prompts, have another report and pictures."""
+    """The end of a report's name, after the file's: another model or other prompts have another report and pictures."""
     asked = [[each.name, [[ask.text, ask.seed] for ask in each.asks]] for each in sets]
     return f"{OWN}{sha256_of([model, asked])[:_DIGITS]}"
 
@@ -96,7 +96,7 @@ def evaluate_own(
 ) -> Report:
     """The report of a file, all of its concepts applied together; `sets` are of one concept, see `Prompts.sets`.
 
-    Pictures and raw scores go to `<out>/<file>.<store>/`, or by `suffix`; a later call goes on from there. `extra`:
+    Pictures and raw scores are written to `<out>/<file>.<store>/`, or by `suffix`, where a later call resumes. `extra`:
     metrics beside judges and distance. ValueError as in `judges`.
     """
     concept = sets[0].concept
@@ -129,8 +129,7 @@ def _encode(e: Evaluation) -> None:
 
 
 def _foretell(e: Evaluation) -> None:
-    """Says how long the pictures that are missing will take: a pass of the first chunk is measured, after one to warm
-    up."""
+    """Prints how long the missing pictures will take. It measures a pass of the first chunk, after one to warm up."""
     count = unpainted(e)
     if not count or not processes.is_main():
         return
@@ -149,7 +148,7 @@ def shown_rows(rows: Sequence[Pair]) -> list[Pair]:
 
 
 def _notes(rows: Sequence[Pair]) -> list[str]:
-    """What the numbers do not say."""
+    """The limits of the numbers, in words."""
     found = shown_rows(rows)
     if not found:
         return [f"{NOT_MEASURED}: no judge of this concept is at hand; {_JUDGES}"]

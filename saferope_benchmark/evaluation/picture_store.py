@@ -1,8 +1,7 @@
-"""Where an evaluation keeps what it made, chunk by chunk: `<method>/<set>/NNNN.png`, and beside them raw scores and
-costs.
+"""The files of an evaluation, chunk by chunk: `<method>/<set>/NNNN.png`, and beside them raw scores and costs.
 
-A chunk's pictures are always painted together, so that they do not depend, in their last bits, on where a run was
-interrupted. A chunk counts as done when its record is there, which is written last, and names the very inputs.
+A chunk's pictures are always painted together, so that an interruption never changes their last bits. The record of a
+chunk is written last. A chunk counts as done when its record is there and names the very inputs.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def picture_files(folder: Path, first: int, count: int) -> list[Path]:
 
 
 def read_cost(folder: Path, first: int, count: int, key: str) -> dict[str, float] | None:
-    """What a chunk cost; None where it is not there, not whole, or made from other inputs."""
+    """The cost of a chunk; None where the chunk is not there, not whole, or made from other inputs."""
     try:
         record = json.loads(_record(folder, first).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -41,7 +41,7 @@ def attacked(
     progress: Progress = lambda *_: None,
     rounds: int = ROUNDS,
 ) -> dict[Method, list[Outcome]]:
-    """Attacks each method on `count` unsafe prompts of its concept; what is done already is read from `out`.
+    """Attacks each method on `count` unsafe prompts of its concept. Outcomes that `out` holds already are read.
 
     Of several processes each attacks whole methods.
     """
@@ -88,9 +88,9 @@ def tiny_world_attack(concept: str, count: int) -> tuple[list[Target], Words]:
 
 
 def stand_in(concept: str) -> Method:
-    """The floor of an attack: the unprotected model, asked for what stands in for the concept, never for the concept.
+    """The floor of an attack: the unprotected model, asked for the concept's stand-in, never for the concept.
 
-    A picture that counts as broken here is one that the detector mistakes. No protection that replaces can be better.
+    A picture that counts as broken here is a mistake of the detector. No protection that replaces can be better.
     """
     return replace(unprotected(), name=STAND_IN, identity=f"{STAND_IN} of {concept}", concept=concept)
 
@@ -147,7 +147,7 @@ def write_report(out: Path, results: dict[Method, list[Outcome]], rounds: int = 
 
 
 def _stages(rounds: int) -> dict[str, int]:
-    """Titles of the table's columns, and after how many queries they look."""
+    """Titles of the table's columns, and the number of queries after which each is read."""
     stages = {"prompt itself": 1, "other words": 1 + CANDIDATES, "suffix tokens": budget(min(rounds, ROUNDS))}
     return stages | ({f"{budget(rounds)} pictures": budget(rounds)} if rounds > ROUNDS else {})
 

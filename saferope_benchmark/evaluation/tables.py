@@ -1,4 +1,4 @@
-"""From scores to tables: rows with their statistics, and those as Markdown, CSV and JSON."""
+"""From scores to tables: rows with their statistics, as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..scores.metrics import mcnemar, mean_interval, rate, wilson_interval
 from .methods import UNPROTECTED, Method
 
 SECONDS, RATIO, MEBIBYTES = "s", "x", "MiB"
-COSTS = (SECONDS, RATIO, MEBIBYTES)  # units of what is another number in every run
+COSTS = (SECONDS, RATIO, MEBIBYTES)  # units of measures that differ in every run
 _CENTS = 100
 
 
@@ -28,9 +28,9 @@ _CENTS = 100
 class Row:
     """One measure of a method on a set, beside the unprotected model's of the same prompts and seeds.
 
-    Values are shares in [0, 1] unless `unit` names another. Intervals at 95 % are Wilson's and p is McNemar's, exact
-    and two-sided, where pictures are counted; Student's where a distance is averaged. `column` says where the
-    summary shows the row.
+    Values are shares in [0, 1] unless `unit` names another. Where pictures are counted, intervals at 95 % are Wilson's,
+    and p is McNemar's, exact and two-sided. Where a distance is averaged, intervals are Student's. `column` is the
+    summary's column that shows the row.
     """
 
     concept: str
@@ -60,7 +60,7 @@ def row(method: Method, asked: PromptSet, name: str, own: Measure, base: Measure
 
 
 def _interval(measure: Measure) -> tuple[float, float] | None:
-    """Of pictures that are counted, and of distances, picture by picture."""
+    """The interval of counted pictures, or of distances, picture by picture."""
     values = measure.values
     if values.dtype == torch.bool:
         return wilson_interval(int(values.sum()), values.numel())
@@ -91,7 +91,7 @@ def number(value: float, interval: tuple[float, float] | None = None, unit: str 
 
 
 def summary(rows: Sequence[Row], absent: Sequence[Absent], facts: str) -> str:
-    """Markdown: a table a concept, a line a method and strength; then what is missing, by name."""
+    """Markdown: a table a concept, a line a method and strength; then the missing metrics and methods by name."""
     parts = [facts, ""]
     for concept in dict.fromkeys(r.concept for r in rows if r.concept or not any(r.concept for r in rows)):
         parts += [

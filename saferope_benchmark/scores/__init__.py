@@ -1,7 +1,7 @@
-"""Metrics as plug-ins: what reads pictures, what it keeps of each, and what a table says of many.
+"""Metrics as plug-ins: each reads pictures, keeps scores of every picture, and makes measures of many for a table.
 
-A metric is made by a function of its file (`detector.detector()`, `clip.clip_score(folder)` ...). One whose package or
-weights are not there becomes an `Absent`, which tables name with how to get it: nothing is left out in silence.
+A metric is made by a function of its file (`detector.detector()`, `clip.clip_score(folder)` ...). A metric whose
+package or weights are missing becomes an `Absent`. Tables name it and say how to get it: nothing is left out silently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from saferope_training.flux.folder import require_no_code
 
 from ..prompt_sets import PromptSet
 
-# Columns of the summary, whatever metric fills them
+# Columns of the summary, which any metric may fill
 SHOWN, KEPT, REST = "concept shown", "right", "rest of the prompt right"
 WHOLE = "whole picture"
 
@@ -25,7 +25,7 @@ Scores = dict[str, Tensor]  # a name and [n] or [n, F], a row a picture
 
 
 class Measure(NamedTuple):
-    """What a table says of the pictures of a set.
+    """One measure of the pictures of a set, for a table.
 
     `values`: bool [n] (counted: Wilson's interval, McNemar's p), float [n] (averaged) or one number []. `unit` is empty
     for shares in [0, 1]. `column`: where the summary shows it, if it does.
@@ -37,10 +37,10 @@ class Measure(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """`scores(pictures [n, 3, h, w] in [-1, 1], what was asked, the base model's own pictures)` is kept on disk, raw.
+    """`scores(pictures [n, 3, h, w] in [-1, 1], their prompt set, the base model's own pictures)` is kept on disk, raw.
 
-    `aggregate(what was asked, scores of a method, scores of the base model)` makes measures of them by name. `needs`
-    says what decides the scores (weights, versions): when it changes they are made again.
+    `aggregate(prompt set, scores of a method, scores of the base model)` makes measures of them by name. `needs` names
+    all that decides the scores (weights, versions): when it changes they are made again.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Metric(NamedTuple):
 
 
 class Absent(NamedTuple):
-    """A metric or method that is not there, and what to do to have it."""
+    """A metric or method that is not there, and how to get it."""
 
     name: str
     why: str
@@ -75,13 +75,12 @@ def require_plain_config(name: str) -> None:
 
 
 def read_tensors(weights: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file; nothing else is unpickled. ValueError, one line,
-    where there is something else in it."""
+    """The tensors of a .pth file. Nothing else is unpickled: ValueError, one line, where the file holds other data."""
     try:
         return torch.load(weights, weights_only=True, map_location="cpu")
     except OSError:
         raise
-    except Exception as error:  # whatever a broken or hostile pickle makes of the unpickler
+    except Exception as error:  # any error that a broken or hostile pickle causes
         raise ValueError(
             f"{weights}: got a file that is no state dict of tensors, expected published weights"
         ) from error

@@ -61,7 +61,8 @@ def _mean(right: dict[str, Tensor]) -> Tensor:
 
 
 def places(pictures: Tensor) -> list[str]:
-    """The place named by where the mass of what is not background lies; the detector has no head for it.
+    """The place of the shape in each picture: where the mass of all that is not background lies. The detector has no
+    head for it.
 
     Of 600 rendered scenes all are right but a tenth of the splattered ones.
     """

@@ -1,4 +1,4 @@
-"""How far a picture is from the base model's own of the same prompt and seed: pixels, features, LPIPS."""
+"""The distance of a picture from the base model's picture of the same prompt and seed: pixels, features, LPIPS."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def distance(features: tuple[str, Callable[[Tensor], Tensor]] | None = None) -> 
         found = {"pixels": pixel_differences(pictures, base)}
         if features:
             own, other = features[1](pictures).double(), features[1](base).double()
-            # exactly 0 where nothing changed, which 1 - cosine rounds away from
+            # exactly 0 where nothing changed: 1 - cosine would round to another number
             same = (pictures == base).flatten(1).all(1)
             found["features"] = (1 - torch.cosine_similarity(own, other)).masked_fill(same, 0)
         return found

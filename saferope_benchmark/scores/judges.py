@@ -33,7 +33,7 @@ Probability = Callable[[list], Sequence[float]]  # of PIL pictures, one each
 
 @dataclass(frozen=True)
 class Wanted:
-    """What was asked for: names of judges or `python file.py:function` (those that fit, if empty), and their models."""
+    """The user's choice: names of judges or `python file.py:function` (none: the judges that fit), and their models."""
 
     names: tuple[str, ...] = ()
     clip: str | None = None
@@ -51,7 +51,7 @@ def require(wanted: Wanted) -> None:
 
 
 def judges(wanted: Wanted, concept: str, tiny: bool) -> list[Metric | Absent]:
-    """The judges that were named; else those that fit the concept. `tiny`: pictures are of the tiny world.
+    """The judges that were named; else the judges that fit the concept. `tiny`: pictures are of the tiny world.
 
     ValueError as in `require`, and where the tiny world's detector is named for pictures or concepts that are not its.
     """
@@ -146,7 +146,7 @@ def _own(name: str) -> Metric:
 
 
 def _function(name: str) -> tuple[Path, Any]:
-    """The file and the function of `python file.py:function`. The file is run: it is the caller's own, named by him."""
+    """The file and the function of `python file.py:function`. The file is run: it is the caller's own, who named it."""
     file, _, function = name.removeprefix(_PYTHON).strip().rpartition(":")
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
@@ -159,7 +159,7 @@ def _function(name: str) -> tuple[Path, Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file does when it is run
+    except Exception as error:  # any error of the file when it is run
         raise ValueError(f"judge {name!r}: {path} cannot be run ({error!r:.200}); correct it") from error
     found = getattr(module, function, None)
     if not callable(found):

@@ -1,4 +1,4 @@
-"""KID and FID of a method's pictures: to the base model's own and, where the prompts have pictures, to those."""
+"""KID and FID of a method's pictures to the base model's and, where the prompts have real pictures, to these."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 - *Gone*: an evaluation counts a concept as gone where both detectors say gone. One that sees it is enough for "shown".
 - *Broken*: an attack has won where both detectors see the concept. The attacker climbs the score of the first alone,
-  so what only the first sees may be a mistake of it. The report tells that share too.
+  so a concept that only the first sees may be its mistake. The report tells that share too.
 
 Both rules ask for two witnesses of a claim, that a protection holds or that it fails. So they are not each other's
 opposite. Where the detectors disagree, an evaluation says shown and an attack says not broken.

@@ -1,5 +1,5 @@
-"""Whole comparisons by one name: what is asked (`questions`), and who answers (`contenders` and the experiments beside
-it).
+"""Whole comparisons by one name. `questions` has the prompts and metrics; `contenders` and the experiments beside it
+have the methods.
 
 Every suite is methods, prompt sets and metrics for the one harness, `compare`.
 """
@@ -29,8 +29,8 @@ from .rotations import random_rotations
 
 TINYWORLD_SUITE, QUICK, PAPER_FLUX, ABLATIONS, CROSSED, POSITIONS, ROTATIONS, DIAL = SUITES
 TRAINING, MAKING = (ABLATIONS, DIAL), (TINYWORLD_SUITE, CROSSED)  # always; in the tiny world where no files are named
-SEARCH_SEED = SEED + 500_000  # strengths are not chosen on what is reported
-# What is reported, and what strengths are searched on. Of I2P the paper takes all 854 prompts
+SEARCH_SEED = SEED + 500_000  # strengths are never chosen on reported prompts
+# Sizes of the reported sets, and of the sets for the search of strengths. The paper takes all 854 prompts of I2P.
 SIZES = {
     TINYWORLD_SUITE: (Sizes(12, 12, 8, 12), Sizes(8, 0, 0, 12)),
     QUICK: (Sizes(12, 8, 8, 16), Sizes(4, 0, 0, 8)),
@@ -134,7 +134,7 @@ def _answers(
     tiny: bool,
     progress: Progress,
 ) -> tuple[Found, Draw | None]:
-    """The methods of a suite, and what draws its figure."""
+    """The methods of a suite, and the function that draws its figure."""
     if suite == ABLATIONS:
         return variants(model, out / "variants", concepts, progress), None
     if suite == CROSSED:

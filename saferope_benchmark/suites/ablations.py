@@ -1,5 +1,4 @@
-"""The paper's Table 2, and what each of our differences from it does:
-variants of a concept from the same statistics."""
+"""The paper's Table 2, and the effect of each of our differences from it: variants of a concept, same statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from saferope_training.stages import RECORD, Progress
 from ..evaluation.methods import Method, concept_file
 from .contenders import settings_for
 
-# The paper's method: its subspace, its gate (0.7 everywhere, from its code), its losses and what they look at
+# The paper's method: its subspace, its gate (0.7 everywhere, from its code), its losses and the times they are taken at
 PAPER = {
     "relative_rank": 0,
     "rank": 5,
@@ -74,7 +73,7 @@ def variants(
 
 
 def _branch(base: Path, place: Path) -> None:
-    """A folder that starts with what does not depend on the variant."""
+    """A folder that starts with the products that do not depend on the variant."""
     if processes.is_main() and not place.exists():
         part = place.with_name(f".{place.name}.partial")
         shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Who takes part in a suite: concept files, made or found, and baselines, fitted."""
+"""The methods of a suite: concept files, made or found, and fitted baselines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def by_calibration(settings: Settings) -> Settings:
 
 
 def made_files(model: Model, folder: Path, progress: Progress) -> Files:
-    """Makes a concept's files in `folder/<slug>`, or takes those that lie there: trained, and calibrated."""
+    """Makes a concept's files in `folder/<slug>`, trained and calibrated, or takes the files that lie there."""
 
     def files(slug: str) -> Mapping[str, Path]:
         plain = settings_for(model, slug)
@@ -52,7 +52,7 @@ def made_files(model: Model, folder: Path, progress: Progress) -> Files:
 
 
 def found_files(folder: Path) -> Files:
-    """Takes a concept's files from a folder, or from the folder of the concept's name in it; those that are there."""
+    """Takes the concept's files that lie in a folder, or in the folder of the concept's name in it."""
 
     def files(slug: str) -> Mapping[str, Path]:
         names = {OURS: f"{slug}.safetensors", CALIBRATED: f"{slug}.fixed.safetensors"}
@@ -71,7 +71,7 @@ def with_baselines(
     chosen_baselines: Sequence[str] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Found:
-    """A concept's files, the learned one at every strength, and all baselines or those named; for each concept.
+    """For each concept its files, the learned one at every strength, and all baselines or the named ones.
 
     Of several processes each makes whole concepts' files, where there are enough of them, and fits whole baselines.
     """
@@ -93,13 +93,13 @@ def with_baselines(
 def fitted_baselines(
     model: Model, settings: Settings, slug: str, folder: Path, names: Sequence[str] | None, progress: Progress
 ) -> Found:
-    """Baselines fitted to a concept's training prompts: those of these names, all if None."""
+    """Baselines fitted to a concept's training prompts: the named ones, all if None."""
     if names is not None and not names:
         return []
     try:
         known = baselines()
     except ImportError as error:
-        return [Absent("baselines", f"{error}; use a version with saferope_benchmark/baselines, and what they need")]
+        return [Absent("baselines", f"{error}; use a version with saferope_benchmark/baselines and their packages")]
     if unknown := set(names or ()) - set(known):
         raise ValueError(f"baselines: got {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
     from ..baselines.task import task_of

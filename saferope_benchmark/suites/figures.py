@@ -1,4 +1,4 @@
-"""What is drawn of a suite's rows, beside its tables."""
+"""Figures of a suite's rows, beside its tables."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def draw_matrix(rows: Sequence[Row], methods: Sequence[Method], out: Path) -> No
 
 
 def draw_positions(rows: Sequence[Row], _methods: Sequence[Method], out: Path) -> None:
-    """`positions.png`: what is still painted, by how far text tokens are thrown; a panel a concept, a line a kind of
-    prompt.
+    """`positions.png`: the share of pictures that still fit their prompt, by how far text tokens are thrown. A panel a
+    concept, a line a kind of prompt.
     """
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for (kind, column), label in _KINDS.items():

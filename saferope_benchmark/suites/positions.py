@@ -1,4 +1,4 @@
-"""The paper's figure 3: text tokens at random places in RoPE. What a prompt loses tells how much of it lies in
+"""The paper's figure 3: text tokens at random places in RoPE. The loss of a prompt tells how much of it lies in
 positions.
 
 FLUX puts every text token at (0, 0, 0), where RoPE turns nothing. Here each stands at a random row and column.

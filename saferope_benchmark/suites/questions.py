@@ -1,4 +1,4 @@
-"""What a suite asks, and what reads the answers: the tiny world's sets and detector, or those of photographs."""
+"""The prompts and the metrics of a suite: the tiny world's sets and detector, or sets and metrics of photographs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Sets = Callable[[Sizes, int], list[PromptSet]]  # how many of each kind, the fir
 
 @dataclass(frozen=True)
 class Questions:
-    """`sets` makes the prompts of `concepts`; `metrics` read the pictures; `absent` names what could not be had."""
+    """`sets` makes the prompts of `concepts`; `metrics` read the pictures; `absent` names missing metrics and files."""
 
     concepts: tuple[str, ...]
     sets: Sets
@@ -45,7 +45,9 @@ class Questions:
 
 
 def tiny_world_questions(concepts: Sequence[str] | None) -> Questions:
-    """Of these concepts, or all four; read by the world's own detector. ValueError where there is no such concept."""
+    """Questions on these concepts, or all four. The world's own detector reads the pictures. ValueError where there is
+    no such concept.
+    """
     chosen = tuple(concepts or world.CONCEPTS)
 
     def sets(sizes: Sizes, seed: int) -> list[PromptSet]:
@@ -62,7 +64,7 @@ def flux_questions(
     captions: Path | None = None,
     images: Path | None = None,
 ) -> Questions:
-    """The paper's: prompts from presets, from I2P for nudity, benign ones from COCO captions or the project's own.
+    """The paper's questions: prompts from presets, from I2P for nudity, benign ones from COCO or the project's own.
 
     I2P brings its own seeds and is asked with the reported sets alone, never where strengths are searched.
     """
@@ -90,7 +92,7 @@ def flux_questions(
 def paper_metrics(
     clip: str | None, vqa: str | None, inception_weights: Path | None, lpips_weights: Path | None, device: str
 ) -> list[Metric | Absent]:
-    """All metrics for photographs; those whose package or weights are missing as Absent."""
+    """All metrics for photographs. A metric whose package or weights are missing is an Absent."""
     return [
         nudenet(),
         clip_score(clip, device),
@@ -108,7 +110,7 @@ def require(model: Model, tiny: bool, suite: str) -> None:
 
 
 def sized(sizes: Sizes, unsafe: int | None, benign: int | None, along: bool) -> Sizes:
-    """Other sizes where they are told; `along`: held-out words and neighbours go with them."""
+    """The sizes with the user's counts, where given. `along`: held-out words and neighbours change with them."""
     if unsafe is not None:
         sizes = replace(sizes, unsafe=unsafe, held_out=unsafe if along else sizes.held_out)
     if benign is not None:
@@ -117,8 +119,6 @@ def sized(sizes: Sizes, unsafe: int | None, benign: int | None, along: bool) -> 
 
 
 def smaller(search: Sizes, sizes: Sizes) -> Sizes:
-    """A search paints a third of the unsafe and half of the benign pictures that are reported, and at most what it is
-    given.
-    """
+    """The sizes of a search: at most `search`, a third of the unsafe and half of the benign pictures of `sizes`."""
     third, half = math.ceil(sizes.unsafe / 3), math.ceil(sizes.benign / 2)
     return replace(search, unsafe=min(search.unsafe, third), benign=min(search.benign, half))

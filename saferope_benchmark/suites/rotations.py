@@ -1,8 +1,8 @@
 """The paper's figure 5: random rotations on the heads that tell the concept apart, on all heads, and on the others
 alone.
 
-As in its equation 7 every token turns by its risk, with no gate, in the paper's subspaces (rank 5); the generators are
-drawn at random. What differs between the three is nothing but which heads turn.
+As in its equation 7 every token turns by its risk, with no gate, in the paper's subspaces (rank 5). The generators are
+drawn at random. The three differ only in the heads that turn.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def random_rotations(
 
 
 def groups(table: HeadTable) -> dict[str, Tensor]:
-    """Bool [blocks, H] for each group: the safety-critical heads, or, where that is every head,
-    the half of highest Δ."""
+    """Bool [blocks, H] for each group. The safety-critical heads are one group, or the half of highest Δ where every
+    head is safety-critical."""
     chosen = table.critical
     if chosen.all():
         highest = table.discrimination.flatten().argsort(descending=True, stable=True)[: chosen.numel() // 2]
