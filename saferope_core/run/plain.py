@@ -21,8 +21,8 @@ def turn_plain(span: Tensor, plan: Packed) -> list[Tensor]:
     """Turns the plan's heads of span [B, H of the model, L, D] in place. Returns above [H, L, C] of every picture: a
     vector turns where it is above 0.
 
-    Products accumulate in float32. The turned sum is rounded to the span's dtype once. Vectors that do not turn come
-    back equal, but a −0.0 in them may become 0.0, which attention cannot tell apart.
+    Products accumulate in float32. Their result is rounded to the span's dtype once, with the sum. Vectors that do not
+    turn come back equal, but a −0.0 in them may become 0.0, which attention cannot tell apart.
     """
     return [_turn_picture(picture, plan) for picture in span]
 
