@@ -4,10 +4,10 @@
 
 with the teacher v* frozen, c the prompts that show the concept, and x_t from sampling v* with c for a part of its
 steps. The states and the teacher's velocities are made once, then drawn from. All linear layers of attention learn
-("esd-x" of the script for FLUX), as a LoRA, which that script has as a variant. The script has η = 1, guidance 1 in
-training, lr 1e-4 and 1,400 steps of one prompt. The tiny model, of 256 channels, takes 60 steps, with a larger learning
-rate and a batch. There the full weight costs benign pictures much, and half of it erases. The strength is the weight of
-the LoRA, 1 being the weight that was learned.
+("esd-x" of the script for FLUX), as a LoRA, which that script has as a variant. As in the script, η = 1 and guidance is
+1 in training. The script has lr 1e-4 and 1,400 steps of one prompt. The tiny model, of 256 channels, takes 60 steps,
+with a larger learning rate and a batch. There the full weight costs benign pictures much, and half of it erases. The
+strength is the weight of the LoRA, 1 being the weight that was learned.
 """
 
 from __future__ import annotations

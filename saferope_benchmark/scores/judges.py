@@ -146,7 +146,7 @@ def _own(name: str) -> Metric:
 
 
 def _function(name: str) -> tuple[Path, Any]:
-    """The file and the function of `python file.py:function`. The file is run: it is the caller's own, who named it."""
+    """The file and the function of `python file.py:function`. The file is run: the caller names it and owns it."""
     file, _, function = name.removeprefix(_PYTHON).strip().rpartition(":")
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
