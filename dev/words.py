@@ -4,7 +4,7 @@ by these rules.
     python -m dev.words           # prints file, line, rule and words; exits 1 where there are any
     python -m dev.words nodes     # of the Python files below `nodes` alone
 
-Our rules: a clause names its thing (no "what took it up", "those that", "nobody"), a sentence is short, colons and
+Our rules: a clause names its thing (no `what took it up`, `those that`, `nobody`), a sentence is short, colons and
 semicolons are few, and one thing has one word. Code, tables, headings and links are not prose.
 """
 
@@ -27,7 +27,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "web/docs/
 CODE = (
     "nodes saferope_core saferope_training saferope_benchmark saferope_credentials workflow_lint saferope tinyworld dev"
 )
-MESSAGE = 5  # words of a string that somebody reads; shorter ones are names, labels and keys
+MESSAGE = 5  # words at most of a name, a label or a key; longer strings are read by people
 LONGEST = 32  # words of a sentence; readers lose a longer one (plain-language guides say 20 to 25 on average)
 MARKS = 14  # colons and semicolons for 1,000 words; the READMEs of flux and peft have 1 to 10
 LEAST = 150  # words of a page whose marks are counted: in fewer, one list is many
@@ -74,17 +74,21 @@ def prose(text: str) -> str:
 
 
 def spoken(source: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of each docstring, comment and message of a Python file; lines of comments in a row are one text."""
+    """(line, text) of each docstring, comment and message of a Python file.
+
+    Lines with nothing but a comment are one text where they follow each other. A comment behind code is its own text.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value.split()) > MESSAGE:
             yield node.lineno, inspect.cleandoc(node.value).rstrip() + "\n"
     last, begun, said = -1, 0, ""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            if token.start[0] != last + 1:
+            behind_code = not token.line.lstrip().startswith("#")
+            if behind_code or token.start[0] != last + 1:
                 yield begun, said
                 begun, said = token.start[0], ""
-            last, said = token.start[0], f"{said}{token.string.lstrip('# ')}\n"
+            last, said = -1 if behind_code else token.start[0], f"{said}{token.string.lstrip('# ')}\n"
     yield begun, said
 
 
@@ -99,7 +103,7 @@ def findings(page: str, text: str) -> Iterator[Finding]:
 
 
 def plain(page: str, own: str) -> Iterator[Finding]:
-    """What our rules find in prose of any length."""
+    """Findings of the rules that hold for prose of any length."""
     for match in HEADLESS.finditer(own):
         yield Finding(page, _line(own, match.start()), "name the thing", match[0].strip())
     for word, other in FIELD.items():
