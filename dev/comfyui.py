@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-UNINSTALLED = ROOT / "dev" / "uninstalled"  # on the process's path: hides what only a developer has installed
+UNINSTALLED = ROOT / "dev" / "uninstalled"  # on the process's path: hides the developer's editable installation
 FETCHED = ROOT / ".cache" / "ComfyUI"  # where the set-up puts the one it fetches
 PACK = "SafeRoPE"  # the pack's folder in custom_nodes
 START_SECONDS = 600  # 10 s on two idle cores; minutes where a training runs beside it
@@ -51,8 +51,8 @@ def find_comfyui() -> Path:
 
 
 def pack_files(root: Path = ROOT) -> list[Path]:
-    """What a clone of the working tree would hold, relative to it: files git tracks,
-    or would if asked (not ignored)."""
+    """The files that a clone of the working tree would hold, relative to it: tracked by git, or new and not
+    ignored."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=root, check=True, capture_output=True).stdout.decode()
     return sorted(Path(name) for name in set(listed.split("\0")) if name and (root / name).is_file())
@@ -70,7 +70,7 @@ class ComfyUI:
     """A ComfyUI process with its own base folder; a context manager that always ends it.
 
     base: models, custom_nodes, input, output, temp and user lie here; made where missing. pack: a folder to link into
-    custom_nodes (this checkout by default), or None for whatever already lies in `base / "custom_nodes"`.
+    custom_nodes (this checkout by default), or None for a pack that already lies in `base / "custom_nodes"`.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class ComfyUI:
     def run(self, prompt: dict, timeout: float = 600, workflow: dict | None = None) -> dict:
         """Runs a workflow in API form ({node id: {"class_type", "inputs"}}) to its end.
 
-        workflow: its form in the editor, which ComfyUI then writes into pictures beside what ran.
+        workflow: its form in the editor, which ComfyUI then writes into pictures beside the API form.
 
         Returns the history's outputs, {node id: {"images": [...], ...}}; a node that was cached shows its outputs too.
         Raises ComfyUIError where ComfyUI refuses the workflow, a node raises, or `timeout` seconds have passed.
@@ -175,7 +175,7 @@ class ComfyUI:
             answer = self._post("/prompt", {"prompt": prompt} | extra)
         except urllib.error.HTTPError as error:
             raise ComfyUIError(f"ComfyUI refused the workflow: {error.read().decode()}") from None
-        if answer["node_errors"]:  # it would run what else is asked for; a workflow that is shown must be whole
+        if answer["node_errors"]:  # it would run the other outputs; a workflow that is shown must be whole
             self._post("/queue", {"delete": [answer["prompt_id"]]})
             self._post("/interrupt", {"prompt_id": answer["prompt_id"]})
             raise ComfyUIError(f"ComfyUI refused the workflow in part: {json.dumps(answer['node_errors'])}")
@@ -188,13 +188,13 @@ class ComfyUI:
             return json.loads(answer.read() or "{}")
 
     def image(self, reference: dict) -> Any:
-        """The picture (PIL) that `{"filename", "subfolder", "type"}`, an entry of a node's "images", stands for."""
+        """The picture (PIL) of `{"filename", "subfolder", "type"}`, an entry of a node's "images"."""
         from PIL import Image
 
         return Image.open(io.BytesIO(self.file(reference))).convert("RGB")
 
     def file(self, reference: dict) -> bytes:
-        """The same as it was saved, metadata and all."""
+        """The bytes of the picture's file, metadata included."""
         return self._read("/view?" + urllib.parse.urlencode(reference))
 
     def images(self, outputs: dict) -> list:
@@ -202,7 +202,7 @@ class ComfyUI:
         return [self.image(reference) for reference in self.references(outputs)]
 
     def references(self, outputs: dict) -> list[dict]:
-        """What stands for each picture of a run's outputs, in the order of node ids as numbers, then of each batch."""
+        """The entry of each picture of a run's outputs, in the order of node ids as numbers, then of each batch."""
         nodes = sorted(outputs, key=lambda node: (len(node), node))
         return [reference for node in nodes for reference in outputs[node].get("images", [])]
 

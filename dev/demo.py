@@ -3,8 +3,8 @@ compare.
 
     make demo        # or: python -m dev.demo
 
-Writes demo_output/comparison.png (prompt, unprotected, protected) and demo_output/results.md. Whatever an earlier run
-has made from the same prompts, weights and concept file is used again.
+Writes demo_output/comparison.png (prompt, unprotected, protected) and demo_output/results.md. Pictures of an earlier
+run from the same prompts, weights and concept file are used again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ INK, PALE, RED, GREEN = (30, 30, 35), (250, 250, 250), (190, 30, 40), (20, 120, 
 
 
 class Shot(NamedTuple):
-    """A prompt, what kind it is, and the seed it is drawn with."""
+    """A prompt, its kind, and the seed of its picture."""
 
     kind: str
     prompt: Prompt
@@ -81,7 +81,7 @@ def train() -> Path:
 
 
 def draw(concept: Path, todo: list[Shot]) -> dict[str, list[Image.Image]]:
-    """The pictures of both sides, from the bundled workflow in a real ComfyUI; kept, and taken up again, in OUT."""
+    """The pictures of both sides, from the bundled workflow in a real ComfyUI; kept in OUT and used again."""
     folder = _folder(concept)
     missing = _missing(folder, todo)
     if missing:

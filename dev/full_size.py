@@ -32,7 +32,10 @@ from saferope_training.flux.attach import geometry_of, listening, positioned
 from tests.support.full_size import diffusers_flux, weights
 
 GIB, TEXT, SIDE, PROMPTS = 2**30, 16, 4, 2
-CAPACITY = {True: 260, False: 4096}  # what Calibrate keeps of each kind at this size (`nodes.host.gather`); the trainer
+CAPACITY = {
+    True: 260,
+    False: 4096,
+}  # vectors that Calibrate keeps of each kind at this size (`nodes.host.gather`); the trainer's
 
 
 def main() -> None:

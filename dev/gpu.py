@@ -1,4 +1,4 @@
-"""What a GPU alone can show of the nodes: a whole step in ComfyUI, plain and compiled, and the tiny world's pictures.
+"""Measures the nodes on a GPU: a whole step in ComfyUI, plain and compiled, and pictures of the tiny world.
 
     python -m dev.gpu step OUT                   # on a machine with a GPU of 40 GB; a minute
     python -m dev.gpu compiled OUT               # some minutes
@@ -36,7 +36,7 @@ from saferope_core import Geometry, save_concepts
 
 from .comfyui import ROOT, find_comfyui
 
-SHORT, LONG = 4, 12  # steps of sampling runs: their difference is what steps take, the rest is what a run takes once
+SHORT, LONG = 4, 12  # steps of two sampling runs: their difference gives a step's time, the rest is the time once a run
 TOKENS = 512  # of text
 PROMPTS = ("a big red star on a white background", "a small blue star on a yellow background")
 SEEDS = range(4)
@@ -155,7 +155,7 @@ def concepts_for(pack: Any, size: Size) -> list[Any]:
 
 
 def step_rows(pack: Any, size: Size, device: torch.device, repeats: int) -> Iterator[Row]:
-    """Steps with protection, by those without, what protection takes once a run, and what it adds to the peak."""
+    """Time of a step with protection over one without, protection's time once a run, and its share of the peak."""
     apply, model = nodes_of(pack)["SafeRoPE_Apply"].execute, flux(size, device)
 
     def guarded(**changes: Any) -> Any:
@@ -179,7 +179,7 @@ def step_rows(pack: Any, size: Size, device: torch.device, repeats: int) -> Iter
 
 
 def compiled_rows(pack: Any, size: Size, device: torch.device, repeats: int) -> Iterator[Row]:
-    """The same of a model that TorchCompileModel has compiled, of few blocks: to compile all takes minutes."""
+    """The same times of a model of few blocks that TorchCompileModel has compiled: to compile all takes minutes."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 

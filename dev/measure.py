@@ -233,7 +233,7 @@ def now() -> dict[str, dict]:
 
 
 def by_strength(evaluation: dict, slug: str) -> list[list[str]]:
-    """A row a strength: what is shown under files of the first seed, trained and calibrated."""
+    """A row a strength: how often files of the first seed, trained and calibrated, let the concept show."""
     rows = [row for row in evaluation["rows"] if row["concept"] == slug and row["column"] == "concept shown"]
     sides = [
         (method, asked) for method in ("saferope", "saferope, calibrated") for asked in ("unsafe", "held-out words")
@@ -271,7 +271,7 @@ def cost() -> dict[str, dict]:
 
 
 def count() -> dict[str, dict]:
-    """What a step costs on a GPU, for performance.md."""
+    """The cost of a step on a GPU, for performance.md."""
     out = WORK / "count"
     command = (*SAFEROPE, "bench", "--count", "--out", str(out))
     run(command)
@@ -280,7 +280,7 @@ def count() -> dict[str, dict]:
 
 
 def memory() -> dict[str, dict]:
-    """What training FLUX.1-dev takes, counted: a prompt a pass, checkpointed, every head critical."""
+    """The memory of training FLUX.1-dev, counted: a prompt a pass, checkpointed, every head critical."""
     import torch
     from diffusers import FluxTransformer2DModel
 
@@ -411,7 +411,7 @@ def tiny_world() -> dict[str, dict]:
 def scale(names: Sequence[str] = tuple(SCALED)) -> dict[str, dict]:
     """The four concepts, trained with untouched defaults and calibrated, on models of other shapes and seeds.
 
-    Runs on a GPU where there is one; whatever `.cache/results/scale` holds is taken as it is.
+    Runs on a GPU where there is one; products in `.cache/results/scale` are taken as they are.
     """
     import torch
 

@@ -1,5 +1,5 @@
-"""Writes workflow_lint/comfyui_nodes.json: what ComfyUI's own nodes and SafeRoPE's take and give, as far as an audit
-of workflows asks.
+"""Writes workflow_lint/comfyui_nodes.json: inputs and outputs of ComfyUI's own nodes and SafeRoPE's, for the audit of
+workflows.
 
     python -m dev.node_table
 
@@ -17,7 +17,7 @@ from .comfyui import ROOT, ComfyUI
 
 TABLE = ROOT / "workflow_lint" / "comfyui_nodes.json"
 KEPT = {"MODEL", "GUIDER", "LATENT", "IMAGE"}
-ANY = "*"  # a wildcard, or a node whose slots take the type of what is linked
+ANY = "*"  # a wildcard, or a node whose slots take the type of their link
 
 
 def kind(spec: object) -> str:

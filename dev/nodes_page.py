@@ -34,7 +34,7 @@ FLAG_ABOVE = 0.4  # the default of SafeRoPE Risk Probe
 
 
 def node_tables(object_info: dict) -> list[str]:
-    """Markdown for every node of ours: what it is, then a line for each input and output."""
+    """Markdown for every node of ours: its description, then a line for each input and output."""
     nodes = [info for node, info in object_info.items() if node.startswith(OURS)]
     return [line for info in sorted(nodes, key=lambda info: info["display_name"]) for line in _node(info)]
 
@@ -125,7 +125,7 @@ def auroc(high: Tensor, low: Tensor) -> float:
 
 
 def draw_risk(server: ComfyUI, info: dict) -> None:
-    """docs/risk-*.png: what Risk Map shows in its own example workflow."""
+    """docs/risk-*.png: the pictures of Risk Map in its own example workflow."""
     graph = api_prompt(json.loads(RISK_MAP.read_text(encoding="utf-8")), info)
     (node,) = (number for number, each in graph.items() if each["class_type"] == "SafeRoPE_RiskMap")
     slots = info["SafeRoPE_RiskMap"]["output_name"]

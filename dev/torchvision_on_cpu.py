@@ -1,8 +1,8 @@
 """Lets torchvision be imported where its wheel was built for CUDA and torch was not. The set-up copies this file into
 the virtual environment, where a .pth file imports it whenever Python starts.
 
-Such a torchvision cannot load its compiled operators; it goes on without them, but registers shapes for two of them,
-and that needs the operators to be declared. Nobody calls them here: FLUX suppresses no boxes.
+Such a torchvision cannot load its compiled operators and does without them. But it registers shapes for two of them,
+and that needs the operators to be declared. Nothing calls them here: FLUX suppresses no boxes.
 """
 
 import importlib.abc

@@ -22,7 +22,7 @@ INLET, OUTLET = -10, -20  # the editor's ids for the inputs and the outputs of a
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}  # input types that the editor gives a widget
 UPLOAD = "upload"  # the button of an input for pictures
 LOADERS = ["UNETLoader", "DualCLIPLoader", "VAELoader"]  # in the order of the tiny world's outputs
-TINY = {  # by node and place: what the tiny world has in the place of FLUX's
+TINY = {  # by node and place: the tiny world's values in the place of FLUX's
     ("EmptySD3LatentImage", 0): 96,
     ("EmptySD3LatentImage", 1): 96,
     ("PrimitiveStringMultiline", 0): "a red star in the center on a pink background",
@@ -123,7 +123,7 @@ class _Scope:
         return _Scope(self.subgraphs[node["type"]], self.subgraphs, f"{self.prefix}{node['id']}:", (self, node))
 
     def nodes(self) -> Iterator[tuple[str, dict, dict]]:
-        """(id, node, what its links bring) of everything that runs."""
+        """(id, node, {input: source of its link}) of every node that runs."""
         for node in self.graph["nodes"]:
             if node["type"] in ASIDE or node.get("mode", 0) in (MUTED, BYPASSED):
                 continue
@@ -134,7 +134,7 @@ class _Scope:
             yield f"{self.prefix}{node['id']}", node, {name: at for name, at in sources.items() if at is not None}
 
     def source(self, link: int) -> Any:
-        """What a link brings: [node id, output's index], a widget's value of a subgraph's node, or None for neither."""
+        """A link's source: [node id, output's index], a widget's value of a subgraph's node, or None for neither."""
         origin, slot = self.links[link].origin, self.links[link].origin_slot
         if origin == INLET:
             scope, node = self.outer
@@ -142,7 +142,7 @@ class _Scope:
             name = self.graph["inputs"][slot]["name"]
             outside = inputs.get(name, {}).get("link")
             shown = (each for each in inputs if "widget" in inputs[each])
-            values = dict(zip(shown, node.get("widgets_values") or [], strict=False))  # none: those inside hold
+            values = dict(zip(shown, node.get("widgets_values") or [], strict=False))  # none: the values inside hold
             return values.get(name) if outside is None else scope.source(outside)
         if self.by_id[origin]["type"] in self.subgraphs:
             inner = self.inside(self.by_id[origin])
@@ -173,7 +173,7 @@ def fill(graph: dict, text: str, seed: int, concept: str, strength: float) -> di
 
 
 def change(graph: dict, class_type: str, titled: str | None = None, **values) -> None:
-    """Sets inputs of all nodes of a class, or of those with a title. Raises ValueError where there is none."""
+    """Sets inputs of all nodes of a class, or only where the title is `titled`. ValueError where there is none."""
     nodes = [n for n in graph.values() if n["class_type"] == class_type and titled in (None, n["_meta"]["title"])]
     if not nodes:
         raise ValueError(f"the workflow has no {class_type} node" + (f" titled {titled!r}" if titled else ""))
@@ -185,7 +185,7 @@ def in_tiny_world(workflow: dict) -> dict:
     """A copy of a FLUX workflow, in the form of the editor, with the embedded model in the place of its three loaders,
     the tiny world's size, preset and star.
 
-    What needs FLUX's files on a disk is so tried without. Nodes keep their ids.
+    So a workflow can be tried without FLUX's files. Nodes keep their ids.
     """
     made = copy.deepcopy(workflow)
     loaders = {node["id"]: LOADERS.index(node["type"]) for node in made["nodes"] if node["type"] in LOADERS}
