@@ -1,8 +1,8 @@
 """Reaches the queries and keys inside a diffusers transformer; the only file that knows its attention.
 
-The outputs of the QK-norms are exactly the vectors SafeRoPE speaks of: normalised, not yet turned by RoPE, `[B, L, H,
-D]`. Double blocks have a pair of norms for each stream; single blocks have one pair for the whole sequence. Forward
-hooks on them need no copy of diffusers' attention processor, so any processor that calls the norms keeps working.
+SafeRoPE's vectors are the outputs of the QK-norms: normalised, not yet turned by RoPE, `[B, L, H, D]`. Double blocks
+have a pair of norms for each stream; single blocks have one pair for the whole sequence. Forward hooks on them need no
+copy of diffusers' attention processor, so any processor that calls the norms keeps working.
 Gradient checkpointing recomputes blocks in the backward pass: keep the context open until `backward()` has returned.
 """
 
@@ -34,10 +34,11 @@ class Site(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a class of diffusers' holds its blocks: names of their lists, and of a block's attention.
+    """The names that a class of diffusers gives to its lists of blocks and to a block's attention.
 
-    `text` tells the length of the text in a forward: a module by its way, and the place of an argument [B, L, ...];
-    `ends`: text stands behind the picture in single blocks; `heads_first`: norms give [B, H, L, D].
+    - `text` finds the length of the text in a forward pass: a module's path, and the place of its argument [B, L, ...].
+    - `ends`: text follows the picture in single blocks.
+    - `heads_first`: norms give [B, H, L, D].
     """
 
     family: str
@@ -66,7 +67,7 @@ LAYOUTS = {
 }
 
 
-# What a configuration calls the number of blocks in a list
+# List of blocks -> the name of its length in a configuration
 _COUNTS = {
     "transformer_blocks": "num_layers",
     "txt_mode_blocks": "num_layers",
@@ -76,7 +77,7 @@ _COUNTS = {
 
 
 def layout_of(transformer: Any) -> Layout:
-    """The layout of a transformer's class, or of the one that it is derived from. ValueError for every other."""
+    """The layout of a transformer's class, or of the first known class that it derives from. ValueError without one."""
     for cls in type(transformer).__mro__:
         if cls.__name__ in LAYOUTS:
             return LAYOUTS[cls.__name__]
@@ -103,14 +104,14 @@ def geometry_of(transformer: Any) -> Geometry:
 
 
 def geometry_from(config: dict) -> Geometry:
-    """The same of a transformer's configuration, by its `_class_name`. ValueError for an unknown one."""
+    """The geometry of a transformer's configuration, by its `_class_name`. ValueError for an unknown class."""
     layout = _named(config)
     double, single = (config[_COUNTS[name]] if name else 0 for name in (layout.double, layout.single))
     return _geometry(layout, config, double, single)
 
 
 def with_blocks(config: dict, double: int, single: int) -> dict:
-    """The configuration with so many blocks of each kind that the class has."""
+    """The configuration with these numbers of blocks; a kind that the class does not have is left out."""
     layout = _named(config)
     counts = ((layout.double, double), (layout.single, single))
     return {**config, **{_COUNTS[name]: count for name, count in counts if name}}
@@ -135,7 +136,7 @@ def _blocks(transformer: Any, name: str) -> Sequence[Any]:
 
 
 def _doubles(transformer: Any, layout: Layout) -> list[list[tuple[Any, str, str]]]:
-    """Of every double block: (attention, name of its norms, stream). FLUX.3 has a block for each stream there."""
+    """Each double block's list of (attention, name of its norms, stream). FLUX.3 has a block for each stream there."""
     if layout.family == "flux3":
         own = [(transformer.txt_mode_blocks, "text"), *((each, "image") for each in transformer.mode_blocks.values())]
         return [[(blocks[i].attn, "norm", stream) for blocks, stream in own] for i in range(len(own[0][0]))]
@@ -148,8 +149,8 @@ def _doubles(transformer: Any, layout: Layout) -> list[list[tuple[Any, str, str]
 def positioned(text_turns: Turns | None, image_turns: Turns) -> Callable[[Tensor, Span, Span], Tensor]:
     """A function that applies RoPE to x [B, H, L, D] with the spans of a visitor, as this attention does.
 
-    Turns are cosines and sines [L, D] of a stream's tokens. None: they stand at position 0, where RoPE turns nothing,
-    as FLUX.1's text does.
+    Turns are cosines and sines [L, D] of a stream's tokens. None: the tokens stand at position 0, where RoPE turns
+    nothing, as FLUX.1's text tokens do.
     """
     from diffusers.models.embeddings import apply_rotary_emb
 
@@ -167,10 +168,10 @@ def positioned(text_turns: Turns | None, image_turns: Turns) -> Callable[[Tensor
 def attached(transformer: Any, rotate: Visitor) -> Iterator[None]:
     """Lets `rotate` replace the queries and keys of every block while the context is open.
 
-    `rotate(x [B, H, L, D], role, block_type, block_index, text, image)` has the signature of `Protection.rotate`; spans
-    count tokens of the `x` handed over, a stream that is not in it has the span (0, 0). Returning `x` itself or None
-    leaves the block untouched, bit for bit. Contexts may be nested: the inner one sees what the outer one made. The
-    hooks come off however the context is left.
+    `rotate(x [B, H, L, D], role, block_type, block_index, text, image)` has the signature of `Protection.rotate`. Spans
+    count the tokens of this `x`; a stream that is not in it has the span (0, 0). If `rotate` returns `x` itself or
+    None, the block stays untouched, bit for bit. Contexts may be nested: the inner one sees the outer one's result.
+    The hooks come off on every exit, also after an error.
     """
     with ExitStack() as hooks:
         layout = layout_of(transformer)
@@ -194,7 +195,7 @@ def listening(transformer: Any, listen: Callable[[Tensor, str, str, int, Span, S
 
 
 class _TextLength:
-    """How many text tokens the forward pass under way has; the single blocks' norms cannot tell."""
+    """The number of text tokens in the running forward pass. The norms of single blocks do not see it."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -202,10 +203,10 @@ class _TextLength:
 
     def read(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[self.layout.text[1]]
-        # Z-Image's second argument marks the tokens of prompts that are not all of one length
+        # Z-Image's second argument masks the padding of prompts that differ in length
         if self.layout.family == "z-image" and args[1] is not None and not args[1].all():
             raise RuntimeError(
-                "prompts of several lengths in one batch of Z-Image; give it those of one length together"
+                "prompts of several lengths in one batch of Z-Image; batch prompts of one length together"
             )
         self.value = text.shape[1]
 

@@ -15,8 +15,10 @@ from .scaled import is_scale, require_fp8, unscaled
 Shapes = dict[str, tuple[int, ...]]
 
 SUFFIXES = (".safetensors", ".gguf")
-ORIGINAL_WIDTH = 3072  # the only one that diffusers' converter from the original key layout knows: FLUX.1's
-MOST_BLOCKS = 152  # four times FLUX.1's 38 single ones: names cost nothing, a network made of them does
+ORIGINAL_WIDTH = 3072  # FLUX.1's; diffusers converts the original key layout at no other
+MOST_BLOCKS = (
+    152  # four times FLUX.1's 38 single ones; a small file can name many blocks, and a network of them is large
+)
 _AXES = {128: (16, 56, 56)}  # RoPE's axes by head dimension, FLUX.1's; the file does not tell them
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # ComfyUI puts one before the transformer's names, or none
 # As ComfyUI saves the norms since 0.30, whose RMSNorm is torch's, and as FLUX.1 does
@@ -48,8 +50,8 @@ _ORIGINAL = {
 def read_shapes(path: Path) -> Shapes:
     """Name -> shape of every weight of the transformer in a .safetensors or .gguf file, under its plain name.
 
-    Plain names have no prefix of ComfyUI's; what lies beside the transformer (encoders, VAE) and scales are left out.
-    ValueError where the file is neither, broken, or in a format of ComfyUI's that is not read.
+    Plain names have no prefix of ComfyUI's. Scales are left out, and so are tensors beside the transformer (encoders,
+    VAE). ValueError where the file is of another kind, broken, or in a format of ComfyUI's that is not read.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(
@@ -95,7 +97,7 @@ def require_names(config: dict, shapes: Shapes, name: str) -> None:
             "fetch it again"
         ) from error
     require_none(name, sorted(wanted - found.keys()))
-    unread = sorted(there.keys() - wanted)  # the converter takes out what it reads
+    unread = sorted(there.keys() - wanted)  # the converter removes the tensors that it reads
     if unread:
         raise ValueError(
             f"model {name!r}: got tensors {', '.join(unread[:3])!r:.200} ..., which are no weights of a FLUX.1 "
@@ -104,7 +106,7 @@ def require_names(config: dict, shapes: Shapes, name: str) -> None:
 
 
 def require_none(name: str, missing: list[str]) -> None:
-    """ValueError where weights are missing: diffusers would go on with random or no values."""
+    """ValueError where weights are missing. diffusers would leave them random or empty."""
     if missing:
         raise ValueError(
             f"model {name!r}: got no weights for {', '.join(missing[:3])} ..., expected all; fetch it again"
@@ -184,7 +186,7 @@ def _plain_names(names: Iterable[str], where: str) -> dict[str, str]:
 
 
 def _require_read_by_diffusers(names: dict[str, str], where: str) -> None:
-    """diffusers opens .gguf files itself; of other names than FLUX.1's it takes off one prefix."""
+    """ValueError for names that diffusers cannot read in a .gguf file: it takes one prefix off the original layout."""
     for plain, name in names.items():
         if name != plain and (name != _PREFIXES[0] + plain or _ORIGINAL["norm"] not in names):
             raise ValueError(

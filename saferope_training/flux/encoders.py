@@ -1,7 +1,7 @@
-"""Text encoders that come when prompts are to be embedded and go when they are; embeddings that stay on disk.
+"""Text encoders, loaded to embed prompts and dropped afterwards, and embeddings kept on disk.
 
-FLUX.1's encoders weigh as much as a quantised transformer and are needed once. Embeddings lie one file a prompt, under
-a name that hashes the text, the length it is cut to, and the encoders' weights: what fits is read, the rest embedded.
+FLUX.1's encoders weigh as much as a quantised transformer and are needed once. Each prompt's embedding is a file, named
+by a hash of the text, the length that it is cut to, and the encoders' weights. A prompt without a file is embedded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..stages import save_tensors
 from .folder import load_part, parts_of
 from .plausible import require_plausible
 
-# Bytes that T5-XXL makes at most at one time for a token of 512, in bf16, by either attention of transformers: counted
+# Peak bytes of T5-XXL's activations for one of 512 tokens, in bf16, by either attention of transformers: counted
 MADE = 200_000
 
 
@@ -32,14 +32,14 @@ def lends(device: torch.device) -> bool:
 
 
 def lend(encoder: nn.Module, device: torch.device) -> None:
-    """From now on each layer of an encoder on the CPU is on the device while it computes, and then not."""
+    """From now on each layer of an encoder on the CPU moves to the device to compute, and leaves it afterwards."""
     from accelerate import cpu_offload
 
     cpu_offload(encoder, device)
 
 
 def is_lent(encoder: nn.Module | None) -> bool:
-    """Whether its layers come and go."""
+    """Whether the encoder went through `lend`."""
     return encoder is not None and any(hasattr(part, "_hf_hook") for part in encoder.modules())
 
 

@@ -1,9 +1,12 @@
 """A pipeline as a folder: found here or fetched, and checked before use. It may be a stranger's.
 
-A folder can name code in several places. `model_index.json` names a module for each part, which diffusers imports (up
-to 0.37 even one that lies in the folder); the parts' own JSON files may name Python files, attention kernels of the
-hub, other weights or quantisers; an index of shards may name pickles. So each part has a table of classes here and is
-loaded by that class alone.
+A folder can name code in several places:
+
+- `model_index.json` names a module for each part. diffusers imports it, up to 0.37 even from the folder itself.
+- The parts' own JSON files may name Python files, attention kernels of the hub, other weights or quantisers.
+- An index of shards may name pickles.
+
+So this file has a table of classes for each part, and loads the part by its class alone.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 from .scaled import is_scale
 
 INDEX, PIPELINE, TRANSFORMER = "model_index.json", "FluxPipeline", "FluxTransformer2DModel"
-Parts = dict[str, dict[tuple[str, str], str]]  # part -> what the index may say of it -> the class that loads it
+Parts = dict[str, dict[tuple[str, str], str]]  # part -> (library, class) in the index -> the class that loads it
 TOKENIZERS = {  # transformers 5 writes TokenizersBackend, which 4 calls PreTrainedTokenizerFast
     ("transformers", "PreTrainedTokenizerFast"): "PreTrainedTokenizerFast",
     ("transformers", "TokenizersBackend"): "PreTrainedTokenizerFast",
@@ -62,13 +65,13 @@ KINDS: dict[str, Parts] = {
     ),
     "Krea2Pipeline": _parts("Krea2Transformer2DModel", "AutoencoderKLQwenImage", ("Qwen3VLModel",), ("Qwen2",)),
 }
-# What else an index tells of a pipeline; Krea 2 names the encoder's layers that are read
+# Other entries of an index; Krea 2 names the encoder's layers that are read
 DISTILLED, LAYERS = "is_distilled", "text_encoder_select_layers"
 NOT_LOADED = ("image_encoder", "feature_extractor")  # IP-Adapters need them, text-to-image does not
 _FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a part: neither code nor pickles
 _VARIANTS = ["*.fp16*", "*.bf16*"]  # copies of the same weights, which nothing here loads
 _NO_CONFIG = ("tokenizer.json", "vocab.json")  # words and merges: large, and read by tokenizers alone
-# The one quantiser that needs no other code than its package: others fetch kernels, or import what a folder asks for
+# The one quantiser that needs no other code than its package: others fetch kernels, or import code that a folder names
 _BITSANDBYTES = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
 
 
@@ -103,7 +106,7 @@ def transformer_of(kind: str) -> str:
 
 
 def parts_of(folder: Path, *beginnings: str) -> list[str]:
-    """A good folder's parts whose names begin so, in the table's order."""
+    """A good folder's parts whose names have one of these beginnings, in the table's order."""
     return [part for part in KINDS[kind_of(folder)] if part.startswith(beginnings)]
 
 
@@ -113,7 +116,7 @@ def paints_tiny_world(folder: Path) -> bool:
 
 
 def told(folder: Path, name: str) -> Any:
-    """What the index says under a name, such as DISTILLED or LAYERS; None where it says nothing."""
+    """The index's value for a name, such as DISTILLED or LAYERS; None where it has none."""
     return read_json(folder / INDEX, str(folder)).get(name)
 
 
@@ -139,7 +142,7 @@ def fetch(name: str, transformer: bool) -> Path:
 
 
 def patterns(transformer: bool, parts: Iterable[str] = KINDS[PIPELINE]) -> dict[str, list[str]]:
-    """Which files of a repository are fetched, and which of those are not, as huggingface_hub asks for it."""
+    """Patterns for huggingface_hub: files of a repository to fetch, and exceptions among them."""
     wanted = [INDEX, *(f"{part}/{ending}" for part in _wanted(parts, transformer) for ending in _FETCHED)]
     return {"allow_patterns": wanted, "ignore_patterns": _VARIANTS}
 
@@ -178,7 +181,7 @@ def _wanted(parts: Iterable[str], transformer: bool) -> list[str]:
 
 
 def _require_index(folder: Path, name: str, transformer: bool) -> list[str]:
-    """The parts that are wanted."""
+    """The names of the wanted parts. ValueError for an index with an unknown class."""
     index = read_json(folder / INDEX, name)
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -242,7 +245,7 @@ def _require_shards(index: dict, where: str) -> None:
 
 
 def _names(path: Path) -> list[str]:
-    """Of all tensors; none where the file is broken, which its loader then tells."""
+    """The names of all tensors; empty for a broken file, which its loader then refuses."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -260,7 +263,7 @@ def _names_code(where: str, key: str, value: object, wanted: str) -> ValueError:
 
 
 def _entries(config: object) -> Iterator[tuple[str, object]]:
-    """Every key and value of nested objects and lists, without recursion: depth is the stranger's choice."""
+    """Every key and value of nested objects and lists, without recursion: a stranger chooses the depth."""
     waiting = [config]
     while waiting:
         here = waiting.pop()

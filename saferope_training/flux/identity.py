@@ -1,4 +1,4 @@
-"""What tells models apart that make different things: digests of their parts, and the numbers they run with."""
+"""Tells models apart, by digests of their parts and the numbers they run with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def encoders_fingerprint(model: Model) -> str:
-    """sha256 over the text encoders and tokenizers; those that are not loaded stay on disk."""
+    """sha256 over the text encoders and tokenizers. Encoders that are not loaded stay on disk."""
     if model.cache is not None:
         return model.cache.fingerprint
     if model.source is not None:
@@ -30,15 +30,15 @@ def encoders_fingerprint(model: Model) -> str:
 
 
 def _words(tokenizer: Any) -> str:
-    """A fast tokenizer as JSON, less what it keeps of its last call."""
+    """A fast tokenizer as JSON, without the settings that its last call left."""
     known = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps(known | {"truncation": None, "padding": None}, sort_keys=True)
 
 
 def facts(model: Model) -> dict[str, object]:
-    """All of a model that decides what is made with it, for JSON: digests of its parts, and its sizes and numbers.
+    """The facts of a model that decide a concept made with it, for JSON: digests of its parts, sizes and numbers.
 
-    Its name and its sampling steps are not among them: making a concept asks for neither.
+    The model's name and sampling steps are left out: making a concept uses neither.
     """
     vae = model.pipe.vae
     return {
@@ -58,9 +58,9 @@ def axes_of(config: Any) -> list[int]:
 
 
 def identity(model: Model) -> str:
-    """sha256 of all that decides a model's pictures beside its sampler: its `facts`.
+    """sha256 of a model's `facts`. Together with the sampler they decide its pictures.
 
-    Of a pipeline that came with its encoders, as the embedded one does, it is the transformer's fingerprint alone.
+    For a pipeline that came with its encoders, such as the embedded one, it is the transformer's fingerprint alone.
     """
     known = facts(model)
     return str(known["transformer"]) if model.source is None else sha256_of(known)

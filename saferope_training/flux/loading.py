@@ -53,7 +53,7 @@ _PATCH = 16  # pixels per image token and side: eightfold VAE, 2 x 2 packing
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a kind of model is run with: tokens of text, sampling steps, guidance."""
+    """The defaults of a kind of model: tokens of text, sampling steps, guidance."""
 
     text_length: int
     steps: int
@@ -84,8 +84,8 @@ def load_model(
 
     `encoders` is a diffusers folder or hub id too. `quantise` is one of `quantise.KINDS`. `resolution` is in pixels, a
     multiple of 16; left out, it is RESOLUTION, or the tiny world's where the folder paints that. Text encoders of
-    folders are loaded when first asked for, see `encoders`. ValueError or OSError, one line, where there is no such
-    model or its pipeline is not one of folder.KINDS.
+    folders are loaded at first use, see encoders.py. ValueError or OSError, one line, where there is no such model or
+    its pipeline is not one of folder.KINDS.
     """
     if name == TINYWORLD:
         return _tiny_world(device, quantise, encoders, resolution)
@@ -121,7 +121,7 @@ def load_model(
 
 
 def is_here(name: str) -> bool:
-    """Whether the hub need not be asked for a model of this name: it is here, or nowhere."""
+    """Whether the name needs no request to the hub: its path exists here, or it is no hub id."""
     return Path(name).exists() or not _HUB_ID.fullmatch(name)
 
 
@@ -165,7 +165,7 @@ class Outline(NamedTuple):
 
 
 def outline(name: str, encoders: str | None, resolution: int | None, config: dict) -> Outline:
-    """Nothing is loaded."""
+    """The outline of a model, from its files' headers and sizes. Loads nothing."""
     if name == TINYWORLD:
         from tinyworld import model, render
 
@@ -210,7 +210,7 @@ def defaults_of(config: Any, folder: Path) -> Defaults:
 
 
 def made_of(config: Any) -> Any:
-    """A transformer of this configuration, of the class that it names or FLUX.1's; weights are random, or nowhere."""
+    """A transformer of this configuration, of its class or FLUX.1's. Weights are random, or on the meta device."""
     import diffusers
 
     name = config.get("_class_name", TRANSFORMER)
@@ -312,7 +312,7 @@ def _from_file(path: Path, quantise: str | None, device: str, dtype: torch.dtype
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """What diffusers finds wrong with weights, in one line."""
+    """Tells diffusers' errors about weights as a ValueError of one line."""
     from safetensors import SafetensorError
 
     try:

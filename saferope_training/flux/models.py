@@ -39,8 +39,8 @@ X86 = ("x86_64", "amd64")  # as Linux and macOS, and Windows, name it
 class Model:
     """A frozen pipeline in eval mode. `latent_side`: height and width of the unpacked latents.
 
-    `guidance` and `steps` are what it is sampled with. `source` gives the text encoders where the pipeline has none
-    yet, `cache` keeps their embeddings on disk. `edits` change what `encode` gives, see `edited`.
+    `guidance` and `steps` set its sampling. `source` gives the text encoders where the pipeline has none yet,
+    `cache` keeps their embeddings on disk. `edits` change the results of `encode`, see `edited`.
     """
 
     name: str
@@ -109,10 +109,10 @@ def from_pipeline(
 
 @torch.no_grad()
 def encode(model: Model, texts: Sequence[str]) -> Text:
-    """Both encoders' view of the prompts, in fp32 on the CPU: `velocity` takes what it needs to the device.
+    """The encoded prompts, in fp32 on the CPU. `velocity` moves its inputs to the device.
 
-    Read from the model's cache where a whole batch lies there, so that batches, and with them the last bits, are always
-    the same; else made by the encoders, which stay until `release_encoders`.
+    A batch comes from the model's cache if all of it lies there; else the encoders embed all of it. So batches, and
+    with them the last bits, are always the same. The encoders stay until `release_encoders`.
     """
     parts, size = [], max(1, min(_ENCODE_BATCH, ENCODE_TOKENS // model.text_length))
     for start in range(0, len(texts), size):
@@ -131,7 +131,7 @@ def encode(model: Model, texts: Sequence[str]) -> Text:
 
 @contextmanager
 def edited(model: Model, edit: Edit) -> Iterator[None]:
-    """While the context is open, `encode` gives `edit(texts, text)` of what the encoders made of the texts.
+    """While the context is open, `encode` gives `edit(texts, text)`, where `text` has the encoders' own embeddings.
 
     The cache keeps the encoders' own embeddings, never edited ones. Contexts may be nested: the inner edit comes last.
     """
@@ -146,8 +146,8 @@ def edited(model: Model, edit: Edit) -> Iterator[None]:
 def embed(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """States and pooled vectors as the encoders give them now, on the CPU: no cache, no edit.
 
-    Encoders that have to be loaded stay in the machine's memory: each of their layers comes to the device for its own
-    turn. Whole, they would weigh more than a quantised transformer beside them.
+    Encoders that have to be loaded stay in the machine's memory, and each of their layers moves to the device to
+    compute. Whole, they would weigh more there than a quantised transformer.
     """
     if model.source is not None and lends(model.device) and any(each is None for each in _encoders(model)):
         _load_encoders(model)
@@ -160,7 +160,7 @@ def embed(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def embed_with_gradients(model: Model, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The same on the model's device, with gradients for whatever in the encoders asks for them."""
+    """As `embed`, but on the model's device, with gradients for all tensors in the encoders that require them."""
     load_encoders(model)
     return asked(model).encode(model.pipe, list(texts), model.text_length, model.device)
 
@@ -199,14 +199,14 @@ def with_cache(model: Model, folder: Path) -> Model:
 
 
 def text_tokens(model: Model, texts: Sequence[str], subjects: Sequence[tuple[int, int] | None]) -> dict[str, Tensor]:
-    """Bool [B, L] over the text's tokens for each kind: SUBJECT (touching the characters of the span), other WORDS,
-    PADDING, which is the end of a chat template too.
+    """Bool [B, L] over the text's tokens for each kind: SUBJECT (tokens that touch the span's characters), other WORDS,
+    and PADDING, which includes the end of a chat template.
 
     ValueError where a subject has no token: cut off, or empty.
     """
     row_of = asked(model)
     attended, places = tokens_of(model.pipe, row_of, texts, model.text_length)
-    # without a template all tokens but padding are the prompt's, the end's too
+    # without a template all tokens but padding belong to the prompt, the end token too
     plain = row_of.written(model.pipe, "a")[0] == "a"
     used = attended if plain else torch.tensor([[first < last for first, last in row] for row in places])
     subject = torch.zeros_like(used)
@@ -240,7 +240,7 @@ def seeded_noise(model: Model, seeds: Sequence[int]) -> Tensor:
 def velocity(model: Model, latents: Tensor, t: Tensor, text: Text, autocast: bool = True) -> Tensor:
     """The transformer's velocity [B, L, C] in fp32 at times t [B] in [0, 1]; runs in bf16 autocast unless told not to.
 
-    A CPU without bf16 instructions takes fp32 weights as they are: there autocast costs eight times the time.
+    On a CPU without bf16 instructions fp32 weights run without autocast, which would take eight times as long.
     """
     device = model.device
     with torch.autocast(

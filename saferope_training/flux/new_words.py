@@ -1,7 +1,7 @@
 """Words that no tokenizer knows: vectors in the place of word embeddings, found by gradient and used like any word.
 
-As textual inversion does (Gal et al., 2023), a new word is one token of both tokenizers, and its vectors are what the
-two text encoders read in its place.
+As in textual inversion (Gal et al., 2023), a new word is one token of both tokenizers. It has a vector for each of the
+two text encoders, which read it in the place of a word embedding.
 
 Axes: n words, C width of T5, C' width of CLIP.
 """
@@ -37,7 +37,7 @@ class NewWords:
 
     @property
     def names(self) -> list[str]:
-        """How the words are written: by a digest of their vectors, so that a name means the same word for ever."""
+        """The words' names in prompts: digests of their vectors, so that a name always means the same word."""
         pairs = zip(self.t5.detach().cpu(), self.clip.detach().cpu(), strict=True)
         digests = (hashlib.sha256(a.numpy().tobytes() + b.numpy().tobytes()).hexdigest() for a, b in pairs)
         return [f"{_PREFIX}{digest[:_DIGITS]}" for digest in digests]
@@ -52,12 +52,12 @@ def save_words(path: Path, words: NewWords) -> None:
 
 
 def load_words(path: Path) -> NewWords:
-    """Reads what `save_words` wrote."""
+    """Reads a file of `save_words`."""
     return NewWords(**load_file(path))
 
 
 def random_words(model: Model, count: int, generator: torch.Generator) -> NewWords:
-    """Words drawn as far from the mean of each encoder's embeddings as these are spread."""
+    """Normal random words, with the mean and standard deviation of each encoder's embeddings."""
     clip, t5 = (_embeddings(encoder)[0].weight.float() for encoder in load_encoders(model))
 
     def drawn(weight: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def random_words(model: Model, count: int, generator: torch.Generator) -> NewWor
 def spoken(model: Model, words: NewWords, names: list[str] | None = None) -> Iterator[None]:
     """While the context is open, the model's tokenizers and encoders know the words by their names, or by `names`.
 
-    Gradients pass to the words' vectors. The model's own tokenizers come back when it is left.
+    Gradients pass to the words' vectors. The model's own tokenizers come back at the end.
     """
     pipe, names = model.pipe, names or words.names
     own = pipe.tokenizer, pipe.tokenizer_2
@@ -96,7 +96,7 @@ def _restore(pipe: Any, tokenizers: tuple[Any, Any]) -> None:
 
 
 def _embeddings(encoder: nn.Module) -> list[nn.Embedding]:
-    """The modules that look words up: of T5 two share one matrix."""
+    """The modules that look words up. T5 has two, which share one matrix."""
     weight = encoder.get_input_embeddings().weight  # type: ignore[operator]  # transformers adds it to Module
     return [each for each in encoder.modules() if isinstance(each, nn.Embedding) and each.weight is weight]
 

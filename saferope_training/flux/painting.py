@@ -22,8 +22,8 @@ _PATCH = 4  # latents of a token, each with a channel of its own
 def paint(model: Model, text: Text, noise: Tensor, steps: int, **choices: Any) -> Tensor:
     """Packed latents [B, L, C] of the pictures that the pipeline paints of the prompts, from packed noise.
 
-    Where the family is guided by a second pass, and the model asked to be, that pass has the empty prompt. `choices`
-    go to the pipeline.
+    Where a second pass guides the family, and the model's guidance asks for it, that pass has the empty prompt.
+    `choices` go to the pipeline.
     """
     pipe, row, dtype = model.pipe, asked(model), model.transformer.dtype
     side = model.latent_side // 2

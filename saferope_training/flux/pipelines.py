@@ -1,8 +1,8 @@
-"""How the pipeline of each family is asked: its text, written down and encoded, and what its transformer takes beside
-latents and a time. One row a family; FLUX.1's is the first.
+"""The pipeline of each family: how to write and encode its text, and its transformer's inputs beside latents and a
+time. One row a family; FLUX.1's is the first.
 
-Of text there are states [B, L, ...] and one tensor more, `pooled`: FLUX.1's pooled vectors, or which tokens the
-transformer attends to, [B, L], where its pipeline masks text. L is always the model's `text_length`.
+Encoded text is states [B, L, ...] and one more tensor, `pooled`: FLUX.1's pooled vectors or, where a pipeline masks
+text, the mask [B, L] of attended tokens. L is always the model's `text_length`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Written = tuple[str, int]  # a text in its template, and the place of its first 
 
 
 class Asked(NamedTuple):
-    """One family's pipeline. `cut` tokens of the template's beginning are dropped; `encoders` are its
-    attributes' names; `suffix` is what stands behind the padding.
+    """One family's pipeline. The first `cut` tokens of the template are dropped. `encoders` are names of the pipeline's
+    attributes. `suffix` is the text behind the padding.
     """
 
     encode: Callable[[Any, list[str], int, torch.device], tuple[Tensor, Tensor]]
@@ -34,8 +34,8 @@ class Asked(NamedTuple):
     cut: Callable[[Any], int] = lambda pipe: 0
     suffix: Callable[[Any], str] = lambda pipe: ""
     masked: bool = False  # `pooled` tells which tokens are attended to
-    pooled: str = "prompt_embeds_mask"  # what its pipeline calls `pooled`; "": it takes none
-    scale: str = "guidance_scale"  # what it calls the scale of guidance
+    pooled: str = "prompt_embeds_mask"  # the pipeline's name for `pooled`; "": it takes none
+    scale: str = "guidance_scale"  # the pipeline's name for the scale of guidance
     free_above: float = 1.0  # above this scale it guides by a second pass, unless the transformer embeds guidance
     states: Callable[[dict], tuple[int, ...]] = lambda config: (config["joint_attention_dim"],)  # of a token
     pooled_width: Callable[[dict, int], int] = lambda config, length: length
@@ -55,7 +55,7 @@ def asked_of(family: str) -> Asked:
 
 
 def tokenizer_of(pipe: Any) -> Any:
-    """The tokenizer of the text that a concept's words are found in: the last one, and a processor's own."""
+    """The tokenizer in whose tokens a concept's words are found: the last one, and of a processor its own."""
     last = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
     return getattr(last, "tokenizer", last)
 
@@ -117,7 +117,7 @@ def _flux2_inputs(model: Model, text: Text) -> dict[str, Any]:
 
 
 def _flux2_written(pipe: Any, text: str) -> Written:
-    if not hasattr(pipe.config, "is_distilled"):  # dev, whose Mistral is told first how to answer
+    if not hasattr(pipe.config, "is_distilled"):  # dev: Mistral's template begins with a system message
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
         said = format_input([text], pipe.system_message)[0]
@@ -231,7 +231,7 @@ PIPELINES = {
 
 
 def tokens_of(pipe: Any, row: Asked, texts: Sequence[str], length: int) -> tuple[Tensor, list[list[tuple[int, int]]]]:
-    """Which of a text's tokens are attended to, bool [B, length], and their characters in the text as it was given.
+    """The attended tokens of each text, bool [B, length], and each token's characters [start, end) in the given text.
 
     Tokens of the template and padding lie outside of the text, at (0, 0).
     """

@@ -1,4 +1,4 @@
-"""Whether weights are as large as those of a trained network: a scale that was lost or taken twice, overflow, NaN."""
+"""Refuses weights of an implausible size: a scale was lost or taken twice, or there is overflow or NaN."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def gains(network: nn.Module) -> dict[str, float]:
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear):
             x = torch.randn(_VECTORS, layer.in_features, generator=generator)
-            x = torch.cat([x, torch.zeros_like(x)])  # zeros tell the bias
+            x = torch.cat([x, torch.zeros_like(x)])  # zeros show the bias
             place = next(layer.parameters()).device
             y, bias = layer(x.to(place, _dtype(layer))).float().chunk(2)
             found[name] = ((y - bias).square().mean() / x[:_VECTORS].square().mean()).sqrt().item()
@@ -49,7 +49,7 @@ def require_plausible(network: nn.Module, name: str) -> None:
 
 
 def _dtype(layer: nn.Linear) -> torch.dtype:
-    """What the layer computes in; the 8-bit values of a quantised weight do not tell."""
+    """The dtype that the layer computes in. The 8-bit values of a quantised weight do not show it."""
     said = (getattr(layer, "compute_dtype", None), layer.weight.dtype, getattr(layer.bias, "dtype", None))
     wide = (dtype for dtype in said if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1)
     return next(wide, torch.get_default_dtype())

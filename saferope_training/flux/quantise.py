@@ -45,7 +45,7 @@ def require_usable(kind: str, device: str) -> None:
 
 
 def quantisation_config(kind: str, device: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig:
-    """diffusers' configuration of one of KINDS; `dtype` is what the model computes in.
+    """diffusers' configuration of one of KINDS; the model computes in `dtype`.
 
     ValueError where it is not usable.
     """
@@ -75,7 +75,7 @@ def in_place(transformer: nn.Module, kind: str) -> None:
 
 
 def require_quantised(transformer: nn.Module, kind: str, name: str) -> None:
-    """ValueError where every weight is still a plain number: whoever asked for fewer bits counts on the memory."""
+    """ValueError where every weight is still a plain number: the user asked for fewer bits to save memory."""
     if all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in transformer.parameters()):
         raise ValueError(
             f"model {name!r}: got weights in full, expected them in {kind!r}: diffusers did not quantise them; take "
