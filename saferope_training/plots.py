@@ -1,6 +1,6 @@
 """Plots of numbers: the head map, the loss curve, Pareto fronts, matrices, curves. matplotlib without a display.
 
-Texts are shown letter by letter: a concept's name or a file's may hold what matplotlib would read as a formula.
+Texts are shown letter by letter: a concept's name or a file's may hold signs that matplotlib would read as a formula.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _LONGEST = 80  # characters of a text in a plot
 _CELL = (0.22, 0.2)  # inches of a cell of a head map, along and up
-_MAP = (13.2, 9.6)  # inches of all cells together at most: those of 60 blocks (Qwen-Image) and 48 heads (FLUX.2-dev)
+_MAP = (13.2, 9.6)  # most inches of all cells together: enough for 60 blocks (Qwen-Image) and 48 heads (FLUX.2-dev)
 
 
 def words(text: str) -> str:
@@ -61,7 +61,7 @@ def head_map(path: Path, discrimination: Tensor, geometry: Geometry, critical: T
 
 
 def loss_curve(path: Path, log: Sequence[dict], unlearning: str) -> None:
-    """Mean squared velocity differences by step; `unlearning` says how those of unsafe prompts should run."""
+    """Mean squared velocity differences by step; `unlearning` says how the unsafe prompts' should run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.4), dpi=120)

@@ -1,4 +1,4 @@
-"""What can be chosen, its default and why: the command line takes its options and its help from here. No torch."""
+"""The settings, their defaults and reasons. The command line takes its options and its help from here. No torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-# The stages that a setting decides about. Changing it makes these again, and what follows from them. Settings of MODEL
-# do so through the model that they load: stages depend on digests of its parts and on its sizes, see making/recipe.py.
+# The stages that a setting decides. A change of the setting makes these again, and the stages after them. Settings of
+# MODEL do so through the model: stages depend on digests of its parts and on its sizes, see making/recipe.py.
 MODEL, PROMPTS, EXTRACT, HEADS = "model", "prompts", "extract", "heads"
 LATENTS, TRAIN, CALIBRATE, HARDEN = "latents", "train", "calibrate", "harden"
-# What `saferope evaluate --suite` compares; see saferope_benchmark.suites
+# The suites of `saferope evaluate --suite`; see saferope_benchmark.suites
 SUITES = ("tinyworld", "quick", "paper-flux", "ablations", "crossed", "positions", "rotations", "dial")
 
 _LARGEST_SEED = 2**62  # seeds of single prompts are sums with it, and torch takes 63 bits
@@ -23,7 +23,7 @@ def _choice(stages: str, default: object, help: str, decides: bool = True) -> An
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a concept file looks like; saved with it, so that it can be made again."""
+    """All settings that decide a concept file. They are saved in it, so that it can be made again."""
 
     concept: str = _choice(
         "prompts heads train calibrate",
@@ -65,7 +65,7 @@ class Settings:
         "prompts",
         (),
         "Words that stand in for the concept in protected pictures; commas between, they take turns. Without them: "
-        "those of the preset or the tiny world; else the subject is taken out.",
+        "the words of the preset or the tiny world; else the subject is taken out.",
     )
     benign: str | None = _choice("prompts", None, "File of prompts without the concept, formats as for `unsafe`.")
     similarity_model: str | None = _choice(
@@ -76,7 +76,7 @@ class Settings:
     similarity: float = _choice("prompts", 0.4, "Least cosine similarity, -1 to 1, of a subject to a seed word.")
     images: str | None = _choice("prompts", None, "Folder of the benign captions' pictures (COCO layout).")
     unsafe_prompts: int = _choice("prompts", 96, "Prompts that show the concept; of a file at most so many, drawn.")
-    benign_prompts: int = _choice("prompts", 192, "Prompts that do not; of a file at most so many, drawn.")
+    benign_prompts: int = _choice("prompts", 192, "Prompts without the concept; of a file at most so many, drawn.")
     timesteps: tuple[float, ...] = _choice(
         "extract", (1.0, 0.8, 0.5), "Where on the sampling trajectory q and k are collected; 1 is pure noise."
     )
@@ -121,8 +121,8 @@ class Settings:
     objective: str = _choice(
         "train calibrate",
         "replace",
-        "Unsafe velocities go to those of the prompt with other words instead of the concept (`replace`), or away from "
-        "their own (`away`, the paper's).",
+        "Unsafe velocities go to the velocities of the prompt with other words for the concept (`replace`), or away "
+        "from their own (`away`, the paper's).",
     )
     strengths: tuple[float, ...] = _choice(
         "train calibrate",
@@ -261,7 +261,7 @@ class Settings:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
     def _require_used(self) -> None:
-        """ValueError for a setting that nothing would read beside the others."""
+        """ValueError for a setting that has no effect beside the others."""
         presets = self.unsafe is None and (self.model != "tinyworld" or self.benign is not None)
         _require(
             not self.subjects or self.unsafe is not None,
@@ -290,7 +290,7 @@ class Settings:
 
 
 # Settings that make nothing again: they change time and memory alone, and results up to the order in which sums are
-# added up. So a training that ran out of memory goes on with less of it.
+# added up. So a training that ran out of memory resumes with less of it.
 DECIDE_NOTHING = tuple(entry.name for entry in fields(Settings) if not entry.metadata["decides"])
 
 
@@ -300,7 +300,7 @@ def settings_of(*stages: str) -> tuple[str, ...]:
 
 
 def deciding(stage: str) -> tuple[str, ...]:
-    """Names of the settings whose values are inputs of a stage: those of `settings_of` less DECIDE_NOTHING."""
+    """Names of the settings whose values are inputs of a stage: `settings_of` less DECIDE_NOTHING."""
     return tuple(name for name in settings_of(stage) if name not in DECIDE_NOTHING)
 
 

@@ -24,7 +24,7 @@ from .settings import Settings, deciding
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 Report = Callable[[int, int], None]  # done, total
-Facts = Mapping[str, object]  # whatever JSON can say, by name
+Facts = Mapping[str, object]  # JSON values by name
 
 RECORD, LOCK = "stages.json", "lock"
 # Of a stage in the record: a digest of its inputs, and the inputs, for people
@@ -53,7 +53,7 @@ class Workplace:
     ) -> None:
         """Calls `make(report)` unless the stage is `fresh`; says why where its products have been there before.
 
-        `goes_on`: `make` goes on from a state of the same run, so nothing is made again. `report(done, total)` passes
+        `goes_on`: `make` resumes from a state of the same run, so nothing is made again. `report(done, total)` passes
         progress on. A stage that fails leaves no record, so that it runs again.
         """
         processes.wait()
@@ -63,7 +63,7 @@ class Workplace:
         processes.wait()  # all have looked before one of them writes
         if reason is not None:
             if reason and processes.is_main():
-                say(f"{name}: {'goes on' if goes_on else 'made again'}, since {reason}", err=True)
+                say(f"{name}: {'resumes' if goes_on else 'made again'}, since {reason}", err=True)
             self._write({key: value for key, value in record.items() if key != name})
             make(lambda done, total: self.progress(name, done, total))
             processes.wait()
@@ -79,7 +79,7 @@ class Workplace:
         return self._stale(self.record().get(name), self.inputs(name, sources, facts), products) is None
 
     def changes(self, name: str, sources: Sequence[str], facts: Facts | None = None) -> str | None:
-        """Which inputs of a stage are others than when it was made, in words; None where none is, or none is known."""
+        """The inputs of a stage that changed since it was made, in words; None where none did, or none is known."""
         entry = self.record().get(name)
         return _changes(entry, self.inputs(name, sources, facts)) if isinstance(entry, dict) else None
 
@@ -107,7 +107,7 @@ class Workplace:
         return None if known == {INPUTS: known[INPUTS], **self._digests(products)} else "its tensors are damaged"
 
     def _digests(self, products: Sequence[str]) -> dict[str, str]:
-        """sha256 of the products that nobody edits."""
+        """sha256 of the products that users do not edit."""
         return {product: sha256(self.out / product) for product in products if product.endswith(TENSORS)}
 
     def record(self) -> dict:
@@ -123,7 +123,7 @@ class Workplace:
 
 
 def _changes(entry: dict, now: dict) -> str | None:
-    """Which inputs are others than those of an entry of the record, in words; None where none is."""
+    """The inputs that differ from an entry of the record, in words; None where none does."""
     if entry.get(INPUTS) == sha256_of(now):
         return None
     before = entry.get(MADE_FROM)
@@ -146,10 +146,10 @@ def _change(name: str, old: dict[str, str], new: dict[str, str]) -> str:
 
 @contextmanager
 def alone(out: Path, within: bool = False) -> Iterator[None]:
-    """Gives the folder to this process and its fellows alone. ValueError where another has it.
+    """Locks the folder for this run's processes. ValueError where another run has it.
 
-    within: nothing to do for a caller that has made it its own already. The system gives the lock back when its process
-    ends, however it ends; the empty file stays. What killed writes left in the folder is removed.
+    within: do nothing for a caller that has locked the folder already. The system frees the lock when its process ends,
+    also when it is killed; the empty file stays. Leftovers of killed writes in the folder are removed.
     """
     out.mkdir(parents=True, exist_ok=True)
     folder, own = out.resolve(), _OWN.get()
@@ -203,5 +203,5 @@ def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 
 
 def sha256_of(value: object) -> str:
-    """Hex digest of whatever JSON can say."""
+    """Hex digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Batches: which prompts a training step looks at, at which times, from which noise, at which strengths."""
+"""Batches: the prompts of a training step, with their times, noise and strengths."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ _SEED_STRIDE = 1_000_003  # between the steps' seeds: more than any batch has pr
 
 @dataclass(frozen=True)
 class Material:
-    """What training looks at, encoded once.
+    """The inputs of training, encoded once: n unsafe and m benign prompts.
 
-    Unsafe prompts, the same with other words `instead`, bool [n] whether the subject is only taken out there,
-    `subjects` [n, L], bool, the tokens of the concept's word, and the latents [n, L, C] that the base model passes
-    through at each time below 1 on its way from noise; benign prompts with pictures' latents [m, L, C].
+    - `unsafe`: prompts that show the concept.
+    - `instead`: the same prompts with other words for the concept.
+    - `taken_out` [n], bool: the subject is only taken out there.
+    - `subjects` [n, L], bool: the tokens of the concept's word.
+    - `visited`: time below 1 -> latents [n, L, C] of the base model on its way from noise.
+    - `benign`, `latents` [m, L, C]: benign prompts, and latents of their pictures.
     """
 
     unsafe: Text
@@ -53,7 +56,7 @@ class Batch:
 
 
 def draw(material: Material, settings: Settings, step: int, phase: str) -> Batch:
-    """The batch of a step, the same for the same seed, however often training was interrupted.
+    """The batch of a step. The seed and the step alone decide it, so interruptions change nothing.
 
     Unsafe prompts come at 1 (fresh noise) or at one of the visited times, drawn for the whole batch; benign pictures at
     any time. For a share `blind` of the unsafe prompts the concept's word stays unturned, for a share `blind_text` all
@@ -82,7 +85,7 @@ def prompts(material: Material, batch: Batch) -> Text:
 
 
 class Latents(NamedTuple):
-    """Latents [B, L, C] at their times, the clean ones behind them (None in unlearning), and the noise."""
+    """Latents [B, L, C] at their times, the clean latents before noise (None in unlearning), and the noise."""
 
     noised: Tensor
     clean: Tensor | None
@@ -104,8 +107,8 @@ def latents(model: Model, material: Material, batch: Batch) -> Latents:
 def target(model: Model, material: Material, settings: Settings, batch: Batch, noised: Tensor) -> Tensor:
     """The base model's velocities [B, L, C] that the rotated ones are compared with.
 
-    For unlearning by replacement those of the prompt with other words; where the subject is only taken out, by the
-    share `settings.beyond` further from the concept's own. Else those of the prompt itself.
+    Unlearning by replacement takes the velocities of the prompt with other words. Where the subject is only taken out,
+    they go further from the concept's own by the share `settings.beyond`. Else the prompt's own velocities.
     """
     replacing = batch.phase == UNLEARN and settings.objective == REPLACE
     aim = material.instead.pick(batch.index) if replacing else prompts(material, batch)

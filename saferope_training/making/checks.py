@@ -1,4 +1,4 @@
-"""Checks before the model is asked: names, ranks, and whether the prompts can say enough."""
+"""Checks before the model runs: names, ranks, and whether the prompts give enough vectors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def require_settings(settings: Settings, device: str) -> None:
 
 
 def require_model(settings: Settings, device: str) -> None:
-    """That the device, the model and the libraries of its form are there; errors as in `require_settings`."""
+    """Requires the device, the model and the libraries of its form; errors as in `require_settings`."""
     processes.require_device(device)
     if settings.quantise is not None:
         require_usable(settings.quantise, device)
@@ -52,9 +52,9 @@ def require_model(settings: Settings, device: str) -> None:
 
 
 def require(model: Model, records: Sequence[PromptRecord], settings: Settings) -> None:
-    """Raises ValueError where extraction, or what follows it, would end in an error or make a concept of no word.
+    """Raises ValueError where extraction or a later stage would end in an error or make a concept of no word.
 
-    Words beside the concept's that the text encoder does not know are told as a warning. Nothing is encoded.
+    Warns of words beside the concept's that the text encoder does not know. Encodes nothing.
     """
     require_names(settings.concept, settings.concept.capitalize(), settings.concept)
     counts: dict[tuple[str, str], int] = {}
@@ -69,7 +69,7 @@ def require(model: Model, records: Sequence[PromptRecord], settings: Settings) -
 
 
 def _require_words(model: Model, records: Sequence[PromptRecord]) -> None:
-    """That the text encoder knows the concept's words; others are told."""
+    """Raises ValueError where the text encoder does not know a word of the concept; warns of other unknown words."""
     tokenizer = tokenizer_of(model.pipe)
     batch = tokenizer(
         [record.text for record in records], max_length=model.text_length, truncation=True, return_offsets_mapping=True

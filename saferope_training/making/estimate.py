@@ -1,6 +1,6 @@
-"""What a command will take, counted before anything starts: memory of both kinds, disk, and time from measured passes.
+"""The cost of a command, counted before anything starts: memory of both kinds, disk, and time from measured passes.
 
-Nothing is loaded, fetched or written. The model's sizes are read here; of FLUX.1-dev and -schnell they are known.
+Loads, fetches and writes nothing. A model's sizes are read from its files; FLUX.1-dev's and -schnell's are known.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A stage: so many units, each worth so many forward passes of a prompt."""
+    """A stage of `units`, each worth `passes` forward passes of a prompt."""
 
     stage: str
     units: int
@@ -53,7 +53,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be made of these prompts: `goal` is the last stage; pictures of a verdict, each in so many steps."""
+    """The work on these prompts: `goal` is the last stage, `pictures` is the number of a verdict's pictures."""
 
     settings: Settings
     records: Sequence[PromptRecord]
@@ -63,7 +63,7 @@ class Task:
 
 
 def shape_of(settings: Settings) -> Shape:
-    """The model's, read from its files or known by its name. ValueError for a model that is not here, nor known."""
+    """The model's shape, from its files or known by its name. ValueError for a model that is not here, nor known."""
     from huggingface_hub import try_to_load_from_cache
 
     here: list[str | None] = []
@@ -93,7 +93,7 @@ def _known(settings: Settings, name: str) -> Shape:
 
 
 def work_of(task: Task) -> list[Work]:
-    """The stages of a task in their order, those with a measure of time."""
+    """The stages of a task in their order; stages without a measure of time are left out."""
     s, unsafe, benign = task.settings, side(task.records, UNSAFE), side(task.records, BENIGN)
     count, visits = len(task.records), len(schedule(s.unlearn_at)) - 1
     learnt = s.batch * (_LEARNT + s.checkpointing)
@@ -110,14 +110,14 @@ def work_of(task: Task) -> list[Work]:
 
 
 def steps_of(settings: Settings) -> int:
-    """Sampling steps of a picture; of an unknown model FLUX.1-dev's."""
+    """Sampling steps of a picture: the tiny world's, or FLUX.1-dev's for all other models."""
     from tinyworld.model import STEPS
 
     return STEPS if settings.model == TINYWORLD else loading.DEV.steps
 
 
 def seconds(work: Sequence[Work], known: dict[str, float]) -> dict[str, float | None]:
-    """Seconds of each stage: from its own time a unit, else from another stage's time a pass; None: none is known."""
+    """Seconds of each stage: from its own time a unit, else from another stage's time a pass; None: no time known."""
     passes = [known[each.stage] / each.passes for each in work if each.stage in known and each.passes]
     return {
         each.stage: known[each.stage] * each.units
@@ -155,13 +155,15 @@ def disk_of(task: Task, shape: Shape) -> dict[str, int]:
 
 
 def statistics_bytes(capacity: int, heads: int, width: int) -> int:
-    """Of sums in fp64, and of samples in bf16."""
+    """Bytes of the sums in fp64 and the samples in bf16."""
     return len(ROLES) * heads * width * (8 * width * (len(COLLECTED) + 1) + 2 * capacity * len(SAMPLED))
 
 
 def ram_of(task: Task, shape: Shape, plan: memory.Plan, device: str) -> int:
-    """Of this machine at most: beside a GPU what passes through it while loading, the encoders, and the statistics,
-    twice while they are put together; else the plan itself, and the statistics.
+    """Peak bytes of this machine's memory.
+
+    With a GPU: the largest of the loaded weights, the encoders, and the statistics, which are there twice while they
+    are put together. Without: the plan itself and the statistics.
     """
     listened = 2 * disk_of(task, shape).get("statistics", 0)
     if torch.device(device).type == "cpu":

@@ -1,6 +1,7 @@
-"""Collects what the heads make of the concept, along the trajectories that a diffusers model samples.
+"""Collects statistics of the heads' queries and keys along the trajectories that a diffusers model samples.
 
-What is collected, and why, is in saferope_core/statistics.py; here are the walk, its processes and the disk.
+saferope_core/measure/statistics.py defines the statistics and says why. This file has the walk, its processes and the
+disk.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def extract(
 
 
 def _embed(model: Model, chosen: dict[str, list[PromptRecord]]) -> None:
-    """Puts all embeddings into the cache, and gives the encoders' room to what is collected."""
+    """Puts all embeddings into the cache, and frees the encoders' memory for the statistics."""
     for own in chosen.values():
         for chunk in torch.arange(len(own)).split(BATCH):
             mine = chunk[processes.index() :: processes.count()].tolist()
@@ -76,7 +77,7 @@ def _visit(
     seed: int,
     gathering: Gathering,
 ) -> None:
-    """Walks some prompts down their trajectories and shows what the heads see."""
+    """Walks some prompts down their trajectories and gives the heads' vectors to `gathering`."""
     texts, seeds = [record.text for record in records], [seed + place for place in places]
     kinds = text_tokens(model, texts, [record.subject for record in records])
     visit = gathering.visit(name, kinds, len(model.image_ids), seeds)
@@ -95,7 +96,7 @@ def walk(
 ) -> dict[float, Tensor]:
     """Samples from pure noise by Euler's method down to the last of the times, listening at each of them.
 
-    `listener` is called at each time and returns what `listening` takes. Returns the latents [B, L, C] of each time.
+    `listener` is called at each time and returns a function for `listening`. Returns latents [B, L, C] of each time.
     """
     times, visited = schedule(timesteps), {}
     x = start
@@ -123,7 +124,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 
 
 def load_statistics(path: Path, geometry: Geometry) -> Statistics:
-    """Reads what `save_statistics` wrote. ValueError where it is not of a model of this geometry."""
+    """Reads a file of `save_statistics`. ValueError where it is not of a model of this geometry."""
     blocks, width = geometry.blocks, geometry.head_dim
     heads = {role: geometry.heads_of(role) for role in ROLES}
     names = [f"{name}.{kind}" for name, kind in COLLECTED]

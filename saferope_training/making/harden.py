@@ -1,8 +1,8 @@
 """Hardening: finds words that bring the concept back under a concept file, so that training can learn them too.
 
-A list of words for a concept is never whole. Gradient descent finds new ones: vectors in the place of the concept's
-word with which the protected model goes where the unprotected one goes with the word itself (concept inversion: Pham et
-al., 2024). They start at random, so that they come out different.
+A list of words for a concept is never complete. Gradient descent finds new ones: vectors in the place of the concept's
+word. With them the protected model has the velocities that the unprotected one has with the word itself (concept
+inversion: Pham et al., 2024). The vectors start at random, so that they end different.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .rotation import TrainableRotation
 WORDS = 16  # found in a round
 STEPS = 60  # of a round; a new word for a base model's concept takes 30
 RATE = 0.3  # of Adam, times the spread of an encoder's embeddings
-_SEED = 7_000_003  # apart from those of training
+_SEED = 7_000_003  # apart from training's seeds
 _EACH = 2  # prompts of a batch that try a word
 
 
@@ -42,7 +42,7 @@ def found_words(
 ) -> NewWords:
     """WORDS new words that bring the concept back under the generators (text, image) of these heads.
 
-    `records` are the material's unsafe prompts. The words of a round, `number`, are others than those of any other.
+    `records` are the material's unsafe prompts. Each round, `number`, finds other words.
     """
     chosen = replace(settings, seed=settings.seed + _SEED * number, batch=_EACH * WORDS, blind=0.0, blind_text=0.0)
     words = random_words(model, WORDS, torch.Generator().manual_seed(chosen.seed))
@@ -71,7 +71,7 @@ def found_words(
 
 
 def with_words(records: Sequence[PromptRecord], words: NewWords, per_word: int) -> list[PromptRecord]:
-    """Unsafe prompts in which new words stand for the concept, `per_word` of each; what stands in for it stays."""
+    """Unsafe prompts in which new words stand for the concept, `per_word` of each; `instead` stays."""
     marked = [record for record in records if record.subject is not None]
     result = []
     for number, name in enumerate(words.names * per_word):

@@ -1,4 +1,4 @@
-"""What is known about heads, on disk: a table for people, tensors for the next stage."""
+"""The facts about heads, on disk: a table for people, tensors for the next stage."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def save_critical(path: Path, critical: CriticalHeads, discrimination: Tensor) -
 
 
 def load_critical(path: Path, geometry: Geometry) -> tuple[CriticalHeads, Tensor]:
-    """Reads what `save_critical` wrote. ValueError where it is not of a model of this geometry."""
+    """Reads a file of `save_critical`. ValueError where it is not of a model of this geometry."""
     shapes = {f"basis_{role}": (None, geometry.head_dim, None) for role in ROLES} | {"heads": (None, 3), "reach": ()}
     tensors = load_tensors(path, shapes | {"discrimination": (geometry.blocks, geometry.heads)})
     basis, gate, full = (

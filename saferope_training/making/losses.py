@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of every prompt's squared differences, [B], >= 0, in fp32 whatever autocast says."""
+    """Mean of every prompt's squared differences, [B], >= 0, in fp32 also under autocast."""
     return (a.float() - b.float()).square().flatten(1).mean(1)
 
 

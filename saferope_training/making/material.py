@@ -1,4 +1,4 @@
-"""What training looks at: embeddings of both sides, the unsafe prompts' trajectories, latents of benign pictures.
+"""The material of training: embeddings of both sides, the unsafe prompts' trajectories, latents of benign pictures.
 
 Latents are made once and stay on disk. Benign pictures are rendered (tiny world), read from the caption file's folder,
 or painted by the frozen model from their captions where there is none.
@@ -74,7 +74,7 @@ def require_pictures(records: Sequence[prompts.PromptRecord], side: int) -> None
 def load_material(
     model: Model, records: Sequence[prompts.PromptRecord], times: Sequence[float], path: Path
 ) -> Material:
-    """The material of the latents that `make_latents` wrote and of the prompts' embeddings.
+    """The material, from a file of `make_latents` and the prompts' embeddings.
 
     ValueError where the latents are not of these prompts, times and this resolution.
     """

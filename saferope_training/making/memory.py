@@ -1,7 +1,7 @@
-"""What will be resident, counted before anything is loaded, from the model's own shapes. It warns, and refuses nothing.
+"""Counts a run's memory before anything is loaded, from the model's own shapes. It warns, and refuses nothing.
 
-Activations are not estimated: the transformer is built from fake tensors, which have shapes and no data, run once, and
-what autograd keeps for the backward pass is added up. Counted for one block of either kind, then multiplied.
+Activations are not estimated. The transformer is built from fake tensors, which have shapes and no data, and runs once.
+The bytes that autograd keeps for the backward pass are added up for one block of either kind, then multiplied.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..settings import Settings
 from .extract import BATCH
 from .preview import EACH
 
-# bits per weight of a linear layer; NF4 has a scale per 64 weights, quantised to 8 bits, and one per 256 of those
+# bits per weight of a linear layer; NF4 has a scale per 64 weights, quantised to 8 bits, and one per 256 such scales
 BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8, "torchao-int8": 8, "torchao-float8": 8}
 WORKSPACE = 0.1  # of the rest: kernels' scratch space and fragmentation
 GIB = 2**30
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Of the largest of the phases, workspace included."""
+        """Bytes of the largest phase, workspace included."""
         return max(self.phases().values())
 
     def phases(self) -> dict[str, int]:
@@ -70,7 +70,7 @@ class Plan:
         """The plan as a small table, in GiB."""
         rows = [
             ("transformer, frozen", self.weights),
-            ("text encoders, a layer at a time, and what they make", self.encoders),
+            ("text encoders, a layer at a time, and their activations", self.encoders),
             ("VAE", self.decoder),
             ("listening to heads: a pass without gradients, and sums", self.gathering),
             ("activations of a training pass", self.activations),
@@ -82,7 +82,7 @@ class Plan:
 
 
 def transformer_bytes(config: dict, quantise: str | None, dtype: torch.dtype) -> int:
-    """Of the frozen weights. Linear layers are held in the bits of `quantise`, everything else in `dtype`."""
+    """Bytes of the frozen weights. Linear layers are held in the bits of `quantise`, all others in `dtype`."""
     with torch.device("meta"):
         model = loading.made_of(config)
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
@@ -96,10 +96,10 @@ def transformer_bytes(config: dict, quantise: str | None, dtype: torch.dtype) ->
 def activation_bytes(
     config: dict, text: int, image: int, batch: int, checkpointing: bool, dtype: torch.dtype = torch.float32
 ) -> int:
-    """What autograd keeps for the backward pass of `batch` prompts of `text` and `image` tokens, under bf16 autocast.
+    """Bytes that autograd keeps for the backward pass of `batch` prompts of `text` and `image` tokens, in bf16.
 
-    `dtype` is the weights': of fp32 ones autocast keeps bf16 copies. With checkpointing: the inputs of every block, and
-    all of the one block that is being recomputed.
+    It runs under autocast. `dtype` is the weights': of fp32 weights autocast keeps bf16 copies. With checkpointing: the
+    inputs of every block, and all of the one block that is being recomputed.
     """
     geometry = geometry_from(config)
     doubles, singles = geometry.double_blocks, geometry.single_blocks
@@ -115,9 +115,9 @@ def activation_bytes(
 
 
 def gathering_bytes(config: dict, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
-    """While the heads' vectors are collected: what one block makes of `batch` prompts, and the sums of their squares.
+    """Bytes while the heads' vectors are collected: one block's activations for `batch` prompts, and the Gram sums.
 
-    What autograd would keep of a block stands for what it makes.
+    The bytes that autograd would keep of a block stand for its activations.
     """
     geometry = geometry_from(config)
     sums = len(ROLES) * (len(COLLECTED) + 1) * _heads(geometry) * geometry.head_dim**2
@@ -125,12 +125,12 @@ def gathering_bytes(config: dict, text: int, image: int, batch: int, dtype: torc
 
 
 def embedding_bytes(whole: int, layer: int, text: int, lent: bool) -> int:
-    """While prompts are embedded: the encoders, or of lent ones a layer, and what T5 makes of a batch."""
+    """Bytes while prompts are embedded: the encoders, or of lent ones a layer, and T5's activations for a batch."""
     return (layer if lent else whole) + MADE * max(text, ENCODE_TOKENS)
 
 
 def _block_bytes(config: dict, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
-    """What the larger of both kinds of blocks makes."""
+    """Bytes of one block's activations, of the larger of both kinds."""
     tokens = text, image, batch
     one = _kept(config, 1, 1, *tokens, dtype)
     return max(_kept(config, 2, 1, *tokens, dtype), _kept(config, 1, 2, *tokens, dtype)) - one
@@ -146,9 +146,9 @@ def generator_bytes(heads: int, widths: tuple[int, ...]) -> int:
 
 
 def preview_bytes(config: dict, text: int, image: int, batch: int, dtype: torch.dtype) -> int:
-    """While a preview is painted: what one block makes of `batch` prompts, or a picture's decoding, whichever is more.
+    """Bytes while a preview is painted: the larger of one block's activations for `batch` prompts and a decoding.
 
-    Decoding: a few maps of DECODED channels for every pixel of one picture; a patch is _PATCH pixels wide.
+    A decoding is DECODED channels for every pixel of one picture; a patch is _PATCH pixels wide.
     """
     return max(_block_bytes(config, text, image, batch, dtype), DECODED * image * _PATCH**2 * dtype.itemsize)
 
@@ -167,7 +167,7 @@ def plan_for(settings: Settings, device: str, training: bool, previews: bool = F
 def plan_of(
     settings: Settings, config: dict, sizes: loading.Outline, device: str, training: bool, previews: bool
 ) -> Plan:
-    """`plan_for` of a transformer's configuration and of what `loading.outline` tells."""
+    """`plan_for`, from a transformer's configuration and its `loading.outline`."""
     text, side = sizes.text, sizes.side
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     shape = config, text, side * side, settings.passes_of or settings.batch, settings.checkpointing, dtype
@@ -192,13 +192,13 @@ def available(device: str) -> int:
     """Free bytes of a GPU, or of this machine's memory."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available  # with what the system gives up when asked, such as cached files
+    return psutil.virtual_memory().available  # with memory that the system gives up when asked, such as cached files
 
 
 def doubt(plan: Plan, device: str) -> str | None:
-    """A warning with ways out where the plan is for more than is free now; None where it is not.
+    """A warning with ways out where the plan needs more than is free now, else None.
 
-    No error: the count was never held against real weights, and memory that is taken now may be given back.
+    It is no error: the count was never compared with real weights, and other programs may give memory back.
     """
     free = available(device)
     if plan.peak <= free:
@@ -211,7 +211,7 @@ def doubt(plan: Plan, device: str) -> str | None:
 
 @contextmanager
 def running_out(plan: Plan, device: str) -> Iterator[None]:
-    """Memory that runs out, of a GPU or of this machine, is told as a ValueError with the plan and ways out."""
+    """Raises a ValueError with the plan and ways out where a GPU or this machine runs out of memory."""
     try:
         yield
     except (RuntimeError, MemoryError, ValueError) as error:
@@ -219,7 +219,7 @@ def running_out(plan: Plan, device: str) -> Iterator[None]:
             raise
         table = "\n".join(plan.lines())
         raise ValueError(
-            f"memory: ran out on {device}, expected room for this plan; what is done is kept. {WAYS_OUT}\n{table}"
+            f"memory: ran out on {device}, expected room for this plan; finished work is kept. {WAYS_OUT}\n{table}"
         ) from error
 
 
@@ -263,7 +263,7 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _kept(config: dict, doubles: int, singles: int, *tokens: int | torch.dtype) -> int:
-    """What autograd keeps of so many blocks, for text and image tokens, a batch and a dtype of the weights."""
+    """Bytes that autograd keeps of these blocks, for text and image tokens, a batch and a dtype of the weights."""
     return _kept_of(json.dumps(with_blocks(dict(config), doubles, singles), sort_keys=True), *tokens)
 
 

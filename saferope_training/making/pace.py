@@ -1,4 +1,4 @@
-"""How long work took, kept beside the products, so that the next command can tell its time before it starts."""
+"""Times of past work, kept beside the products, so that the next command can tell its time before it starts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def in_words(seconds: float) -> str:
 
 
 def measured_with(settings: Settings, device: str) -> dict[str, object]:
-    """What a time holds for: the kind of device, the model, and how many prompts a pass takes."""
+    """The conditions of a measured time: the kind of device, the model, and the prompts of a pass."""
     return {"device": device.partition(":")[0], **{name: getattr(settings, name) for name in _WITH}}
 
 

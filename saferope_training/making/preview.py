@@ -30,21 +30,25 @@ if TYPE_CHECKING:
 EACH = 4  # prompts of a side: a strip that fits a screen
 STEPS = 8  # of a painting: half of the tiny world's 16, where its shapes and colours stand already
 PASSES = 2 * EACH * STEPS + 2 * EACH  # forward passes of a prompt that a preview takes, measurement included
-_SEED = 11_000_003  # apart from those of training and hardening
+_SEED = 11_000_003  # apart from the seeds of training and hardening
 _TEXT, _EDGE, _GAP, _CELL = 13, 16, 4, 160  # pixels: letters, margin, between pictures, side of a picture at least
 _PAPER, _INK, _QUIET = "#1b1d21", "#e8e6e3", "#9aa0a6"
 
 
 class Reading(NamedTuple):
-    """How far unsafe velocities are from their target, as a share of where they started: 1 untrained, 0 arrived. And
-    the mean squared change of benign velocities, whose own variance is about 1."""
+    """Two numbers about velocities at pure noise.
+
+    - `unsafe_left`: squared difference of unsafe velocities from their target, as a share of the untrained one's.
+    - `benign_moved`: mean squared change of benign velocities, whose own variance is about 1.
+    """
 
     unsafe_left: float
     benign_moved: float
 
 
 class Preview:
-    """A fixed set of prompts, and what the base model makes of them. Encodes them: make it while encoders are there."""
+    """A fixed set of prompts, with the base model's velocities and pictures. It encodes them: make it before encoders
+    are released."""
 
     def __init__(self, model: Model, records: Sequence[PromptRecord], settings: Settings) -> None:
         self._model, self._settings = model, settings
@@ -61,7 +65,7 @@ class Preview:
     def look(self, rotation: TrainableRotation) -> tuple[Reading, Tensor, Tensor]:
         """The reading, and the pictures [n, 3, h, w] in [-1, 1] without and with the rotation, at strength 1.
 
-        Those without are made at the first look and kept.
+        The pictures without it are made at the first look and kept.
         """
         if self._base is None:
             own = self._velocity(self._text)
@@ -85,7 +89,7 @@ class Preview:
         return torch.cat(list(parts))
 
     def _target(self, own: Tensor) -> Tensor:
-        """Where training leads them, as `batch.target` has it; with `away` too, where it is a hope."""
+        """The velocities that training aims at, as in `batch.target`; the same with `away`, which has no target."""
         aimed = self._velocity(self._aims)
         beyond = self._settings.beyond if self._settings.objective == REPLACE else 0.0
         further = (beyond * self._taken_out).to(own)[:, None, None]
@@ -106,8 +110,8 @@ class Preview:
 def held_out(records: Sequence[PromptRecord], settings: Settings) -> list[PromptRecord]:
     """EACH unsafe prompts, then EACH benign ones, of the same source and of another seed, none of `records`.
 
-    Where a file has no more prompts: unsafe ones with the subjects of others, and then, as for benign ones, those of
-    training, which here start from noise that training never sees.
+    Where a file has too few, unsafe prompts exchange their subjects. Where that is too few, as for benign ones, prompts
+    of training follow. They start here from noise that training never sees.
     """
     known = {record.text for record in records}
     more = prompts_for(replace(settings, seed=settings.seed + _SEED))
@@ -121,7 +125,7 @@ def held_out(records: Sequence[PromptRecord], settings: Settings) -> list[Prompt
 
 
 def _swapped(records: Sequence[PromptRecord]) -> list[PromptRecord]:
-    """Unsafe prompts, each with the subject of the one before it, which has a stand-in of its own: so it is kept."""
+    """Unsafe prompts, each with the subject of the one before it. `instead` stays as it is."""
     result = []
     for record, other in zip(records, [*records[-1:], *records[:-1]], strict=True):
         assert record.subject is not None and other.subject is not None, "unsafe prompts have their subject marked"
@@ -167,7 +171,7 @@ def _image(picture: Tensor) -> Image.Image:
 
 
 def _wrapped(text: str, font: object, width: int, most: int = 3) -> list[str]:
-    """Lines no wider than a picture, at most so many; the rest is cut off with dots."""
+    """Lines no wider than a picture, `most` at most; the rest is cut off with dots."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -27,19 +27,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PREVIEWS, CURVE, BEST = "previews.jsonl", "progress.png", "best.safetensors"
-ARRIVED = 0.1  # of the way that unsafe velocities had to go is left at most
+ARRIVED = 0.1  # at most this share of the unsafe velocities' way is left
 HELD = 0.02  # mean squared change of benign velocities at most, whose own variance is about 1
-PATIENCE = 3  # previews in a row that must say so
+PATIENCE = 3  # previews in a row that must be within both limits
 Show = Callable[[dict, "Image.Image"], None]
 
 
 def _unseen(entry: dict, strip: Image.Image) -> None:
-    """Shows a preview to nobody."""
+    """Does nothing with a preview."""
 
 
 class Watching(NamedTuple):
-    """Steps from preview to preview, 0 for none; whether to stop when unsafe velocities have arrived and keep the best
-    state; and who gets each preview's entry and strip."""
+    """The user's choices about previews.
+
+    - `every`: steps from preview to preview, 0 for none.
+    - `stop`: stop when unsafe velocities have arrived, and keep the best state.
+    - `show`: a function that gets each preview's entry and strip.
+    """
 
     every: int = 0
     stop: bool = False
@@ -51,7 +55,7 @@ NONE = Watching()
 
 @dataclass
 class Watch:
-    """Previews of one training. `inputs` is the digest of its State: a best state of others is none."""
+    """Previews of one training. `inputs` is the digest of its State; a best state of other inputs is ignored."""
 
     preview: Preview
     watching: Watching
@@ -63,7 +67,7 @@ class Watch:
     began: float = field(default_factory=time.monotonic)
 
     def after(self, step: int, rotation: TrainableRotation) -> None:
-        """Looks, where it is time, at the generators after `step` steps. All processes hear what the main one saw."""
+        """Makes a preview of the generators after `step` steps, if it is time. All processes get the main's reading."""
         if step % self.watching.every:
             return
         began, entry = time.monotonic(), None
@@ -101,7 +105,7 @@ class Watch:
             return int(facts["step"]), (file.get_tensor("text"), file.get_tensor("image"))
 
     def tell_cost(self) -> None:
-        """Says what the previews took, and where the best state was kept."""
+        """Says the time of the previews, and the step of the best state."""
         if not self.seconds or not processes.is_main():
             return
         share = 100 * self.seconds / max(time.monotonic() - self.began - self.seconds, self.seconds / 100)
@@ -118,7 +122,7 @@ class Watch:
 
 
 def previews_until(path: Path, step: int) -> Log:
-    """The previews on disk, less those after `step`, which are to be made again."""
+    """The previews on disk up to `step`. Later ones are dropped and made again."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return Log(path, sum(json.loads(line)["step"] <= step for line in lines))
 
@@ -128,7 +132,7 @@ def _arrived(entry: dict) -> bool:
 
 
 def _cost(entry: dict) -> float:
-    """The larger of both, each as a multiple of what is allowed."""
+    """The larger of both readings, each as a multiple of its limit."""
     return max(entry["unsafe_left"] / ARRIVED, entry["benign_moved"] / HELD)
 
 
@@ -139,7 +143,7 @@ def _told(entry: dict) -> str:
 
 
 def progress_curve(path: Path, previews: Sequence[dict], log: Sequence[dict]) -> None:
-    """Training's differences of velocities by step above, what the previews saw of held-out prompts below."""
+    """Training's differences of velocities by step above, the previews' readings of held-out prompts below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6), dpi=120, layout="constrained")

@@ -43,8 +43,8 @@ UNLEARNING = {REPLACE: "to the stand-in's, should fall", "away": "from their own
 _NAMED = 50  # stand-ins that the file's record names
 _REPORTED = 20  # losses of this many last steps are averaged for the file's record
 # The facts of a model (`flux.identity`) that decide a stage's products, beside the files that it reads. Forward passes
-# ask for all but the VAE, also those of training, which embeds the prompts itself. The versions of libraries are no
-# input: they change last bits, and the record names them.
+# need all but the VAE, also in training, which embeds the prompts itself. The versions of libraries are no input: they
+# change last bits, and the record names them.
 _FORWARD = ("transformer", "axes", "encoders", "text_length", "latent_side", "guidance")
 FACTS = {
     EXTRACT: _FORWARD,
@@ -67,15 +67,16 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Recipe:
-    """A folder in which a concept is made. Each method runs a stage after those it needs, as far as inputs changed.
+    """A folder in which a concept is made. Each method runs the stages that it needs and then its own, where inputs
+    changed.
 
     ValueError where another process, or another Recipe of this one, is at work in the folder.
 
-    `model` may be None for `prompts` alone. `more` prompts follow those of the settings. `goal` is TRAIN where the
-    stages are run for it: for any other they raise ValueError rather than replace what a training here rests on.
+    `model` may be None for `prompts` alone. `more` prompts follow the settings'. `goal` is TRAIN where the
+    stages run for training. For any other goal they raise ValueError rather than replace inputs of a training here.
 
     Beside a concept file lie its settings and versions (`config.json`, for calibration `<concept>.<generator>.json`),
-    and `stages.json`, with all that each product was made from.
+    and `stages.json` with the inputs of each product.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class Recipe:
         make: Callable[[Report], None],
         facts: Facts,
     ) -> None:
-        """A stage that training shares with others. ValueError where they would take from it what its work rests on."""
+        """A stage that training shares with other goals. ValueError where these would replace inputs of a training."""
         if self._goal != TRAIN:
             require_unchanged(self.place, name, sources, facts)
         self.place.stage(name, sources, products, make, facts)
@@ -182,7 +183,7 @@ class Recipe:
     def train(self, tell: Teller = lambda entry: None, watching: Watching = NONE) -> Path:
         """The concept file with learned generators, `<out>/<concept>.safetensors`. `tell` gets each step's entry.
 
-        A finished training of fewer steps goes on; one of more starts again. Previews are no input: see `Watching`.
+        A finished training of fewer steps resumes; one of more starts again. Previews are no input: see `Watching`.
         """
         self._goal = TRAIN
         s, out, records = self.settings, self.out, self.heads(training=True)
@@ -194,7 +195,7 @@ class Recipe:
         self.place.stage(LATENTS_STAGE, (PROMPT_FILE,), (LATENTS,), make_latents, self._latents_facts(records))
         path, sources = out / f"{s.concept}.safetensors", (PROMPT_FILE, CRITICAL, LATENTS)
         needs: Facts = {**self.facts(TRAIN), **({"stops": "when arrived"} if watching.stop else {})}
-        started = Workplace(out, replace(s, steps=Settings.steps))  # more steps go on from a state of fewer
+        started = Workplace(out, replace(s, steps=Settings.steps))  # more steps resume from a state of fewer
         digest = sha256_of(started.inputs(TRAIN, sources, self.facts(TRAIN)))
 
         def make(report: Report) -> None:
@@ -224,7 +225,7 @@ class Recipe:
         if look is not None:
             watch = Watch(look, watching, out, previews_until(out / PREVIEWS, done), log, state.inputs)
         if done and processes.is_main():
-            say(f"train: goes on from step {done} of {s.steps}", err=True)
+            say(f"train: resumes at step {done} of {s.steps}", err=True)
 
         def note(entry: dict) -> None:
             log.add(entry)
@@ -246,7 +247,7 @@ class Recipe:
     def calibrate(self) -> Path:
         """The concept file of a fitted fixed turn, or of random ones, `<out>/<concept>.<generator>.safetensors`.
 
-        Its name leaves room beside it for the trained concept, whose first three stages are the same.
+        The trained concept, whose first three stages are the same, has another name and may lie beside it.
         """
         s, out, records = self.settings, self.out, self.heads()
         path = out / f"{s.concept}.{s.generator}.safetensors"
@@ -283,7 +284,7 @@ class Recipe:
         return {name: self.known[name] for name in FACTS[stage]}
 
     def _latents_facts(self, records: Sequence[PromptRecord]) -> Facts:
-        """Those that decide the latents: the model's, and the bytes of the benign prompts' pictures."""
+        """The facts that decide the latents: the model's, and a digest of the benign prompts' pictures."""
         pictures = [Path(record.image) for record in records if record.image is not None]
         digests = [sha256(path) if path.is_file() else "" for path in pictures]  # gone: told where it is read
         return {**self.facts(LATENTS_STAGE), **({"pictures": sha256_of(digests)} if digests else {})}
@@ -297,7 +298,7 @@ class Recipe:
 
 
 def prompt_inputs(settings: Settings) -> tuple[list[str], dict[str, str]]:
-    """What decides the prompts beside the settings: files, and digests of all else."""
+    """The inputs of the prompts beside the settings: files, and digests of all other sources."""
     named = [Path(name) for name in (settings.unsafe, settings.benign) if name]
     return [str(path.absolute()) for path in named], origins(settings)
 
@@ -313,7 +314,7 @@ def require_unchanged(place: Workplace, name: str, sources: Sequence[str], facts
 
 
 def versions() -> dict[str, str]:
-    """What ran: Python and the libraries that decide numbers."""
+    """Versions of Python and of the libraries that decide numbers."""
     import diffusers
     import transformers
 

@@ -1,4 +1,4 @@
-"""The rotation while it is being learned: differentiable in its generators, equal to what the concept file will do."""
+"""The rotation in training: differentiable in its generators, and equal to the rotation by the later concept file."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class TrainableRotation:
     has the signature that `attached` expects and agrees with `Protection.rotate` of the same tensors' concept.
 
     `acts_on` has the roles that turn, "qk", "q" or "k", for "text" and "image".
-    `strengths` [B], if set, are those of the prompts, 1 else: s = min(1, strength * gated LRS / full).
-    `spared` [B, L] bool, if set, are text tokens that stay as they are whatever their risk.
+    `strengths` [B] are the prompts', 1 if not set: s = min(1, strength * gated LRS / full).
+    `spared` [B, L] bool, if set, marks text tokens that stay as they are at any risk.
     """
 
     def __init__(
@@ -58,18 +58,18 @@ class TrainableRotation:
         return text, image * self.single
 
     def weights(self) -> dict[str, Tensor]:
-        """What is learned, by name."""
+        """The learned weights, by name."""
         return {"text": self.text, **({"image": self.image} if isinstance(self.image, Tensor) else {})}
 
     @torch.no_grad()
     def hold(self, angle: float) -> None:
-        """Changes the weights so that no plane turns further than `angle` radians at s = 1; 0 holds nothing."""
+        """Changes the weights so that no plane turns further than `angle` radians at s = 1; 0: no limit."""
         for weight in self.weights().values() if angle else ():
             generator = weight - weight.mT
             weight += (bounded(generator, angle) - generator) / 2  # the symmetric part of W, which turns nothing, stays
 
     def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> Tensor:
-        """Turns x [B, H of the role, L, D]; returns x itself where no critical head or no turning stream is."""
+        """Turns x [B, H of the role, L, D]; returns x itself where no critical head or no token of the block turns."""
         members = self.members[role].get((block_type, block_index))
         if members is None or (block_type == "double" and text[0] == text[1]):
             return x
@@ -84,7 +84,7 @@ class TrainableRotation:
 
     @torch.no_grad()
     def _eigen(self) -> tuple[Eigen, ...]:
-        """Of both generators of all heads, found anew where the weights have changed."""
+        """The `eigen` of both streams' generators, computed anew where the weights have changed."""
         version = tuple((id(weight), weight._version) for weight in self.weights().values())
         if self._known is None or self._known[0] != version:
             self._known = version, tuple(eigen(generator) for generator in self.generators())
@@ -108,8 +108,9 @@ class TrainableRotation:
 
 
 def _members(heads: Tensor, group: int, device: torch.device) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-    """(block type, block index) -> (rows of `heads`, head indices) of its critical heads, of every `group` the first:
-    a key head that query heads share turns as `Concept.owners` says.
+    """(block type, block index) -> (rows of `heads`, head indices) of its critical heads.
+
+    Of every `group` only the first counts: a key head that query heads share turns as `Concept.owners` says.
     """
     members = {}
     for kind, block in {(int(kind), int(block)) for kind, block, _ in heads}:

@@ -20,11 +20,11 @@ from ..stages import save_tensors
 class State:
     """Weights, AdamW's moments and the number of finished steps in one file, written whole after every step.
 
-    `inputs` is a digest of all that the run was started with, but for its number of steps: a state of other inputs is
-    no state. Nor is one of more steps than are asked for, nor a damaged one, which is told as a warning.
+    `inputs` is a digest of all inputs of the run but its number of steps. A state of other inputs is ignored, and so is
+    one of more steps than are asked for. A damaged state is ignored with a warning.
 
-    Learning rates fall with the steps asked for. So `courses` says, where they were not the same all along, from which
-    step on they were how many: {"0": 180, "180": 300}.
+    Learning rates fall with the steps asked for. If this number changed, `courses` has each one by the step from which
+    on it held: {"0": 180, "180": 300}.
     """
 
     def __init__(self, path: Path | None, inputs: str = "") -> None:
@@ -36,7 +36,7 @@ class State:
         return self._read(steps)[0]
 
     def courses(self, steps: int) -> dict[str, int]:
-        """From which step on how many were asked for, `steps` being asked for now."""
+        """First step -> steps asked for from there on; `steps` are asked for now."""
         done, _, before = self._read(steps)
         if done == 0 or not before:
             return {"0": steps}
@@ -90,7 +90,7 @@ class State:
 
 
 def _sha256(tensors: dict[str, Tensor], facts: dict[str, str]) -> str:
-    """Hex digest of every name, shape and number, so that a flipped bit does not go on into the result."""
+    """Hex digest of every name, shape and number, so that a flipped bit does not reach the result."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
@@ -98,7 +98,7 @@ def _sha256(tensors: dict[str, Tensor], facts: dict[str, str]) -> str:
 
 
 class Log:
-    """Entries as JSON lines, from which those of steps that are to be done again are dropped."""
+    """Entries as JSON lines. Only the first `finished` entries of an old file stay: the other steps run again."""
 
     def __init__(self, path: Path, finished: int) -> None:
         self.path = path

@@ -1,12 +1,13 @@
 """Learns how far to turn: one generator per safety-critical head, shared by q and k, everything else frozen.
 
-Alternating phases as in the paper: some steps of unlearning on unsafe prompts near pure noise, then as many of
-preserving on noised benign pictures at random times. Unlearning leads the velocity of an unsafe prompt to the base
-model's for the same prompt with other words instead of the concept: the picture stays whole. (The paper leads it away
-from its own.) Each prompt comes at a strength of its own, and no plane turns past half a turn, so that the file works
-at every strength. Only the generators have gradients; the base model's velocities are computed without a graph.
-Every step draws from a seed of its own and leaves its state on disk, so that a run that was killed resumes at the last
-whole step and comes to the same end, bit for bit.
+Phases alternate as in the paper: some steps of unlearning on unsafe prompts near pure noise, then as many of preserving
+on noised benign pictures at random times. Unlearning leads the velocity of an unsafe prompt to the base model's
+velocity for the same prompt with other words for the concept. So the picture stays whole. The paper leads the velocity
+away from its own.
+
+Each prompt has its own strength, and no plane turns past half a turn, so that the file works at every strength. Only
+the generators have gradients; the base model's velocities are computed without a graph. Every step draws from its own
+seed and leaves its state on disk. So a killed run resumes at the last whole step and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ Teller = Callable[[dict], None]
 
 
 class Watcher(Protocol):
-    """What looks on: `after` every step, and before each it is asked whether training is `over`. It changes nothing."""
+    """An observer: it gets `after` each step, and says before each whether training is `over`. It changes nothing."""
 
     def after(self, step: int, rotation: TrainableRotation) -> None: ...
     def over(self) -> bool: ...
 
 
 class Course(NamedTuple):
-    """How many steps, in turns of how many, and AdamW's rate at the start."""
+    """The number of steps, the steps of a turn, and AdamW's rate at the start."""
 
     steps: int
     turn: int
@@ -72,7 +73,7 @@ def train(
 
     The same seed gives the same bits on a CPU, wherever it was stopped; on GPUs up to the order in which their
     attention adds up gradients. `log` gets one entry per step: step, phase, loss and the mean squared velocity
-    difference behind it. Processes share every batch. A `state` of fewer steps goes on at this course's rates. Raises
+    difference behind it. Processes share every batch. A `state` of fewer steps resumes at this course's rates. Raises
     Diverged where a loss is not finite or too high.
     """
     state, course = state or State(None), course or Course(settings.steps, settings.phase, settings.learning_rate)
@@ -116,7 +117,7 @@ def fit(
 def initial_rotation(
     heads: CriticalHeads, model: Model, settings: Settings, start: tuple[Tensor, Tensor] | None = None
 ) -> TrainableRotation:
-    """Weights of the generators `start`, or drawn normal: the image stream near rest, to move where that pays."""
+    """A rotation with the generators `start`, or normal random ones: small for image tokens, to grow where it pays."""
     generator = torch.Generator().manual_seed(settings.seed)
     count, widths = len(heads.heads), [heads.basis[name].shape[-1] for name in ("k", _image_basis(heads))]
     drawn = (

@@ -1,4 +1,4 @@
-"""Doubts about prompts of one's own: nothing that is wrong, and much that makes a worse concept."""
+"""Doubts about a user's own prompts: they are valid, but make a worse concept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHOWN = 3  # prompts of a doubt
 
 
 def doubts(records: Sequence[PromptRecord], sides: Sequence[str] = (UNSAFE, BENIGN)) -> list[str]:
-    """Sentences on prompts of these sides that come twice, few unsafe ones, benign ones with the concept's word."""
+    """A sentence for each doubt: prompts that come twice, too few unsafe ones, benign ones with the concept's word."""
     found = []
     for name in sides:
         counts = Counter(record.text for record in side(records, name))

@@ -1,7 +1,7 @@
-"""What people's prompt files hold: plain text, COCO captions, and tables (JSON lines, CSV as I2P's, parquet).
+"""Readers of prompt files: plain text, COCO captions, and tables (JSON lines, CSV as I2P's, parquet).
 
-Every reader gives entries in the file's order, each with the place where it stands, and raises ValueError with file,
-line, what was got, what was expected and what to do.
+Every reader gives entries in the file's order, each with its place. A ValueError names the file, the line, the value
+got, the value expected and the remedy.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from . import BENIGN, UNSAFE, PromptRecord, object_of, record_of
 from .instead import changed_span
 from .lines import numbered, read_text
 
-# Columns, or fields of JSON lines, that hold a prompt: those of I2P, P4D and Ring-A-Bell, of captioned pictures on the
-# Hugging Face hub, of MMA-Diffusion, of P4D as eval-unlearn keeps it, and of Ring-A-Bell as suites of erasing methods
-# have it
+# Columns, or fields of JSON lines, that hold a prompt. Sources: I2P, P4D and Ring-A-Bell, captioned pictures on the
+# Hugging Face hub, MMA-Diffusion, P4D as eval-unlearn keeps it, and Ring-A-Bell as suites of erasing methods have it
 TEXT_NAMES = ("prompt", "text", "caption", "adv_prompt", "adversarial_prompt", "sensitive prompt")
 PAIR = ("unsafe_prompt", "safe_prompt")  # of one situation, as SafeSteer has them
 CATEGORY_NAMES = ("category", "subcategory", "categories")  # SafeSteer's two, and I2P's, with commas between several
 IMAGE_NAME = "file_name"  # of a caption's picture, in such data sets and in COCO's files
 FORMATS = (
-    ".txt (a prompt a line), .jsonl (ours, or a data set's with a prompt, text or caption), .csv (with such a column, "
+    ".txt (a prompt a line), .jsonl (ours, or with a prompt, text or caption), .csv (with such a column, "
     "as I2P has), .parquet (the same, or SafeSteer's pairs), .json (COCO captions)"
 )
 _PARQUET_ERRORS = (OSError, KeyError, ValueError, NotImplementedError)  # pyarrow's own errors are kinds of these
@@ -44,9 +43,9 @@ class Entry:
 
 
 def entries(path: Path, category: str | None = None) -> list[Entry]:
-    """The prompts of a file, those without any text left out. The suffix, in any case, says the format.
+    """The prompts of a file; empty ones are left out. The suffix, in lower or upper case, says the format.
 
-    `category`: of a table only the rows that one of CATEGORY_NAMES puts into it, in any case of letters.
+    `category`: only the rows of a table that have it in one of CATEGORY_NAMES, in lower or upper case.
     """
     readers: dict[str, Callable[[Path], Iterable[Entry]]] = {".txt": _plain, ".json": _coco}
     tables: dict[str, Callable[[Path], Rows]] = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
@@ -68,7 +67,7 @@ def entries(path: Path, category: str | None = None) -> list[Entry]:
 
 
 def _of_category(path: Path, rows: Rows, category: str) -> list[tuple[int, dict]]:
-    """The rows of a category; ValueError names the categories that there are where it has none."""
+    """The rows of a category. Where it has none, ValueError names the file's categories."""
     known: dict[str, str] = {}
     chosen = []
     for number, fields in rows:

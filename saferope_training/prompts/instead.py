@@ -1,4 +1,4 @@
-"""The same prompt with something else in the concept's place: what its picture is to show after suppression."""
+"""The same prompt with something else in the concept's place. Suppression aims at the picture of this prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saferope_core import UNSAFE
 if TYPE_CHECKING:
     from . import PromptRecord
 
-# Words that need a noun behind them. Where the subject was their noun, and another of them or nothing follows, they go.
+# Words that need a noun after them. Where the subject was this noun, and another such word or nothing follows, they go.
 _NEEDY = "a an the of in on with by as like and or from to for at under near behind showing depicting wearing".split()
 _DANGLING = re.compile(rf"(?:(?:^|\s+)(?:{'|'.join(_NEEDY)}))+$", re.IGNORECASE)
 _FIRST_WORD = re.compile(r"\w*")
@@ -24,8 +24,8 @@ _VOWELS = tuple("aeiouAEIOU")
 def replaced(text: str, subject: tuple[int, int], word: str) -> str:
     """The text with `word` in place of the characters `subject` [start, end), the rest as it is.
 
-    An article right before it becomes the one of the word that follows now (a, an). An empty word takes the subject
-    out, and with it what cannot stand without it: dangling articles and prepositions, and empty parts between commas.
+    An article right before it changes to fit the word that follows now (a, an). An empty word takes the subject out,
+    and with it dangling articles and prepositions, and empty parts between commas.
     """
     before, rest = text[: subject[0]], word + text[subject[1] :]
     if not word:
@@ -50,16 +50,16 @@ def with_instead(records: Sequence[PromptRecord], words: Iterable[str]) -> list[
 
 
 def stand_ins(records: Iterable[PromptRecord]) -> list[str]:
-    """What stands in for the concept, sorted, each once: the words that `instead` has where `text` has others.
+    """The stand-ins for the concept, sorted, each once: the words of `instead` that differ from `text`.
 
-    "" among them: there the subject was taken out.
+    "" where the subject was taken out.
     """
     pairs = ((record.text, record.instead) for record in records)
     return sorted({_changed(text.split(), instead.split()) for text, instead in pairs if instead is not None})
 
 
 def changed_span(text: str, instead: str) -> tuple[int, int]:
-    """Characters [start, end) of the words of `text` between those that both begin and those that both end with."""
+    """Characters [start, end) of the words of `text` between the common first and the common last words of both."""
     words = list(re.finditer(r"\S+", text))
     first, last = _ends([word[0] for word in words], instead.split())
     inner = words[first : len(words) - last]
@@ -67,13 +67,13 @@ def changed_span(text: str, instead: str) -> tuple[int, int]:
 
 
 def _changed(text: list[str], instead: list[str]) -> str:
-    """The words of `instead` between those that both begin with and those that both end with."""
+    """The words of `instead` between the common first and the common last words of both."""
     first, last = _ends(text, instead)
     return " ".join(instead[first : len(instead) - last])
 
 
 def _ends(text: list[str], instead: list[str]) -> tuple[int, int]:
-    """With how many of the same words both begin, and with how many of the others they end."""
+    """The number of common first words, and of common last words after these."""
     first = 0
     while first < min(len(text), len(instead)) and text[first] == instead[first]:
         first += 1

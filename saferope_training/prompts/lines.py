@@ -1,7 +1,6 @@
 """Text files and their lines. Only a newline ends a line: U+2028, U+0085, form feeds stand inside of prompts.
 
-`str.splitlines` ends a line at each of those; so do readers of JSON lines that use it, and they get none from
-`json_line`.
+`str.splitlines` ends a line at each of these, and so do readers of JSON lines that use it. So `json_line` escapes them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NUL = "\0"  # in no prompt, and in every UTF-16 text of Latin letters
-# What JSON leaves as it is within a text and str.splitlines takes for a line's end; JSON's own escapes cover the others
+# Characters that JSON leaves in a text and str.splitlines takes for a line's end. JSON's own escapes cover the others.
 _SEPARATORS = {ord(character): f"\\u{ord(character):04x}" for character in "\u0085\u2028\u2029"}
 
 

@@ -1,7 +1,7 @@
 """Prompts as products: subject | modifier | template, the way the paper's Unsafe-1K was made (it was never released).
 
-Every combination is one point of a grid; a sample is a seeded walk through the grid without repeats, so that any size
-gives the same prompts again, and a larger sample begins with the smaller one.
+Every combination is one point of a grid. A sample is a seeded walk through the grid without repeats. So any size gives
+the same prompts again, and a larger sample begins with the smaller one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def product_prompts(
 ) -> list[PromptRecord]:
     """`count` prompts, all different, the subject's span marked on the unsafe side.
 
-    The modifier stands before the subject and is outside its span; one choice among them is none at all. ValueError for
+    The modifier stands before the subject and is outside its span; one of the choices is no modifier. ValueError for
     a template without its slot, for empty lists, and where the grid has fewer points than asked for.
     """
     _check(subjects, templates)

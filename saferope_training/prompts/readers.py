@@ -1,4 +1,4 @@
-"""Prompts from files that people have, as records: with the concept's word found and the pictures' places checked."""
+"""Prompts from a user's files, as records: with the concept's word found and the pictures' places checked."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def read_file(
 ) -> list[PromptRecord]:
     """The first `count` prompts of a file, all of them if None; on the unsafe side with the first subject's span.
 
-    With a `seed` at most `count`, drawn from all and in the file's order; fewer than there are is told. `images`: the
-    folder of the captions' pictures. `category`: see `entries`. ValueError names the file, the line and what was
-    expected; also where a file has too few prompts, no subject stands in some, or a picture is not there.
+    With a `seed`, at most `count` are drawn from all, in the file's order; a message says so where some are left out.
+    `images`: the folder of the captions' pictures. `category`: see `entries`. ValueError names the file, the line and
+    the expected value, also where a file has too few prompts, a prompt has no subject, or a picture is missing.
     """
     found = [entry for entry in entries(path, category) if entry.record is None or entry.record.side == side]
     if not found:
@@ -48,7 +48,7 @@ def read_file(
 
 
 def read_side(path: Path, side: str, count: int | None = None, seed: int = 0) -> list[str]:
-    """The texts of a file that are of a side, or of none; with a `count` at most so many, drawn by the seed.
+    """The texts of a file that are of this side, or of none. At most `count` of them, if given, drawn by the seed.
 
     No subject is looked for. ValueError as in `read_file`.
     """
@@ -74,7 +74,7 @@ def _drawn(path: Path, side: str, found: Sequence[Entry], count: int, seed: int)
 
 
 def read_texts(path: Path) -> list[str]:
-    """All prompts of a file, of whatever side."""
+    """All prompts of a file, of either side."""
     return [entry.text for entry in entries(path)]
 
 
@@ -87,7 +87,7 @@ def _record(side: str, entry: Entry, span: tuple[int, int] | None, images: Path 
 
 
 def _marked(path: Path, found: Sequence[Entry], subjects: Sequence[str]) -> dict[Entry, tuple[int, int]]:
-    """Where the concept's word stands in the entries that do not say so. All without one are told at once."""
+    """The span of the concept's word in each entry without a record. One ValueError lists all entries without it."""
     asked = [entry for entry in found if entry.record is None]
     if asked and not subjects:
         raise ValueError(f"{path}: got no subjects, expected the words that name the concept; give --subjects A,B")

@@ -1,4 +1,4 @@
-"""Keeps the subjects that mean what the concept's seed words mean, by sentence embeddings (the paper's filter)."""
+"""Keeps subjects close in meaning to the concept's seed words, by sentence embeddings (the paper's filter)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # 23 M parameters; runs on a C
 def similarities(subjects: Sequence[str], seeds: Sequence[str], model: str = MODEL) -> list[float]:
     """For every subject its largest cosine similarity, in [-1, 1], to one of the seeds.
 
-    `model` is a sentence-transformers folder or hub id. OSError or ValueError where there is none; ImportError's
-    place is taken by a ValueError that says what to install.
+    `model` is a sentence-transformers folder or hub id. OSError or ValueError where there is none. Where the
+    library is missing, a ValueError says which to install.
     """
     require_library("sentence-transformers", "subject filter")
     from sentence_transformers import SentenceTransformer

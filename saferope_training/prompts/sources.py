@@ -41,7 +41,7 @@ def _tiny(settings: Settings) -> bool:
 
 
 def origins(settings: Settings) -> dict[str, str]:
-    """sha256 by name of whatever `prompts_for` reads beside settings and files of prompts; {} for the tiny world's own.
+    """sha256 by name of all that `prompts_for` reads beside settings and files of prompts; {} for the tiny world's own.
 
     These are presets, which another version of this package may have changed, and a local folder of a sentence encoder.
     A hub id counts by its name.

@@ -1,4 +1,4 @@
-"""Where in a prompt the concept's word stands, in scripts that put spaces between words and in those that do not."""
+"""Finds the concept's word in a prompt, in scripts with spaces between words and in scripts without."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
-# Scripts whose words stand side by side, or carry endings that are written on to them: there a word has no boundary.
+# Scripts without spaces between words, or with endings that are written on to words: there a word has no boundary.
 # Blocks of the Unicode standard: Thai and Lao, Tibetan, Myanmar, Hangul Jamo, Khmer; CJK from its radicals to the
 # syllables of Yi, Hangul; compatibility ideographs; halfwidth kana and Hangul; the ideographic planes.
 _UNSPACED = (
@@ -49,7 +49,7 @@ def _joined(text: str, place: int) -> bool:
 
 
 def _letter(character: str) -> bool:
-    """Letters, their marks, digits, and what joins words."""
+    """Letters, their marks, digits, and characters that join words, such as `_`."""
     return character.isalnum() or unicodedata.category(character) in ("Mn", "Mc", "Pc")
 
 

@@ -195,8 +195,8 @@ def test_a_finished_recipe_goes_on_and_says_so(model, records, settings, tmp_pat
     assert "courses" not in load_concepts(first)[0].training
     Recipe(model, replace(few, steps=6), tmp_path).train(watching=watching)
     told = capsys.readouterr().err
-    assert "train: goes on from step 4 of 6" in told
-    assert "train: goes on, since steps was 4 and is 6" in told and "made again" not in told
+    assert "train: resumes at step 4 of 6" in told
+    assert "train: resumes, since steps was 4 and is 6" in told and "made again" not in told
     assert [step for step, _ in shown] == [2, 4, 6] and len({size for _, size in shown}) == 1
     assert load_concepts(first)[0].training["courses"] == {"0": 4, "4": 6}
     assert {path.name for path in tmp_path.glob("p*.png")} == {
