@@ -37,6 +37,21 @@ def node_classes(pack):
     return {node.GET_SCHEMA().node_id: node for node in asyncio.run(load())}
 
 
+@pytest.fixture(scope="session")
+def compiled(comfy):
+    """As ComfyUI's TorchCompileModel, which drops the guards on what it hands to blocks; backend eager."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    def node(model, fullgraph=True):
+        clone = model.clone()
+        options = {"guard_filter_fn": skip_torch_compile_dict}
+        set_torch_compile_wrapper(clone, backend="eager", options=options, fullgraph=fullgraph)
+        return clone
+
+    return node
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_models_of_the_last_file(comfy):
     """ComfyUI takes a model for leaked whose node's output is gone, and collects garbage at every later sampling for

@@ -76,21 +76,6 @@ def test_a_hook_that_leaves_the_graph_is_counted(least):
         torch.compile(block, fullgraph=True, backend="eager")(torch.randn(1, TEXT + IMAGE, 256))
 
 
-@pytest.fixture(scope="module")
-def compiled(comfy):
-    """As ComfyUI's TorchCompileModel, which drops the guards on what it hands to blocks; backend eager."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-
-    def node(model, fullgraph=True):
-        clone = model.clone()
-        options = {"guard_filter_fn": skip_torch_compile_dict}
-        set_torch_compile_wrapper(clone, backend="eager", options=options, fullgraph=fullgraph)
-        return clone
-
-    return node
-
-
 def test_a_whole_network_is_one_graph_and_every_replay_is_seen(apply, compiled, least, make_least, sample):
     model = apply(least, [make_least()], 1.0)
     patch, expected, seen = patches_of(model)[0], sample(model, steps=3), []

@@ -160,6 +160,23 @@ def test_a_changed_model_is_not_signed(protected, sampled, save, keys, tmp_path,
     assert save(sampled(model), recorder), "control: the model itself is signed"
 
 
+@pytest.mark.parametrize("change", [replaces_a_block, hides_from_a_block], ids=lambda change: change.__name__)
+def test_a_compiled_model_that_skips_a_block_is_not_signed(protected, compiled, sampled, save, keys, tmp_path, change):
+    model, recorder = protected()
+    clone = compiled(model, fullgraph=False)
+    change(clone)
+    unsigned(tmp_path, CHANGES[change], lambda: sampled(clone), save, recorder)
+
+
+def test_graphs_made_without_protection_are_not_signed(world, protected, compiled, sampled, save, keys, tmp_path):
+    """One compiled network: its graphs are there before the protection is. The control of the test above too."""
+    plain = compiled(world[0], fullgraph=False)
+    sampled(plain)
+    model, recorder = protected(plain)
+    assert save(sampled(model), recorder), "traced anew, or run again without graphs: protected and counted"
+    unsigned(tmp_path / "none", "No receipt covers this latent", lambda: sampled(plain), save, recorder)
+
+
 def test_a_step_cache_is_not_signed(protected, sampled, save, keys, tmp_path):
     """ComfyUI's own, and so no code of others."""
     from comfy_extras.nodes_easycache import EasyCacheNode
