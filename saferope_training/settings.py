@@ -191,9 +191,7 @@ class Settings:
     )
     preserve_weight: float = _choice("train", 1.0, "Weight of the preserving loss against the unlearning one.")
     text_init: float = _choice("train calibrate", 1.0, "Standard deviation of the text generators' first values.")
-    image_init: float = _choice(
-        "train calibrate", 0.3, "The same for the image generators of the single blocks. The paper: 0.01."
-    )
+    image_init: float = _choice("train calibrate", 0.3, "The same for the image generators. The paper: 0.01.")
     regulariser: str = _choice(
         "train", "velocity", "`velocity` (match the base model's, the paper's) or `flow` (flow matching)."
     )

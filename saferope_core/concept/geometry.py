@@ -72,6 +72,13 @@ class Geometry:
         """Number of blocks of both types: the rows of a head map."""
         return self.double_blocks + self.single_blocks
 
+    @property
+    def image_blocks(self) -> int:
+        """The type, DOUBLE or SINGLE, of the blocks whose image tokens turn. The paper has SINGLE. A model without
+        single blocks (Qwen-Image) has DOUBLE.
+        """
+        return SINGLE if self.single_blocks else DOUBLE
+
     def row(self, block_type: str, block_index: int) -> int:
         """Row of a block in a head map: double blocks first, then single blocks. Both counts start at 0.
 

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..concept.geometry import SINGLE
 from ..maths.calibration import fixed_generator
 from ..maths.rotation import skew
 from .heads import CriticalHeads
 
 
 def fixed_generators(heads: CriticalHeads, angle: float) -> tuple[Tensor, Tensor]:
-    """Skew generators (text, image) [N, R + S, R + S], image ones at rest in double blocks, as learned ones are.
+    """Skew generators (text, image) [N, R + S, R + S], image ones at rest where image tokens do not turn.
 
     They turn the leading planes of every head, columns (1, 2), (3, 4) and so on of its basis, by `angle` radians at
     full risk. Where risk is measured in relative dimensions, the planes begin behind these: little lies there to be
@@ -39,7 +38,7 @@ def fixed_generators(heads: CriticalHeads, angle: float) -> tuple[Tensor, Tensor
     text, image = (
         pad(fixed_generator(width - first, angle, len(heads.heads)), (first, 0, first, 0)) for width in heads.widths
     )
-    return text, image * _single(heads)
+    return text, image * heads.turns_image
 
 
 def random_generators(heads: CriticalHeads, seed: int, text_init: float, image_init: float) -> tuple[Tensor, Tensor]:
@@ -49,8 +48,4 @@ def random_generators(heads: CriticalHeads, seed: int, text_init: float, image_i
         2 * skew(torch.randn(count, width, width, generator=generator)) * spread
         for width, spread in zip(heads.widths, (text_init, image_init), strict=True)
     )
-    return text, image * _single(heads)
-
-
-def _single(heads: CriticalHeads) -> Tensor:
-    return (heads.heads[:, 0] == SINGLE).float()[:, None, None]
+    return text, image * heads.turns_image

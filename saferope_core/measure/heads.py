@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..concept.concept import LEAST_FULL
-from ..concept.geometry import Geometry
+from ..concept.geometry import SINGLE, Geometry
 from ..concept.stream import ROLES, Roles, Stream
 from ..maths.calibration import calibrate_gate
 from ..maths.risk import discrimination, head_discrimination_score, latent_risk_score
@@ -90,7 +90,10 @@ class HeadTable:
 
 @dataclass(frozen=True)
 class CriticalHeads:
-    """The safety-critical heads alone: heads int32 [N, 3] and, as in the table, basis [N, D, R + S], gate, full [N]."""
+    """The safety-critical heads alone: heads int32 [N, 3] and, as in the table, basis [N, D, R + S], gate, full [N].
+
+    Image tokens turn in blocks of the type `image_blocks` alone, see `Geometry.image_blocks`.
+    """
 
     heads: Tensor
     basis: dict[str, Tensor]
@@ -98,6 +101,12 @@ class CriticalHeads:
     singular_values: Tensor
     reach: int = 0
     full: dict[str, Tensor] = field(default_factory=dict)
+    image_blocks: int = SINGLE
+
+    @property
+    def turns_image(self) -> Tensor:
+        """[N, 1, 1] fp32: 1 for a head whose image tokens turn, else 0."""
+        return (self.heads[:, 0] == self.image_blocks).float()[:, None, None]
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -189,6 +198,7 @@ def critical_heads(table: HeadTable, geometry: Geometry) -> CriticalHeads:
         table.singular_values[row, head],
         table.reach,
         {name: full[row, head] for name, full in table.full.items()},
+        geometry.image_blocks,
     )
 
 

@@ -57,7 +57,9 @@ def load_critical(path: Path, geometry: Geometry) -> tuple[CriticalHeads, Tensor
         for kind in ("basis_", "gate_", "full_")
     )
     reach = int(tensors["reach"])
-    critical = CriticalHeads(tensors["heads"], basis, gate, tensors["singular_values"], reach, full)
+    critical = CriticalHeads(
+        tensors["heads"], basis, gate, tensors["singular_values"], reach, full, geometry.image_blocks
+    )
     return critical, tensors["discrimination"]
 
 

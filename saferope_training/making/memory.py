@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from saferope_core import COLLECTED, ROLES, Geometry, gated, latent_risk_score, rotate_by_generator
+from saferope_core import BLOCK_TYPES, COLLECTED, ROLES, Geometry, gated, latent_risk_score, rotate_by_generator
 
 from ..flux import loading
 from ..flux.attach import geometry_from, sites, with_blocks
@@ -278,7 +278,7 @@ def _kept_of(described: str, text: int, image: int, batch: int, dtype: torch.dty
         with _default(dtype):
             model = loading.made_of(config).requires_grad_(False).eval()
         for site in sites(model):
-            if site.stream != "image":  # image tokens of double blocks stay at rest
+            if site.stream != "image" or BLOCK_TYPES[geometry.image_blocks] == site.block_type:  # else at rest
                 site.module.register_forward_hook(_turned)
         prompts = Text(
             torch.empty(batch, text, *row.states(config)), torch.empty(batch, row.pooled_width(config, text))

@@ -27,7 +27,7 @@ class TrainableRotation:
     """R(x) = B exp(s A) B^T + (I - B B^T), B = [U, reach], differentiable in A = W - W^T, which is exactly skew.
 
     `text` and `image` are the weights W, as wide as their stream's bases; where `image` is a number, image tokens turn
-    by that many times the text's generators. In double blocks only text tokens turn, as in the paper's code. `rotate`
+    by that many times the text's generators. Image tokens turn in the blocks that `heads` names for it. `rotate`
     has the signature that `attached` expects and agrees with `Protection.rotate` of the same tensors' concept.
 
     `acts_on` has the roles that turn, "qk", "q" or "k", for "text" and "image".
@@ -43,7 +43,7 @@ class TrainableRotation:
         self.basis = {role: basis.to(device) for role, basis in heads.basis.items()}
         self.gate = {role: gate.to(device) for role, gate in heads.gate.items()}
         self.full = {role: full.to(device) for role, full in heads.full.items()}
-        self.single = (heads.heads[:, 0] == BLOCK_TYPES.index("single")).float()[:, None, None].to(device)
+        self.turns_image = heads.turns_image.to(device)
         self.text, self.image = text, image
         self.own = "image_" if "image_k" in heads.basis else ""
         self.members = {role: _members(heads.heads, geometry.group if role == "k" else 1, device) for role in ROLES}
@@ -55,7 +55,7 @@ class TrainableRotation:
         """Skew generators A [N, R + S, R + S] for text and image tokens."""
         text = self.text - self.text.mT
         image = self.image - self.image.mT if isinstance(self.image, Tensor) else self.image * text
-        return text, image * self.single
+        return text, image * self.turns_image
 
     def weights(self) -> dict[str, Tensor]:
         """The learned weights, by name."""
@@ -71,7 +71,8 @@ class TrainableRotation:
     def rotate(self, x: Tensor, role: str, block_type: str, block_index: int, text: Span, image: Span) -> Tensor:
         """Turns x [B, H of the role, L, D]; returns x itself where no critical head or no token of the block turns."""
         members = self.members[role].get((block_type, block_index))
-        if members is None or (block_type == "double" and text[0] == text[1]):
+        at_rest = text[0] == text[1] and BLOCK_TYPES[self.heads.image_blocks] != block_type
+        if members is None or at_rest:
             return x
         index, head = members
         parts, chosen = {}, x[:, head]

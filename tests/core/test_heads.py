@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -208,6 +210,14 @@ def test_fields_are_a_concepts(statistics):
         )
         assert (concept.image.basis is not None) == (concept.image.gate.k is not None) == bool(image)
         assert (concept.rank, concept.reach) == (3, 1)
+
+
+def test_image_tokens_turn_in_every_block_of_a_model_without_single_ones(statistics):
+    doubles = replace(GEOMETRY, double_blocks=GEOMETRY.blocks, single_blocks=0)
+    for geometry, rests in ((doubles, False), (GEOMETRY, True)):
+        chosen = critical_heads(read(statistics), geometry)
+        for text, image in (fixed_generators(chosen, 2.0), random_generators(chosen, 0, 1.0, 0.3)):
+            assert text.any(dim=(1, 2)).all() and image.any(dim=(1, 2)).all() != rests
 
 
 def test_random_generators_repeat(statistics):

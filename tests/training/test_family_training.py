@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from saferope_core import ROLES, Protection
+from saferope_core.concept.geometry import SINGLE
 from saferope_training.flux.models import from_pipeline
 from saferope_training.making import train
 from tests.support.pipelines import SIDE, make_pipeline
@@ -58,7 +59,23 @@ def test_a_shared_key_head_learns_from_one_generator(model, critical, open_heads
 
 
 @pytest.mark.parametrize("model", ["qwen-image"], indirect=True)
-def test_double_blocks_alone_turn_text_alone(model, open_heads, seen, settings):  # noqa: F811
+def test_image_tokens_turn_in_double_blocks_where_there_are_no_others(model, open_heads, seen, settings):  # noqa: F811
     text, image = train.train(model, open_heads, seen, settings)
-    before, _ = train.train(model, open_heads, seen, replace(settings, learning_rate=0.0))
-    assert not torch.equal(text, before) and not image.any()
+    resting = replace(open_heads, image_blocks=SINGLE)
+    before = train.train(model, open_heads, seen, replace(settings, learning_rate=0.0))
+    for learned, first in zip((text, image), before, strict=True):
+        assert not torch.equal(learned, first)
+    assert not train.train(model, resting, seen, settings)[1].any(), "control: a model with single blocks"
+
+
+@pytest.mark.parametrize("model", ["qwen-image"], indirect=True)
+def test_image_tokens_of_double_blocks_turn_as_the_concept_says(model, critical, open_heads, settings):  # noqa: F811
+    rotation = train.initial_rotation(open_heads, model, settings)
+    concept = concept_of(model, (open_heads, critical[1]), rotation.generators(), settings)
+    protection = Protection([concept], model.geometry)
+    for role in ROLES:
+        x = torch.randn(2, model.geometry.heads, 6, model.geometry.head_dim, generator=torch.Generator().manual_seed(1))
+        where = (role, "double", 0, (0, 0), (0, 6))
+        ours, theirs = rotation.rotate(x, *where), protection.rotate(x, *where)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(theirs, x, atol=1e-2), "negative control"
