@@ -258,6 +258,11 @@ class Settings:
         for name in ("unsafe_prompts", "benign_prompts", "reservoir", "steps", "phase", "batch"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
+    @property
+    def fits(self) -> bool:
+        """Whether `calibrate` fits its turn to the model."""
+        return self.fit > 0 and self.generator == "fixed"
+
     def _require_used(self) -> None:
         """ValueError for a setting that has no effect beside the others."""
         presets = self.unsafe is None and (self.model != "tinyworld" or self.benign is not None)

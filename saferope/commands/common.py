@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
 
 import typer
 
@@ -27,6 +27,7 @@ USER_ERROR = 2  # exit code: a mistake that the user can mend. Typer has the sam
 LONGEST = 4000  # characters of an error that are told; ours have a few hundred
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 CLOSED_PIPE = 141  # 128 + SIGPIPE
+_BAR = 20  # letters of a bar: with the words behind it a line is 80
 
 Out = Annotated[Path, typer.Option(help="Folder for every stage's product; a later call resumes there.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
@@ -34,6 +35,12 @@ ConceptFiles = Annotated[
     list[str] | None,
     typer.Option("--concept", help="Concept file, or FILE:STRENGTH (0 off, 1 as trained). May be repeated."),
 ]
+
+
+class Bars(Protocol):
+    """Shows how far a stage is."""
+
+    def __call__(self, stage: str, done: int, total: int, words: str = "", /) -> None: ...
 
 
 def command(*stages: str, **defaults: Any) -> Callable[[Callable], Callable]:
@@ -126,24 +133,25 @@ def _indented(error: Exception) -> str:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr: a function of stage, done and total."""
+def progress_bars() -> Iterator[Bars]:
+    """Progress bars on stderr: a function of stage, done and total, and of words behind the bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("{task.description:>9}", markup=False),
-        BarColumn(),
+        BarColumn(_BAR),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[words]}", markup=False),
     )
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=Console(stderr=True)) as bars:
 
-        def show(stage: str, done: int, total: int) -> None:
+        def show(stage: str, done: int, total: int, words: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(plain(stage))
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(plain(stage), words="")
+            bars.update(tasks[stage], completed=done, total=total, words="" if done == total else words)
 
         yield show
 

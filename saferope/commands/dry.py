@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saferope_training.console import say
-from saferope_training.settings import PROMPTS, TRAIN, Settings
+from saferope_training.settings import CALIBRATE, PROMPTS, TRAIN, Settings
 
 if TYPE_CHECKING:
     from saferope_training.making.estimate import Shape, Task
@@ -38,7 +38,7 @@ def making(settings: Settings, out: Path, device: str, goal: str, every: int = 0
         material.require_pictures(records, 16 * shape.sizes.side)
     notes += ["hardening: its rounds are not counted"] if settings.harden else []
     say(f"prompts: {len(side(records, UNSAFE))} unsafe, {len(side(records, BENIGN))} benign")
-    training = goal == TRAIN or (goal == "calibrate" and settings.fit > 0 and settings.generator == "fixed")
+    training = goal == TRAIN or (goal == CALIBRATE and settings.fits)
     tell(estimate.Task(settings, records, goal, every, pictures), shape, out, device, training, notes)
 
 
@@ -51,7 +51,7 @@ def tell(task: Task, shape: Shape, out: Path, device: str, training: bool, notes
     plan = plan if task.goal or training else replace(plan, gathering=0)
     disk, ram = estimate.disk_of(task, shape), estimate.ram_of(task, shape, plan, device)
     phases = plan.phases()
-    for name, runs in (("listening to heads", task.goal or training), ("painting", paints)):
+    for name, runs in ((memory.LISTENING, task.goal or training), (memory.PAINTING, paints)):
         phases = phases if runs else {other: size for other, size in phases.items() if other != name}
     lines = [f"memory of {device}, counted and not measured on real weights:", *_sizes(phases)]
     lines += ["RAM:", *_sizes({"at most": ram}), f"disk, in {out}:", *_sizes(disk)]

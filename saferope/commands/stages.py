@@ -13,15 +13,19 @@ from saferope_training.console import say
 from saferope_training.settings import CALIBRATE, EXTRACT, HARDEN, HEADS, LATENTS, MODEL, PROMPTS, TRAIN, Settings
 
 from . import dry
-from .common import Device, Out, command, load, progress_bars
+from .common import Bars, Device, Out, command, load, progress_bars
 from .options import Clip, DryRun, Ending, HeldOut, Judge, Verdict, Vqa
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from saferope_training.flux.models import Model
+    from saferope_training.making.estimate import Task
+    from saferope_training.making.memory import Plan
     from saferope_training.making.progress import Show
     from saferope_training.making.recipe import Recipe
     from saferope_training.making.train import Teller
+    from saferope_training.stages import Progress
 
 BEFORE_HEADS = (MODEL, PROMPTS, EXTRACT)
 CPU = "cpu"
@@ -45,7 +49,7 @@ def extract(settings: Settings, out: Out, device: Device = CPU, dry_run: DryRun 
 
     if dry_run:
         return dry.making(settings, out, device, EXTRACT)
-    with _recipe(settings, out, device) as recipe:
+    with _recipe(settings, out, device, EXTRACT) as recipe:
         recipe.extract()
     say(f"statistics: {out / STATISTICS}")
 
@@ -57,7 +61,7 @@ def heads(settings: Settings, out: Out, device: Device = CPU, dry_run: DryRun = 
 
     if dry_run:
         return dry.making(settings, out, device, HEADS)
-    with _recipe(settings, out, device) as recipe:
+    with _recipe(settings, out, device, HEADS) as recipe:
         recipe.heads()
     say(f"table: {out / TABLE}\nmap:   {out / MAP}")
 
@@ -102,10 +106,11 @@ def train(
 
     ending = Ending(verdict, held_out, tuple(judge or ()), clip, vqa)
     _require_ending(ending)
+    asked = TRAIN, preview_every, _pictures(settings, ending)
     if dry_run:
-        return dry.making(settings, out, device, TRAIN, preview_every, _pictures(settings, ending))
+        return dry.making(settings, out, device, *asked)
     with (
-        _recipe(settings, out, device, training=True, goal=TRAIN, previews=preview_every > 0) as recipe,
+        _recipe(settings, out, device, *asked) as recipe,
         _losses(out / "tensorboard" if tensorboard else None) as (tell, show),
     ):
         watching = Watching(preview_every, stop_when_arrived, show)
@@ -129,10 +134,10 @@ def calibrate(
     """Make a concept file in a tenth of the time: extraction, a fixed turn, a short fit. From prompts, no pictures."""
     ending = Ending(verdict, held_out, tuple(judge or ()), clip, vqa)
     _require_ending(ending)
+    asked = CALIBRATE, 0, _pictures(settings, ending)
     if dry_run:
-        return dry.making(settings, out, device, CALIBRATE, pictures=_pictures(settings, ending))
-    training = settings.fit > 0 and settings.generator == "fixed"
-    with _recipe(settings, out, device, training) as recipe:
+        return dry.making(settings, out, device, *asked)
+    with _recipe(settings, out, device, *asked) as recipe:
         path = recipe.calibrate()
         _end(recipe, path, ending)
     say(f"concept file: {path}")
@@ -169,27 +174,43 @@ def _end(recipe: Recipe, path: Path, ending: Ending) -> None:
 
 @contextmanager
 def _recipe(
-    settings: Settings, out: Path, device: str, training: bool = False, goal: str = "", previews: bool = False
+    settings: Settings, out: Path, device: str, goal: str, every: int = 0, pictures: int = 0
 ) -> Iterator[Recipe]:
-    """The recipe of a loaded model, with progress bars.
+    """The recipe of a loaded model for the stage `goal`, with progress bars that tell the time left of the whole run.
 
     Before it loads, settings are checked, prompts are made, and its memory plan is printed.
     """
     from saferope_training import processes
-    from saferope_training.making import checks, memory
+    from saferope_training.making import checks, estimate, memory
     from saferope_training.making.recipe import Recipe
     from saferope_training.stages import alone
 
     device = processes.own_device(device)
     checks.require_settings(settings, device)
     with alone(out):
-        Recipe(None, settings, out, goal=goal).prompts()
-        plan = memory.plan_for(settings, device, training, previews)
+        records = Recipe(None, settings, out, goal=goal).prompts()
+        training = goal == TRAIN or (goal == CALIBRATE and settings.fits)
+        plan = memory.plan_for(settings, device, training, every > 0)
         if processes.is_main():
             doubt = memory.doubt(plan, device)
             say("\n".join(plan.lines() + ([f"warning: {doubt}"] if doubt else [])), err=True)
-        with memory.running_out(plan, device), progress_bars() as progress:
-            yield Recipe(load(settings, device), settings, out, progress, goal=goal)
+        with memory.running_out(plan, device), progress_bars() as bars:
+            model, task = load(settings, device), estimate.Task(settings, records, goal, every, pictures)
+            yield Recipe(model, settings, out, _watched(model, task, out, device, plan, bars), goal=goal)
+
+
+def _watched(model: Model, task: Task, out: Path, device: str, plan: Plan, bars: Bars) -> Progress:
+    """Progress that tells the time left and, on a GPU, memory above the plan."""
+    from saferope_training import processes
+    from saferope_training.making import estimate, pace
+    from saferope_training.making.forecast import Forecast
+    from saferope_training.making.meter import Meter, peak_of
+
+    if not processes.is_main():
+        return bars
+    s, known = task.settings, pace.seconds_of(out, task.settings, device)
+    foretold = Forecast(estimate.work_of(task), known, lambda: pace.of_a_pass(model, s.passes_of or s.batch), bars)
+    return Meter(plan, peak_of(device), foretold) if device.startswith("cuda") else foretold
 
 
 @contextmanager

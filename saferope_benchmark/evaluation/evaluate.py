@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from saferope_training.prompts.lines import json_line
 from saferope_training.stages import Progress, sha256_of
 
 from ..pictures import comparison_grid
-from ..prompt_sets import UNSAFE, PromptSet, concepts_of
+from ..prompt_sets import UNSAFE, Ask, PromptSet, concepts_of
 from ..sample import sample
 from ..scores import Absent, Metric, Scores
 from . import tables
@@ -108,25 +109,48 @@ def _own(e: Evaluation) -> list[tuple[PromptSet, int]]:
 
 def _paint(e: Evaluation, key_of: Keys, progress: Progress) -> None:
     """Every chunk under all methods, one after the other, so that all of them meet the machine in the same mood."""
-    chunks, done = _own(e), 0
-    total = sum(len(s.part(f, e.batch).asks) for s, f in chunks for m in e.methods if m.paints(s))
-    for asked, first in chunks:
-        part = asked.part(first, e.batch)
-        for method in (m for m in e.methods if m.paints(asked)):
-            folder, key = e.folder(method, asked), key_of(method, asked, first)
-            if read_cost(folder, first, len(part.asks), key) is None:
-                with method.context(e.model), measured(e.model.device) as cost:
-                    pictures = paint(e.model, [ask.text for ask in part.asks], [ask.seed for ask in part.asks])
-                write_pictures(folder, first, pictures, cost, key)
-            done += len(part.asks)
-            progress("pictures", done, total)
+    work = _painting(e, _own(e), key_of)
+    missing, total = _missing(work), _pictures(work)
+    done = total - _pictures(missing)
+    progress("pictures", done, total)
+    for part in missing:
+        with part.method.context(e.model), measured(e.model.device) as cost:
+            pictures = paint(e.model, [ask.text for ask in part.asks], [ask.seed for ask in part.asks])
+        write_pictures(part.folder, part.first, pictures, cost, part.key)
+        done += len(part.asks)
+        progress("pictures", done, total)
 
 
 def unpainted(e: Evaluation) -> int:
     """How many pictures of all methods are not there yet."""
-    key_of, parts = _keys(e), [(s, f, m) for s, f in e.chunks() for m in e.methods if m.paints(s)]
-    sizes = [(s.part(f, e.batch).asks, e.folder(m, s), f, key_of(m, s, f)) for s, f, m in parts]
-    return sum(len(asks) for asks, folder, f, key in sizes if read_cost(folder, f, len(asks), key) is None)
+    return _pictures(_missing(_painting(e, e.chunks(), _keys(e))))
+
+
+class _Part(NamedTuple):
+    """A chunk under a method: its prompts, where its pictures lie, the first's number, and what decides them."""
+
+    asks: Sequence[Ask]
+    folder: Path
+    first: int
+    method: Method
+    key: str
+
+
+def _painting(e: Evaluation, chunks: Sequence[tuple[PromptSet, int]], key_of: Keys) -> list[_Part]:
+    return [
+        _Part(asked.part(first, e.batch).asks, e.folder(m, asked), first, m, key_of(m, asked, first))
+        for asked, first in chunks
+        for m in e.methods
+        if m.paints(asked)
+    ]
+
+
+def _missing(parts: Sequence[_Part]) -> list[_Part]:
+    return [part for part in parts if read_cost(part.folder, part.first, len(part.asks), part.key) is None]
+
+
+def _pictures(parts: Sequence[_Part]) -> int:
+    return sum(len(part.asks) for part in parts)
 
 
 def paint(model: Model, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:

@@ -6,7 +6,7 @@ Loads, fetches and writes nothing. A model's sizes are read from its files; FLUX
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ PROGRAM = 3 * 2**30  # RAM of Python, torch and diffusers, with the driver's: 0.
 _LEARNT = 4  # passes' time of a prompt in training: its target, its own, and two backward
 _WIDEST_PREVIEW = 160  # pixels of a side at least, see making/preview.py
 UNKNOWN = "not known before a measured pass"
+PICTURES = "pictures"  # as `evaluate` reports them: the verdict's, behind a file that is made
 
 
 class Shape(NamedTuple):
@@ -102,11 +103,11 @@ def work_of(task: Task) -> list[Work]:
         painted = sum(record.scene is None and record.image is None for record in benign)
         passes = visits * len(unsafe) + len(PAINTING) * painted
         looks = s.steps // task.every if task.every else 0
-        found += [Work(LATENTS, count, passes / count)]
+        found += [Work(LATENTS, count, passes / max(1, count))]
         found += [Work(TRAIN, s.steps, learnt + preview.PASSES * looks / s.steps)]
-    if task.goal == CALIBRATE and s.fit and s.generator == "fixed":
+    if task.goal == CALIBRATE and s.fits:
         found += [Work(CALIBRATE, s.fit, learnt + visits * len(unsafe) / s.fit)]
-    return found + ([Work("verdict" if task.goal else "pictures", task.pictures, steps_of(s))] if task.pictures else [])
+    return found + ([Work(PICTURES, task.pictures, steps_of(s))] if task.pictures else [])
 
 
 def steps_of(settings: Settings) -> int:
@@ -116,15 +117,18 @@ def steps_of(settings: Settings) -> int:
     return STEPS if settings.model == TINYWORLD else loading.DEV.steps
 
 
-def seconds(work: Sequence[Work], known: dict[str, float]) -> dict[str, float | None]:
-    """Seconds of each stage: from its own time a unit, else from another stage's time a pass; None: no time known."""
+def unit_seconds(work: Sequence[Work], known: Mapping[str, float]) -> dict[str, float | None]:
+    """Seconds a unit of each stage: its own time, else from another stage's time a pass; None: none is known."""
     passes = [known[each.stage] / each.passes for each in work if each.stage in known and each.passes]
-    return {
-        each.stage: known[each.stage] * each.units
-        if each.stage in known
-        else (passes[0] * each.passes * each.units if passes else None)
-        for each in work
-    }
+    derived = {each.stage: passes[0] * each.passes if passes else None for each in work}
+    return {stage: known.get(stage, taken) for stage, taken in derived.items()}
+
+
+def seconds(work: Sequence[Work], known: Mapping[str, float]) -> dict[str, float | None]:
+    """Seconds of each stage; None: not known."""
+    units = {each.stage: each.units for each in work}
+    found = unit_seconds(work, known)
+    return {stage: None if each is None else each * units[stage] for stage, each in found.items()}
 
 
 def disk_of(task: Task, shape: Shape) -> dict[str, int]:

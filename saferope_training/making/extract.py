@@ -42,6 +42,7 @@ def extract(
     """
     gathering = Gathering(model.geometry, capacity, model.device)
     chosen = {name: side(records, name) for name in (UNSAFE, BENIGN)}
+    progress(0, len(records))
     if model.cache is not None:
         _embed(model, chosen)
     done = 0

@@ -48,6 +48,7 @@ def make_latents(
     unsafe, benign = (prompts.side(records, name) for name in (prompts.UNSAFE, prompts.BENIGN))
     total, done = len(unsafe) + len(benign), 0
     tensors: dict[str, list[Tensor]] = {}
+    progress(done, total)
     for name, chosen in ((VISITED, unsafe), (BENIGN_LATENTS, benign)):
         for chunk in torch.arange(len(chosen)).split(passes_of or extract.BATCH):
             places = chunk.tolist()

@@ -36,6 +36,7 @@ BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8, "torchao-int8": 8, "torc
 WORKSPACE = 0.1  # of the rest: kernels' scratch space and fragmentation
 GIB = 2**30
 DECODED = 4 * 256  # channels: the widest map of FLUX.1's VAE at full size, before, within and after a residual block
+EMBEDDING, LISTENING, TRAINING, PAINTING = "embedding prompts", "listening to heads", "training", "painting"  # phases
 _PATCH = 16  # pixels of an image token
 _WIDTH = 28  # R + S of the rotation that is counted: the defaults'
 WAYS_OUT = "Try --quantise, --checkpointing, fewer --passes-of or a smaller --resolution"
@@ -61,8 +62,8 @@ class Plan:
 
     def phases(self) -> dict[str, int]:
         """Bytes at most while each phase runs, workspace included."""
-        last = "training" if self.generators else "painting"
-        parts = {"embedding prompts": self.encoders, "listening to heads": self.gathering}
+        last = TRAINING if self.generators else PAINTING
+        parts = {EMBEDDING: self.encoders, LISTENING: self.gathering}
         parts[last] = max(self.activations, self.preview) + self.generators
         return {name: int((self.weights + self.decoder + part) * (1 + WORKSPACE)) for name, part in parts.items()}
 

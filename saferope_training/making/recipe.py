@@ -215,12 +215,13 @@ class Recipe:
         watching: Watching,
     ) -> None:
         s, out = self.settings, self.out
+        done, courses = state.finished(s.steps), state.courses(s.steps)
+        report(done, s.steps)
         critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)
         seen = material.load_material(self.model, records, s.unlearn_at, out / LATENTS)
         look = Preview(self.model, records, s) if watching.every else None
         if self.model.source is not None:
             models.release_encoders(self.model)
-        done, courses = state.finished(s.steps), state.courses(s.steps)
         log, watch = Log(out / LOG, done), None
         if look is not None:
             watch = Watch(look, watching, out, previews_until(out / PREVIEWS, done), log, state.inputs)
@@ -256,7 +257,7 @@ class Recipe:
         def make(report: Report) -> None:
             critical, delta = heads.load_critical(out / CRITICAL, self.model.geometry)
             generators, mode, record = heads.untrained(critical, s), s.generator, self._record()
-            if s.fit and s.generator == "fixed":
+            if s.fits:
                 generators, mode = self._fitted(critical, records, generators, report), "learned"
                 record |= {"instead": stand_ins(records)[:_NAMED], "fitted": s.fit}
             concept = concept_of(self.model, critical, delta, generators, s, record, mode)
@@ -274,6 +275,7 @@ class Recipe:
         report: Report,
     ) -> tuple[Tensor, Tensor]:
         s = self.settings
+        report(0, s.fit)
         seen = material.fitting_material(self.model, records, s.unlearn_at, s.seed, s.passes_of)
         if self.model.source is not None:
             models.release_encoders(self.model)

@@ -107,5 +107,10 @@ def test_a_stage_s_name_is_no_markup(capsys):
 
     with progress_bars() as progress:
         progress("[red]a\x1b[/red]", 1, 2)
+        progress("train", 1, 2, "about 1 h 01 min left in all")
+        progress("extract", 1, 2, "about 2 min left in all")
+        progress("extract", 2, 2, "about 1 min left in all")
     told = capsys.readouterr().err
+    assert "about 1 h 01 min left in all" in told
+    assert "about 1 min" not in told and "about 2 min" not in told, "over"
     assert "[red]a\\x1b[/red]" in told
