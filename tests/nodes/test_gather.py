@@ -51,9 +51,12 @@ def test_both_sides_start_from_the_same_noises(gather, prompts, tiny):
 
 
 def test_what_is_kept_fits_into_memory(gather, core):
-    assert gather.capacity(core.Geometry(2, 4, 2, 128)) == 4096
+    """As many as SAMPLE_BYTES hold and not one fewer, at most RESERVOIR."""
+    assert gather.capacity(core.Geometry(2, 4, 2, 128)) == gather.RESERVOIR == 4096
+    each = 4 * 2 * 57 * 24 * 128 * 2  # kinds, queries and keys, blocks, heads, numbers, bytes of bf16
     kept = gather.capacity(core.FLUX1)
-    assert 250 < kept < 4096 and 4 * 2 * kept * 57 * 24 * 128 * 2 <= gather.SAMPLE_BYTES
+    assert each * kept <= gather.SAMPLE_BYTES < each * (kept + 1)
+    assert kept == 261, "of 700 MiB"
 
 
 def test_progress_counts_to_its_end(node, comfy):
