@@ -1,4 +1,4 @@
-"""A real ComfyUI: found, started headless on the CPU with this pack in it, and asked over HTTP.
+"""A real ComfyUI: found, started headless on the CPU with this pack and asked over HTTP, or loaded in this process.
 
     with ComfyUI(Path("base")) as server:
         outputs = server.run(json.loads(Path("workflow_api.json").read_text()))
@@ -9,6 +9,9 @@ Standard library only (pictures: Pillow), so that the set-up can import it befor
 
 from __future__ import annotations
 
+import importlib
+import importlib.abc
+import importlib.util
 import io
 import json
 import os
@@ -21,6 +24,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,6 +221,47 @@ class ComfyUI:
 
     def log_tail(self, lines: int = TAIL_LINES) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+class _HostsNodes(importlib.abc.MetaPathFinder):
+    """`import nodes` means ComfyUI's nodes.py, here as in ComfyUI, though our own nodes/ is first on the path."""
+
+    def __init__(self, comfyui: Path) -> None:
+        self.file = comfyui / "nodes.py"
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        return importlib.util.spec_from_file_location("nodes", self.file) if fullname == "nodes" else None
+
+
+def load_comfy(base: Path, *flags: str) -> ModuleType:
+    """ComfyUI's `comfy` package in this process, with models, output etc. below `base`, and these options.
+
+    ComfyUI's folder goes to the end of the path: it has names such as `utils`, `app` and `tests`, which must not win
+    over anybody's. It reads its options from the command line when `comfy.cli_args` is first imported; that is the only
+    moment it sees ours. The path and the modules stay: whatever was imported cannot be taken back.
+    """
+    comfyui = find_comfyui()
+    sys.path.append(str(comfyui))
+    sys.meta_path.insert(0, _HostsNodes(comfyui))
+    importlib.import_module("comfy.options").enable_args_parsing()
+    given, sys.argv = sys.argv, ["comfyui", *flags, "--base-directory", str(base)]
+    try:
+        importlib.import_module("comfy.cli_args")
+    finally:
+        sys.argv = given
+    return importlib.import_module("comfy")
+
+
+def load_pack() -> ModuleType:
+    """The pack's module, loaded as ComfyUI loads it: from its folder, under its path as a name, relative imports only.
+    After `load_comfy`."""
+    name = str(ROOT).replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _free_port() -> int:

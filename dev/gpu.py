@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
-import importlib.abc
-import importlib.util
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +31,7 @@ from saferope_benchmark.costs.timing import Row, in_turns, ratio, spread
 from saferope_benchmark.costs.whole import BLOCKS, CASES, PEAK, TARGETS, THIRD, peak_on, protection_of
 from saferope_core import Geometry, save_concepts
 
-from .comfyui import ROOT, find_comfyui
+from .comfyui import ROOT, load_comfy, load_pack
 
 SHORT, LONG = 4, 12  # steps of two sampling runs: their difference gives a step's time, the rest is the time once a run
 TOKENS = 512  # of text
@@ -55,36 +52,6 @@ class Size:
 
 SMALL = Size((1, 1), 2, 64)
 FEW = Size((1, 2))  # blocks of a compiled model
-
-
-class _HostsNodes(importlib.abc.MetaPathFinder):
-    """`import nodes` means ComfyUI's nodes.py, though our own nodes/ is first on the path."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        return (
-            importlib.util.spec_from_file_location("nodes", find_comfyui() / "nodes.py")
-            if fullname == "nodes"
-            else None
-        )
-
-
-def load_pack(cpu: bool, base: str) -> Any:
-    """The pack's module, as ComfyUI loads it, in this process."""
-    sys.path.append(str(find_comfyui()))
-    sys.meta_path.insert(0, _HostsNodes())
-    options = importlib.import_module("comfy.options")
-    options.enable_args_parsing()
-    kept, sys.argv = sys.argv, ["comfyui", *(["--cpu"] if cpu else []), "--base-directory", base]
-    importlib.import_module("comfy.cli_args")
-    importlib.import_module("folder_paths")
-    sys.argv = kept
-    name = str(ROOT).replace(".", "_x_")
-    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def nodes_of(pack: Any) -> dict[str, Any]:
@@ -260,7 +227,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if options.cpu else "cuda")
     with tempfile.TemporaryDirectory() as base:
-        pack = load_pack(options.cpu, base)
+        load_comfy(Path(base), *(["--cpu"] if options.cpu else []))
+        pack = load_pack()
         if options.what == "step":
             stars(pack, device).save(options.out / "stars.png")
         measured = step_rows if options.what == "step" else compiled_rows
