@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saferope_core import bounded, fixed_generator, fold, planes, rotate_by_generator, skew, turn
+from saferope_core.maths import exponential
 
 HEADS, WIDTH = 3, 32
 RANKS = (2, 5, 8)
@@ -333,3 +334,61 @@ def test_equal_frequencies_have_a_gradient():
         other = torch.autograd.grad((x + torch.einsum("bhli,hdi->bhld", moved, basis)).cos().sum(), generator)[0]
         torch.testing.assert_close(ours, other)
         assert other.abs().max() > 1e-2, "control"
+
+
+def gradients_of(form, x, basis, generator, scale):
+    """By x, basis and generator, of a sum that weighs every number otherwise."""
+    given = [each.clone().requires_grad_() for each in (x, basis, generator)]
+    return torch.autograd.grad(form(*given, scale).cos().sum(), given)
+
+
+def by_matrix_exp(x, basis, generator, scale):
+    """The formula, a matrix for every token."""
+    matrices = torch.matrix_exp(scale[..., None, None] * skew(generator)[:, None])
+    coordinates = torch.einsum("bhld,hdi->bhli", x, basis)
+    moved = torch.einsum("bhlij,bhlj->bhli", matrices, coordinates) - coordinates
+    return x + torch.einsum("bhli,hdi->bhld", moved, basis)
+
+
+NEAR_BY = (0.0, 1e-9, 0.5 * exponential.NEAR, 2 * exponential.NEAR, 1e-3, 0.5)
+
+
+@pytest.mark.parametrize("apart", NEAR_BY)
+def test_frequencies_near_each_other_have_the_series_gradient(apart, monkeypatch):
+    x, basis, _, scale = example(5)
+    generator = torch.stack([generator_of((1.0, 1.0 + apart), 5) for _ in range(HEADS)])
+    expected = gradients_of(by_matrix_exp, x, basis, generator, scale)
+    for ours, other in zip(gradients_of(rotate_by_generator, x, basis, generator, scale), expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=10 * TIGHT)  # sums over 12 tokens
+    monkeypatch.setattr(exponential, "NEAR", 10.0)  # control: the trapezoidal rule for all, wrong by s² / 12 and more
+    wrong = gradients_of(rotate_by_generator, x, basis, generator, scale)[2]
+    assert (wrong - expected[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_tokens_that_stay_add_nothing_to_the_gradient(share, monkeypatch):
+    """On a CPU they are left out, as many as each head has; a GPU's static shapes take all tokens."""
+    x, basis, generator, scale = example(5, tokens=40)
+    scale = scale * (torch.rand_like(scale) < share)
+    scale[:, 0] = 0  # a head that turns nothing
+    taken = []
+    real = exponential._places
+    monkeypatch.setattr(exponential, "_places", lambda gradient: taken.append(real(gradient)) or taken[-1])
+    found = gradients_of(rotate_by_generator, x, basis, generator, scale)
+    most = int((scale != 0).sum((0, 2)).max())
+    assert taken[0].shape == (HEADS, most)
+    monkeypatch.setattr(exponential, "_places", lambda gradient: None)
+    for ours, other in zip(found, gradients_of(rotate_by_generator, x, basis, generator, scale), strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=TIGHT)
+    assert bool(found[2].abs().max() > 0.1) == (share > 0), "control"
+    assert not found[2][0].any()
+
+
+def test_the_gradient_by_the_scale_is_that_of_the_formula():
+    x, basis, generator, scale = example(5)
+    found = []
+    for form in (rotate_by_generator, by_matrix_exp):
+        s = scale.clone().requires_grad_()
+        found.append(torch.autograd.grad(form(x, basis, generator, s).cos().sum(), s)[0])
+    torch.testing.assert_close(*found, rtol=0, atol=10 * TIGHT)
+    assert found[1].abs().max() > 0.1, "control"
