@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..saferope_core import Concept, effect_of, load_concepts
 from ..saferope_core import sha256 as file_sha256
 from .draw.concept_pictures import introduced
-from .host.files import FOLDER, find, named, require_pin
+from .host.files import FOLDER, find, models, named, require_pin
 from .host.notices import passing
 from .inputs import SEARCHED, STRENGTH_MAX, ConceptType, require_range
 
@@ -59,7 +59,8 @@ class LoadConcept(io.ComfyNode):
                     "concept",
                     options=folder_paths.get_filename_list(FOLDER),
                     tooltip="A .safetensors file in models/saferope or output/saferope. It must be made for the model "
-                    "that you protect. The concepts of the tiny world are always there.",
+                    "that you protect: the list says which. The concepts of the tiny world are always there.",
+                    extra_dict={"made_for": models()},
                 ),
                 io.Float.Input(
                     "strength",

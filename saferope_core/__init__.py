@@ -6,7 +6,7 @@ Axes: B batch, H heads, L tokens, D head dimension, R subspace rank, P = R // 2 
 """
 
 from .concept.concept import Concept, require_names
-from .concept.concept_file import MAX_CONCEPTS, ConceptFileError, load_concepts, save_concepts, sha256
+from .concept.concept_file import MAX_CONCEPTS, ConceptFileError, load_concepts, made_for, save_concepts, sha256
 from .concept.families import FAMILIES, Family, titles
 from .concept.geometry import BLOCK_TYPES, DOUBLE, FLUX1, SINGLE, Geometry
 from .concept.merge import Overlap, overlap
@@ -118,6 +118,7 @@ __all__ = [
     "histogram",
     "latent_risk_score",
     "load_concepts",
+    "made_for",
     "moved",
     "omissions",
     "orthonormal",

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
 
-from ...saferope_core import ConceptFileError
+from ...saferope_core import ConceptFileError, made_for
 from ...saferope_core.concept.untrusted import printable
 
 FOLDER = "saferope"  # models/saferope, output/saferope and `saferope:` in extra_model_paths.yaml
 EXTENSIONS = {".safetensors"}  # never a pickle; an empty set would list every file
+LISTED = 4096  # files whose models are remembered
 BUNDLED = Path(__file__).resolve().parents[2] / "tinyworld" / "concepts"
 
 
@@ -36,6 +38,35 @@ def find(name: str) -> str:
             "press R, or choose another."
         )
     return path
+
+
+def models() -> dict[str, str]:
+    """By listed name: the model that the file's header is made for, such as "FLUX.1". Nothing for other files."""
+    found = {}
+    for name in folder_paths.get_filename_list(FOLDER):
+        path = folder_paths.get_full_path(FOLDER, name)
+        if path is not None and (model := _model(path, *_stamp(path))):
+            found[name] = model
+    return found
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    try:
+        told = os.stat(path)
+    except OSError:
+        return 0, 0
+    return told.st_size, told.st_mtime_ns
+
+
+@lru_cache(maxsize=LISTED)
+def _model(path: str, size: int, changed: int) -> str:
+    """Kept until the file changes: ComfyUI asks for the list at every run."""
+    try:
+        geometry = made_for(path)
+    except (OSError, ValueError):
+        return ""
+    title = geometry.title()
+    return geometry.family if title == geometry.describe() else title.removeprefix("the ")
 
 
 @contextmanager

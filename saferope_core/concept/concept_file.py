@@ -109,6 +109,16 @@ def load_concepts(path: str | os.PathLike) -> list[Concept]:
         raise ConceptFileError(printable(f"{path}: {error}")) from None
 
 
+def made_for(path: str | os.PathLike) -> Geometry:
+    """The geometry that the header of a concept file names: for lists of files, as nothing else is read or checked.
+
+    Raises ValueError where there is no such header, OSError where the file cannot be read.
+    """
+    with open_regular(path) as file:
+        data = file.read(8 + MAX_HEADER_BYTES)
+    return _geometry(_metadata(_header(data).get("__metadata__"))["geometry"])
+
+
 def sha256(path: str | os.PathLike) -> str:
     """The identity of a regular file: the hexadecimal SHA-256 of its bytes."""
     digest = hashlib.sha256()

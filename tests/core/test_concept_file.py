@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from saferope_core import ConceptFileError, Geometry, load_concepts, save_concepts, sha256
+from saferope_core import ConceptFileError, Geometry, load_concepts, made_for, save_concepts, sha256
 from saferope_core.concept import concept_file
 from tests.support import concepts as flat
 
@@ -83,6 +83,18 @@ def test_equal_arguments_give_equal_bytes(path, concept):
     assert len(identities) == 1 and len(identities.pop()) == 64
     save_concepts(path, [concept], created="2025-01-01T00:00:01+00:00", license="CC0-1.0")
     assert sha256(path) not in identities
+
+
+def test_the_header_tells_the_geometry(path, concept):
+    save_concepts(path, [concept])
+    assert made_for(path) == concept.geometry
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])  # the header is all that is read
+    assert made_for(path) == concept.geometry
+    for broken in (b"", whole[:100], whole.replace(b"saferope.concept", b"saferope.cancept")):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError):
+            made_for(path)
 
 
 def test_sha256_of_known_bytes(path):

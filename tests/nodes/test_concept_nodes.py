@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+from dev.comfyui import ROOT
 from tests.support import concepts as flat
 
 pytestmark = pytest.mark.host
@@ -139,6 +140,25 @@ def test_a_files_own_strength_is_a_factor(node_classes, make_concept, folder):
     for strength in (-0.1, 2.1, float("nan")):
         with pytest.raises(ValueError, match="expected a number from 0 to 2"):
             run(node_classes, "LoadConcept", concept="mine_00001.safetensors", strength=strength)
+
+
+def told(node_classes):
+    """What the list of Load Concept says of its files."""
+    spec = node_classes["SafeRoPE_LoadConcept"].INPUT_TYPES()["required"]["concept"][1]
+    return spec["options"], spec["made_for"]
+
+
+def test_the_list_tells_which_model_a_file_is_made_for(node_classes, make_concept, folder):
+    run(node_classes, "SaveConcept", concept=[make_concept()], name="mine")
+    (folder / "bad.safetensors").write_bytes(b"no concept")
+    star = (ROOT / "tinyworld" / "concepts" / "star.safetensors").read_bytes()
+    (folder / "star.safetensors").write_bytes(star)
+    assert told(node_classes) == (
+        ["bad.safetensors", "mine_00001.safetensors", "star.safetensors"],  # none is hidden
+        {"mine_00001.safetensors": "flux", "star.safetensors": "tiny world"},
+    )
+    (folder / "mine_00001.safetensors").write_bytes(star)
+    assert told(node_classes)[1]["mine_00001.safetensors"] == "tiny world", "a replaced file is looked at again"
 
 
 def test_inspection_shows_heads_spectrum_and_provenance(node_classes, make_concept):
