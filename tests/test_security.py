@@ -101,8 +101,29 @@ def test_the_trainer_unpickles_only_tensors():
     assert files == []
 
 
-def test_no_script_of_ours_runs_in_the_page():
-    assert [file for file in (ROOT / "web").rglob("*") if file.is_file() and file.suffix != ".md"] == []
+SCRIPT_ASKS = re.compile(
+    r"\bfetch\w*\([^)]*\)|\b(?:innerHTML|outerHTML|eval|Function|import\(|XMLHttpRequest|WebSocket)\b"
+)
+SCRIPT_KEEPS = re.compile(r"\b(?:localStorage|sessionStorage|cookie|indexedDB|sendBeacon|document|prototype)\b")
+SCRIPT_MAY = ['fetchApi("/i18n")']
+
+
+def reaches(script: str) -> list[str]:
+    """What a script asks the network, builds or keeps."""
+    return [*SCRIPT_ASKS.findall(script), *SCRIPT_KEEPS.findall(script)]
+
+
+def test_our_script_in_the_page_asks_for_translations_alone():
+    files = [file for file in (ROOT / "web").rglob("*") if file.is_file() and file.suffix != ".md"]
+    assert files == [ROOT / "web" / "saferope.js"]
+    script = files[0].read_text(encoding="utf-8")
+    assert reaches(script) == SCRIPT_MAY
+    assert re.findall(r'from "(.*)"', script) == ["../../scripts/api.js", "../../scripts/app.js"]
+
+
+@pytest.mark.parametrize("line", ["fetch('https://a.b')", "x.innerHTML = y", "localStorage.a = 1", "new WebSocket(x)"])
+def test_what_a_script_may_not_is_found(line):
+    assert reaches(line) != [] and reaches(line) != SCRIPT_MAY
 
 
 def dependencies() -> list[tuple[str, str]]:

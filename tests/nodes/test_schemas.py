@@ -1,6 +1,10 @@
 """What the nodes offer to people: few inputs at first sight, and names that people search by."""
 
+import json
+
 import pytest
+
+from dev.comfyui import ROOT
 
 pytestmark = pytest.mark.host
 
@@ -48,3 +52,37 @@ def test_nodes_are_found_in_three_languages(node_classes, name):
     aliases = node_classes[f"SafeRoPE_{name}"].GET_NODE_INFO_V1()["search_aliases"]
     assert [word for word in WORDS if word not in aliases] == []
     assert len(aliases) == len(set(aliases)) and "upscale" not in aliases
+
+
+SAME_EVERYWHERE = {("LoadConcept", "concept"), ("SaveImage", "format")}  # names of files, and PNG, JPEG, WEBP
+FILES_ARE_FOR = ["tiny world"]  # a translated word behind a file's name; FLUX.1 is one in every language
+
+
+def lists(node_classes):
+    """The choices of every list of every node, by the node's and the list's name."""
+    names = [each.removeprefix("SafeRoPE_") for each in node_classes]
+    offered = {(name, key): each.get("options") for name in names for key, each in inputs(node_classes, name).items()}
+    return {at: list(choices) for at, choices in offered.items() if choices}
+
+
+def untranslated(texts, wanted):
+    """Choices without words, words without a choice, and choices that a tooltip names as the API has them."""
+    found = []
+    for (node, name), choices in wanted.items():
+        here = texts[f"SafeRoPE_{node}"]["inputs"][name]
+        words = here.get("options", {})
+        plain = [choice for choice in words if len(choice.split()) > 1 and choice in here["tooltip"]]
+        found += [(node, name, choice) for choice in [*({*words} ^ {*choices}), *plain]]
+    return found
+
+
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_choices_are_translated(node_classes, language):
+    texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    wanted = {at: choices for at, choices in lists(node_classes).items() if at not in SAME_EVERYWHERE}
+    wanted |= {("LoadConcept", "concept"): FILES_ARE_FOR}
+    assert len(wanted) > 8 and untranslated(texts, wanted) == []
+    del texts["SafeRoPE_Apply"]["inputs"]["gate"]["options"]["fixed"]
+    texts["SafeRoPE_Apply"]["inputs"]["conditionings"]["tooltip"] = "positive only ..."
+    bad = [("Apply", "gate", "fixed"), ("Apply", "conditionings", "positive only")]
+    assert sorted(untranslated(texts, wanted)) == sorted(bad), "control"
