@@ -168,22 +168,80 @@ def test_the_app_opens_as_one_and_gives_picture_and_verdict(open_page, shoot):
         shoot(editor, "comfyui-app.png")
 
 
-def widened(workflow):
-    """With a node far to the right."""
-    return workflow | {"nodes": [*workflow["nodes"][:-1], workflow["nodes"][-1] | {"pos": [4000, 0]}]}
+MOST_WIDTH = 1100  # canvas units: what a laptop shows beside an open side bar
+RUN_HERE = ["SafeRoPE tiny world", "SafeRoPE several concepts", "SafeRoPE probe and refuse", "SafeRoPE risk map"]
+
+
+def moved(workflow, place):
+    """With its last node elsewhere."""
+    return workflow | {"nodes": [*workflow["nodes"][:-1], workflow["nodes"][-1] | {"pos": place}]}
 
 
 @pytest.mark.parametrize("nodes_2", [False, True])
 def test_templates_open_near_enough_to_be_read_on_a_laptop(open_page, nodes_2):
     files = sorted(EXAMPLES.glob("*.json"))
-    graphs = [(file.stem, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    graphs = {file.stem: json.loads(file.read_text(encoding="utf-8")) | {"extra": {}} for file in files}
     with open_page(size=SMALL, Comfy__VueNodes__Enabled=nodes_2) as editor:
-        for name, workflow in graphs:
-            editor.page.evaluate(LOAD, workflow | {"extra": {}})
+        for name, workflow in graphs.items():
+            editor.page.evaluate(LOAD, workflow)
             editor.page.wait_for_timeout(500)  # the view moves to its place
-            assert not editor.blurred(), name
-        editor.page.evaluate(LOAD, widened(graphs[0][1]))
+            assert (editor.blurred(), editor.overlaps(), editor.width() <= MOST_WIDTH) == (False, [], True), name
+        first = next(iter(graphs.values()))
+        editor.page.evaluate(LOAD, moved(first, first["nodes"][0]["pos"]))
+        editor.page.wait_for_timeout(500)
+        assert editor.overlaps() != [], "control"
+        editor.page.evaluate(LOAD, moved(first, [4000, 0]))
         editor.page.wait_for_function("app.canvas.low_quality")  # control
+        assert editor.width() > MOST_WIDTH
+
+
+def test_nodes_that_grow_with_their_pictures_keep_apart(open_page):
+    """In Nodes 2.0: what a run shows makes nodes taller."""
+    with open_page(size=SMALL, Comfy__VueNodes__Enabled=True) as editor:
+        for name in RUN_HERE:
+            editor.page.evaluate(LOAD, json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8")))
+            editor.run()
+            editor.page.wait_for_function("document.querySelector('[data-node-id] img')?.naturalWidth")
+            editor.page.wait_for_timeout(1000)  # the nodes grow
+            assert editor.overlaps() == [], name
+
+
+def test_inputs_for_experts_are_folded(editor):
+    """In the classic renderer, which needs our script for it."""
+    editor.open_blank()
+    apply = editor.add("SafeRoPE Apply", 500, 300)
+    assert editor.widgets(apply) == ["strength"]
+    editor.show_advanced(apply)
+    shown = editor.widgets(apply)
+    assert len(shown) == 9 and {"gate", "blocks", "record"} < set(shown)
+    assert editor.complaints() == []
+
+
+OFFERED = """([id, name]) => {
+    const { options } = app.graph.getNodeById(id).widgets.find(widget => widget.name === name)
+    return options.values.map(value => options.getOptionLabel(value))
+}"""
+
+
+@pytest.mark.parametrize("nodes_2", [False, True])
+def test_lists_tell_the_model_of_a_file_and_speak_the_users_language(open_page, nodes_2):
+    with open_page(Comfy__Locale="zh", Comfy__VueNodes__Enabled=nodes_2) as editor:
+        editor.open_template("SafeRoPE", "SafeRoPE tiny world")
+        load, apply = (node_named(editor, title) for title in ("What to suppress", "Protect the model"))
+        offered = editor.page.evaluate(OFFERED, [load, "concept"])
+        assert {"star · 微型世界", "swirl · 微型世界"} <= set(offered)
+        assert editor.page.evaluate(OFFERED, [apply, "streams"]) == ["两者", "文本", "图像"]
+        if nodes_2:
+            editor.page.locator(f"[data-node-id='{load}']").get_by_text("star · 微型世界").wait_for()
+        else:
+            label = "id => app.graph.getNodeById(id).widgets.find(widget => widget.name === 'concept')._displayValue"
+            assert editor.page.evaluate(label, load) == "star · 微型世界"
+        sent = editor.page.evaluate("async () => (await app.graphToPrompt()).output")
+        assert (sent[str(load)]["inputs"]["concept"], sent[str(apply)]["inputs"]["streams"]) == (
+            "star.safetensors",
+            "both",
+        )
+        assert editor.complaints() == []
 
 
 def test_nodes_are_found_linked_and_explained(editor, shoot):
@@ -203,6 +261,7 @@ def test_nodes_are_found_linked_and_explained(editor, shoot):
 def test_an_error_reaches_the_person(editor):
     """Also what shows that `complaints` would tell."""
     editor.open_template("SafeRoPE", "SafeRoPE tiny world")
+    editor.show_advanced(node_named(editor, "Protect the model"))
     editor.type_into(node_named(editor, "Protect the model"), "blocks", "nonsense")
     editor.run()
     overlay = editor.page.get_by_test_id("error-overlay")

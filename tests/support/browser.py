@@ -48,6 +48,20 @@ ON_SCREEN = """([x, y]) => {
     const [left, top] = app.canvas.ds.convertOffsetToCanvas([x, y]), box = app.canvas.canvas.getBoundingClientRect()
     return [left + box.left, top + box.top]
 }"""
+BOXES = """() => app.graph.nodes.map(node => {
+    const scale = app.canvas.ds.scale, element = document.querySelector(`[data-node-id="${node.id}"]`)
+    if (!element) return [`${node.type} ${node.id}`, [...node.boundingRect]]
+    const box = element.getBoundingClientRect()
+    return [`${node.type} ${node.id}`, [box.x, box.y, box.width, box.height].map(length => length / scale)]
+})"""  # Nodes 2.0 has elements, the classic renderer has none
+SPAN = """() => {
+    const boxes = [...app.graph.nodes, ...app.graph.groups].map(each => [...each.boundingRect])
+    return Math.max(...boxes.map(box => box[0] + box[2])) - Math.min(...boxes.map(box => box[0]))
+}"""
+SHOWN = """id => {
+    const node = app.graph.getNodeById(id)
+    return node.widgets.filter(widget => node.isWidgetVisible(widget)).map(widget => widget.name)
+}"""
 NODE = "id => { const node = app.graph.getNodeById(id); return %s }"
 SLOT = """([id, side, name]) => {
     const node = app.graph.getNodeById(id), index = node[side].findIndex(slot => slot.name === name)
@@ -209,6 +223,24 @@ class Editor:
         """Whether the canvas is too far away for ComfyUI to draw texts: its cut for details."""
         return self.page.evaluate("app.canvas.low_quality")
 
+    def width(self) -> float:
+        """Of the graph with its groups, in canvas units."""
+        return self.page.evaluate(SPAN)
+
+    def overlaps(self) -> list[tuple[str, str]]:
+        """Pairs of nodes of which one lies on the other, as large as the page draws them."""
+        boxes = self.page.evaluate(BOXES)
+        return [(a, b) for place, (a, one) in enumerate(boxes) for b, other in boxes[:place] if _meet(one, other)]
+
+    def widgets(self, node: str) -> list[str]:
+        """Names of the widgets that the classic renderer shows."""
+        return self.page.evaluate(SHOWN, node)
+
+    def show_advanced(self, node: str) -> None:
+        """In the classic renderer: by the node's menu."""
+        self.page.mouse.click(*self.at(node, 80, -15), button="right", delay=PRESS_MS)
+        self.page.get_by_text("Show Advanced", exact=True).click()
+
     def complaints(self) -> list[str]:
         """All that speaks of an error on the screen or in the console: none where all is well."""
         seen = self.page.locator("[data-testid=error-overlay], .p-toast-message-error, [role=dialog]:visible")
@@ -235,3 +267,8 @@ class Editor:
 
     def _ask(self, node: str, expression: str):
         return self.page.evaluate(NODE % expression, node)
+
+
+def _meet(one: list[float], other: list[float]) -> bool:
+    """Whether two boxes (left, top, width, height) share more than an edge, which may be drawn half a pixel off."""
+    return all(one[k] + 1 < other[k] + other[k + 2] and other[k] + 1 < one[k] + one[k + 2] for k in (0, 1))

@@ -153,6 +153,7 @@ def _places(graph: dict) -> Iterator[str]:
 
 def _box(node: dict) -> tuple[float, ...]:
     (x, y), (width, height) = node["pos"], node["size"]
+    height = 0 if node.get("flags", {}).get("collapsed") else height
     return _span(x, y - TITLE, width, height + TITLE)
 
 
