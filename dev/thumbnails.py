@@ -1,4 +1,4 @@
-"""Draws the pictures by which ComfyUI's template browser shows the workflows that the embedded model can run.
+"""Draws the pictures by which ComfyUI's template browser shows the workflows, with the embedded model or as diagrams.
 
 python -m dev.thumbnails                       # about a minute on two CPU cores
 python -m dev.thumbnails "SafeRoPE risk map"   # this one alone
@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .comfyui import ComfyUI
+from .diagram import diagram
 from .workflow import EXAMPLES, api_prompt, change, in_tiny_world
 
 SIZE, MARGIN, LINE = 512, 16, 22
@@ -86,7 +87,7 @@ def card(title: str, rows: list[list[Tile]]) -> Image.Image:
         top += LINE + 6
     wanted = [max(_height(tiles, tile) for tile in tiles) for tiles in rows]
     room = (SIZE - top - MARGIN) / sum(wanted)
-    top += max(0, SIZE - MARGIN - top - sum(wanted)) // 3  # a little above the middle
+    top += max(0, SIZE - MARGIN - top - sum(wanted)) // 2
     for tiles, height in zip(rows, wanted, strict=True):
         _row(sheet, pen, tiles, top, int(height * min(1, room)))
         top += int(height * min(1, room))
@@ -142,15 +143,36 @@ PAINTED = {
 }
 
 
+DRAWN = {
+    "SafeRoPE FLUX.1-dev": "FLUX.1-dev",
+    "SafeRoPE FLUX.1-schnell": "FLUX.1-schnell",
+    "SafeRoPE FLUX.1 Kontext edit": "FLUX.1 Kontext, editing",
+}
+
+
+def save(name: str, picture: Image.Image) -> None:
+    picture.save(EXAMPLES / f"{name}.jpg", quality=QUALITY, optimize=True)
+    print(EXAMPLES.name, f"{name}.jpg", sep="/")
+
+
+def read(name: str) -> dict:
+    return json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def main(wanted: list[str]) -> None:
+    for name in [each for each in wanted or DRAWN if each in DRAWN]:
+        save(name, diagram(read(name), DRAWN[name]))
+    painted = [each for each in wanted or PAINTED if each not in DRAWN]
+    if painted:
+        paint(painted)
+
+
+def paint(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as base, ComfyUI(Path(base)) as server:
         info = server.object_info()
-        for name in wanted or PAINTED:
-            workflow = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
-            workflow = in_tiny_world(workflow) if "FLUX" in name else workflow
-            picture = PAINTED[name](server, api_prompt(workflow, info))
-            picture.save(EXAMPLES / f"{name}.jpg", quality=QUALITY, optimize=True)
-            print(EXAMPLES.name, f"{name}.jpg", sep="/")
+        for name in names:
+            workflow = in_tiny_world(read(name)) if "FLUX" in name else read(name)
+            save(name, PAINTED[name](server, api_prompt(workflow, info)))
 
 
 if __name__ == "__main__":

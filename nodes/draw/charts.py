@@ -31,7 +31,7 @@ CIVIDIS = (
 TEXT, TITLE = 24, 30  # font sizes in pixels: 12 and 15 where they are shown
 LONGEST_LABEL, LONGEST_TITLE = 40, 100  # characters: a name from a file must not decide how large a picture is
 TALLEST = 1728  # pixels of a heat map's cells
-LEAST_CELL, MOST_CELL = 8, 140
+LEAST_CELL, MOST_CELL = 8, 240
 MOST_BARS = 64
 MARGIN = 24
 MARK = (255, 110, 100)  # the frame of a cell, the line above which a risk is flagged
@@ -56,6 +56,7 @@ def heat_map(
     left, right = 24 + max(width_of(row, TEXT) for row in rows), 40 + width_of("0.00", TEXT)
     cell = max(LEAST_CELL, min(MOST_CELL, (WIDTH - left - right) // len(columns), TALLEST // len(rows)))
     size = max(WIDTH, left + cell * len(columns) + right)
+    left += (size - left - cell * len(columns) - right) // 2  # a small map stands in the middle, its bar beside it
     lines = [*wrapped(title_of(title), TITLE, size - 2 * MARGIN), ""]
     top, high = MARGIN + (TITLE + 8) * (len(lines) - 1) + TEXT + 24, max(120, cell * len(rows))
     sheet = Image.new("RGB", (size, top + high + 2 * TEXT + 8), PAPER)
@@ -73,7 +74,7 @@ def heat_map(
     every = max(1, -(-max(width_of(column, TEXT) + 10 for column in columns) // cell))
     for c in range(0, len(columns), every):
         pen.text((left + (c + 0.5) * cell, top + cell * len(rows) + 8), columns[c], INK, font_of(TEXT), anchor="ma")
-    colour_bar(pen, size - right + 8, top, high)
+    colour_bar(pen, left + cell * len(columns) + 8, top, high)
     return image_of(sheet)
 
 

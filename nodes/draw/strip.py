@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .charts import INK, MARGIN, PAPER, TEXT, WIDTH, font_of, image_of, pillow, title_of, wrapped
+from .charts import INK, MARGIN, PAPER, TEXT, WIDTH, fitted, font_of, image_of, pillow, title_of, wrapped
 
 GAP = 14
 LINES = 3  # of a prompt
@@ -27,6 +27,13 @@ def draw_strip(prompts: Sequence[str], before: Sequence[Tensor], after: Sequence
         for column, picture in enumerate(pictures):
             sheet.paste(pillow(picture).resize((side, high)), (MARGIN + column * (side + GAP), top + TEXT + 8))
     for column, prompt in enumerate(prompts):
-        for line, said in enumerate(wrapped(title_of(prompt), TEXT, side)[:LINES]):
+        for line, said in enumerate(_cut(wrapped(title_of(prompt.replace(" ,", ",")), TEXT, side), side)):
             pen.text((MARGIN + column * (side + GAP), below + line * (TEXT + 6)), said, INK, font_of(TEXT))
     return image_of(sheet)
+
+
+def _cut(lines: list[str], room: int) -> list[str]:
+    """LINES of them at most; the last one says that there is more."""
+    if len(lines) <= LINES:
+        return lines
+    return [*lines[: LINES - 1], fitted(" ".join(lines[LINES - 1 :]), TEXT, room)[0]]

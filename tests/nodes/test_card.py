@@ -172,3 +172,28 @@ def test_gone_is_said_of_the_tiny_worlds_pictures_alone_by_both_detectors(told, 
     for shape in ("circle", "star"):
         other = says(shape, geometry.FLUX1)
         assert other.lines[0].endswith("· nothing measured the picture") and "gone" not in str(other.lines)
+
+
+def widest_gap(sheet, paper):
+    """Pixels without ink between two columns of ink in a picture's lower half."""
+    inked = (sheet[0, sheet.shape[1] // 2 :] != paper).any(2).any(0).nonzero().flatten()
+    return int(inked.diff().max())
+
+
+@pytest.mark.parametrize("side", [1, 2, 6])
+def test_a_small_map_leaves_no_half_of_its_picture_empty(draw, side):
+    charts, names = draw("charts"), list("abcdef"[:side])
+    paper = torch.tensor(charts.PAPER) / 255
+    sheet = charts.heat_map(torch.rand(side, side), names, names, "title", "unit")
+    assert widest_gap(sheet, paper) < 60
+    apart = torch.cat([sheet[:, :, :-90], paper.expand(1, sheet.shape[1], 200, 3), sheet[:, :, -90:]], 2)
+    assert widest_gap(apart, paper) > 150, "control: a bar far from its map"
+
+
+def test_a_long_prompt_below_a_strip_says_that_it_is_cut(draw):
+    strip = draw("strip")
+    room = draw("charts").width_of("four words in this", strip.TEXT)
+    lines = ["one", "two", "three"]
+    assert strip._cut(lines, room) == lines
+    cut = strip._cut([*lines, "four and many more"], room)
+    assert len(cut) == 3 and cut[:2] == lines[:2] and cut[2].startswith("three") and cut[2].endswith("...")
