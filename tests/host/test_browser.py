@@ -184,11 +184,11 @@ def test_templates_open_near_enough_to_be_read_on_a_laptop(open_page, nodes_2):
     with open_page(size=SMALL, Comfy__VueNodes__Enabled=nodes_2) as editor:
         for name, workflow in graphs.items():
             editor.page.evaluate(LOAD, workflow)
-            editor.page.wait_for_timeout(500)  # the view moves to its place
+            editor.settle()
             assert (editor.blurred(), editor.overlaps(), editor.width() <= MOST_WIDTH) == (False, [], True), name
         first = next(iter(graphs.values()))
         editor.page.evaluate(LOAD, moved(first, first["nodes"][0]["pos"]))
-        editor.page.wait_for_timeout(500)
+        editor.settle()
         assert editor.overlaps() != [], "control"
         editor.page.evaluate(LOAD, moved(first, [4000, 0]))
         editor.page.wait_for_function("app.canvas.low_quality")  # control
@@ -202,7 +202,7 @@ def test_nodes_that_grow_with_their_pictures_keep_apart(open_page):
             editor.page.evaluate(LOAD, json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8")))
             editor.run()
             editor.page.wait_for_function("document.querySelector('[data-node-id] img')?.naturalWidth")
-            editor.page.wait_for_timeout(1000)  # the nodes grow
+            editor.settle()
             assert editor.overlaps() == [], name
 
 

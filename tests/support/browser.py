@@ -33,6 +33,7 @@ COUNT_CLICKS = "window.clicks = 0; addEventListener('pointerdown', event => { cl
 WAIT_MS = 180_000  # for anything to appear: 5 s at most on an idle machine, minutes where trainings run beside it
 RUN_SECONDS = 600  # for the tiny world's two pictures: 3 s on two idle cores
 POLL_MS = 200
+SETTLED_MS = 1000  # without a change
 CLICKS = 12  # a busy page may miss one, or take a double click for two single ones; a person clicks again
 PRESS_MS = 40  # a click without any duration is not always one to the canvas
 SETTINGS = {  # of somebody who has been here before; everything else as ComfyUI has it
@@ -226,6 +227,13 @@ class Editor:
     def width(self) -> float:
         """Of the graph with its groups, in canvas units."""
         return self.page.evaluate(SPAN)
+
+    def settle(self) -> None:
+        """Waits until no node appears, moves or grows any more."""
+        seen: list = []
+        while (now := self.page.evaluate(BOXES)) != seen:
+            seen = now
+            self.page.wait_for_timeout(SETTLED_MS)
 
     def overlaps(self) -> list[tuple[str, str]]:
         """Pairs of nodes of which one lies on the other, as large as the page draws them."""
