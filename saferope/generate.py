@@ -57,7 +57,7 @@ def paint(
         if protection is not None:
             meter = RiskMeter(model, protection)
             sides.append(sample(model, prompts, numbers, meter.rotate, steps, span, tell, _BATCH))
-            risks = meter.take() or risks
+            risks = meter.take()[: len(some)] or risks  # a pipeline may have put the second pass into the same batch
         record += _write(out, first, some, sides, risks)
         for row, pictures in zip(rows, sides, strict=False):
             row.extend(pictures)

@@ -235,7 +235,9 @@ class Visit:
             for kind, mask in self.kinds.items():
                 if (self.side, kind) in collectors and mask.any():
                     keys = self.keys[:, self.seen :][mask]
-                    collectors[self.side, kind].add(role, row, tokens[mask.to(x.device)], keys)
+                    # a prompt's own length may be shorter than the length of all
+                    own = mask[:, : tokens.shape[1]].to(x.device)
+                    collectors[self.side, kind].add(role, row, tokens[:, : own.shape[1]][own], keys)
         if image[0] < image[1]:
             last = image[0] + self.image_tokens  # behind it a network may have padding of its own
             tokens = x[:, :, image[0] : last : self.spread].transpose(1, 2).flatten(0, 1)

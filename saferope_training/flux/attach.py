@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from saferope_core import ROLES, Geometry
 
@@ -36,9 +37,10 @@ class Site(NamedTuple):
 class Layout(NamedTuple):
     """The names that a class of diffusers gives to its lists of blocks and to a block's attention.
 
-    - `text` finds the length of the text in a forward pass: a module's path, and the place of its argument [B, L, ...].
-    - `ends`: text follows the picture in single blocks.
-    - `heads_first`: norms give [B, H, L, D].
+    `text` tells the length of the text in a forward: a module by its way, and the place of an argument [B, L, ...];
+    `ends`: text stands behind the picture in single blocks; `heads_first`: norms give [B, H, L, D].
+    `pictures`: a module that tells whether the pictures of a batch differ in size, or have references, see `_alike`.
+    Where there is one, the text's module tells whether its prompts differ in length.
     """
 
     family: str
@@ -48,6 +50,7 @@ class Layout(NamedTuple):
     text: tuple[str, int] = ("", 1)  # the transformer itself; by keyword `encoder_hidden_states` too
     ends: bool = False
     heads_first: bool = False
+    pictures: str = ""
 
 
 LAYOUTS = {
@@ -61,7 +64,13 @@ LAYOUTS = {
     "QwenImageTransformer2DModel": Layout("qwen-image", single=""),
     "Krea2Transformer2DModel": Layout("krea2", double="", single="transformer_blocks"),
     "ZImageTransformer2DModel": Layout(
-        "z-image", double="", single="layers", attention="attention", text=("context_refiner.0", 0), ends=True
+        "z-image",
+        double="",
+        single="layers",
+        attention="attention",
+        text=("context_refiner.0", 0),
+        ends=True,
+        pictures="noise_refiner.0",
     ),
     "SD3Transformer2DModel": Layout("sd3", single="", heads_first=True),
 }
@@ -149,35 +158,47 @@ def _doubles(transformer: Any, layout: Layout) -> list[list[tuple[Any, str, str]
 def positioned(text_turns: Turns | None, image_turns: Turns) -> Callable[[Tensor, Span, Span], Tensor]:
     """A function that applies RoPE to x [B, H, L, D] with the spans of a visitor, as this attention does.
 
-    Turns are cosines and sines [L, D] of a stream's tokens. None: the tokens stand at position 0, where RoPE turns
-    nothing, as FLUX.1's text tokens do.
+    Turns are cosines and sines [L, D] of a stream's tokens, or [B, L, D] where prompts differ in them. None: they stand
+    at position 0, where RoPE turns nothing, as FLUX.1's text does.
     """
-    from diffusers.models.embeddings import apply_rotary_emb
 
     def apply(x: Tensor, text: Span, image: Span) -> Tensor:
         for (first, last), turns in ((text, text_turns), (image, image_turns)):
             if first < last and turns is not None:
-                turned = apply_rotary_emb(x[:, :, first:last], turns, sequence_dim=2)
+                turned = _turned(x[:, :, first:last], *turns)
                 x = torch.cat([x[:, :, :first], turned, x[:, :, last:]], dim=2)
         return x
 
     return apply
 
 
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of x [B, H, L, D] in pairs of neighbours, in fp32, as x's dtype."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    across = torch.stack([-b, a], dim=-1).flatten(-2)
+    cos, sin = (each.to(x.device).unsqueeze(-3) for each in (cos, sin))
+    return (x.float() * cos + across * sin).to(x.dtype)
+
+
 @contextmanager
 def attached(transformer: Any, rotate: Visitor) -> Iterator[None]:
     """Lets `rotate` replace the queries and keys of every block while the context is open.
 
-    `rotate(x [B, H, L, D], role, block_type, block_index, text, image)` has the signature of `Protection.rotate`. Spans
-    count the tokens of this `x`; a stream that is not in it has the span (0, 0). If `rotate` returns `x` itself or
-    None, the block stays untouched, bit for bit. Contexts may be nested: the inner one sees the outer one's result.
-    The hooks come off on every exit, also after an error.
+    `rotate(x [B, H, L, D], role, block_type, block_index, text, image)` has the signature of `Protection.rotate`; spans
+    count tokens of the `x` handed over, a stream that is not in it has the span (0, 0). Returning `x` itself or None
+    leaves the block untouched, bit for bit. Contexts may be nested: the inner one sees what the outer one made. The
+    hooks come off however the context is left. Where the prompts of a batch differ in length (Z-Image's), the text's
+    span is the longest one's; what stands behind a shorter one, which nothing attends to, is shown as 0.
+
+    RuntimeError in a forward pass whose pictures differ in size, or that has reference pictures among Z-Image's.
     """
     with ExitStack() as hooks:
         layout = layout_of(transformer)
         text_length = _TextLength(layout)
         teller = transformer.get_submodule(layout.text[0])
         hooks.callback(teller.register_forward_pre_hook(text_length.read, with_kwargs=True).remove)
+        if layout.pictures:
+            hooks.callback(transformer.get_submodule(layout.pictures).register_forward_pre_hook(_alike).remove)
         for site in sites(transformer):
             hooks.callback(site.module.register_forward_hook(_hook(site, rotate, text_length)).remove)
         yield
@@ -194,28 +215,44 @@ def listening(transformer: Any, listen: Callable[[Tensor, str, str, int, Span, S
         yield
 
 
+def _alike(_module: nn.Module, args: tuple) -> None:
+    """Z-Image's picture blocks take marks of the tokens of pictures that differ in size, and of those with noise."""
+    if any(mark is not None for mark in (args[1], *args[4:5])):
+        raise RuntimeError(
+            "got pictures of several sizes, or reference pictures, in one batch of Z-Image, expected pictures of one "
+            "size and no references; draw them one after the other, without references"
+        )
+
+
 class _TextLength:
-    """The number of text tokens in the running forward pass. The norms of single blocks do not see it."""
+    """How many text tokens the forward pass under way has; the single blocks' norms cannot tell.
+
+    `behind` [B, L], bool, of a batch whose prompts differ in length: what stands behind the shorter ones.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.value: int | None = None
+        self.behind: Tensor | None = None
 
     def read(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[self.layout.text[1]]
-        # Z-Image's second argument masks the padding of prompts that differ in length
-        if self.layout.family == "z-image" and args[1] is not None and not args[1].all():
-            raise RuntimeError(
-                "prompts of several lengths in one batch of Z-Image; batch prompts of one length together"
-            )
         self.value = text.shape[1]
+        self.behind = ~args[1] if self.layout.pictures and args[1] is not None else None
+
+    def shown(self, x: Tensor) -> Tensor:
+        """x [B, H, L, D] of pictures and the text behind them, where what no prompt has is 0."""
+        if self.behind is None:
+            return x
+        return x.masked_fill(pad(self.behind, (x.shape[2] - self.behind.shape[1], 0))[:, None, :, None], 0.0)
 
 
 def _hook(site: Site, visit: Visitor, text_length: _TextLength) -> Callable:
     def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
         x = output if text_length.layout.heads_first else rearrange(output, "b l h d -> b h l d")
         text, image = _spans(site.stream, x.shape[2], text_length)
-        turned = visit(x, site.role, site.block_type, site.block_index, text, image)
+        # a visitor may write into what it is shown: where that is a copy, it counts even if it comes back itself
+        turned = visit(text_length.shown(x), site.role, site.block_type, site.block_index, text, image)
         if turned is None or turned is x:
             return None
         # contiguous: attention kernels may pick another summation order for another memory layout

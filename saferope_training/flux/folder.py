@@ -64,6 +64,7 @@ KINDS: dict[str, Parts] = {
         "QwenImageTransformer2DModel", "AutoencoderKLQwenImage", ("Qwen2_5_VLForConditionalGeneration",), ("Qwen2",)
     ),
     "Krea2Pipeline": _parts("Krea2Transformer2DModel", "AutoencoderKLQwenImage", ("Qwen3VLModel",), ("Qwen2",)),
+    "ZImagePipeline": _parts("ZImageTransformer2DModel", "AutoencoderKL", ("Qwen3Model",), ("Qwen2",)),
 }
 # Other entries of an index; Krea 2 names the encoder's layers that are read
 DISTILLED, LAYERS = "is_distilled", "text_encoder_select_layers"

@@ -2,7 +2,7 @@
 single file of FLUX.1.
 
 FLUX.1-dev and FLUX.1-schnell are told apart by the transformer's own configuration: dev has a guidance embedding. Of
-other families the folder's index says whether they are distilled.
+other families the folder's index says whether they are distilled, of Z-Image the shift of its scheduler.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .attach import LAYOUTS, geometry_from
+from .attach import LAYOUTS, geometry_from, geometry_of
 from .checkpoint import SUFFIXES, read_shapes, read_weights, require_names, require_none, transformer_config
 from .encoders import EncoderSource
 from .folder import (
@@ -42,7 +42,7 @@ from .folder import (
     transformer_of,
 )
 from .models import GUIDANCE, TINYWORLD, Model, from_pipeline
-from .pipelines import tokenizer_of
+from .pipelines import asked_of, tokenizer_of
 from .plausible import require_plausible
 from .quantise import in_place, is_torchao, quantisation_config, require_library, require_quantised
 
@@ -70,7 +70,9 @@ OTHERS = {
     "ovis-image": (Defaults(256, 50, 5.0),) * 2,
     "qwen-image": (Defaults(512, 50, 4.0), Defaults(512, 8, 1.0)),
     "krea2": (Defaults(512, 28, 4.5), Defaults(512, 8, 0.0)),
+    "z-image": (Defaults(512, 50, 4.0), Defaults(512, 8, 0.0)),
 }
+TURBO_SHIFT = 3.0  # of the scheduler in Z-Image-Turbo's folder; in that of the model that it was distilled from it is 6
 
 
 def load_model(
@@ -206,7 +208,10 @@ def defaults_of(config: Any, folder: Path) -> Defaults:
     if family not in OTHERS:
         return DEV if config["guidance_embeds"] else SCHNELL
     plain, distilled = OTHERS[family]
-    return distilled if told(folder, DISTILLED) else plain
+    said = told(folder, DISTILLED)
+    if said is None and family == "z-image":
+        said = read_json(folder / "scheduler" / "scheduler_config.json", str(folder)).get("shift") == TURBO_SHIFT
+    return distilled if said else plain
 
 
 def made_of(config: Any) -> Any:
@@ -250,6 +255,7 @@ def _assemble(name: str, folder: Path, transformer: Any, resolution: int) -> Mod
     pipe.vae.to(transformer.device)
     found = defaults_of({**transformer.config, "_class_name": type(transformer).__name__}, folder)
     length = min(found.text_length, tokenizer_of(pipe).model_max_length)
+    length -= length % (asked_of(geometry_of(transformer).family).pads_to or 1)
     source = EncoderSource(folder, transformer.dtype)
     side = resolution // 8
     return from_pipeline(name, pipe, length, side, found.guidance, found.steps, source)

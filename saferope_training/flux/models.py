@@ -70,6 +70,11 @@ class Model:
         return next(self.transformer.parameters()).device
 
     @property
+    def channels(self) -> int:
+        """Of its packed latents."""
+        return asked(self).channels(self.transformer.config)
+
+    @property
     def image_ids(self) -> Tensor:
         """RoPE positions [L, 3] of the image tokens: 0, row, column."""
         return grid(self, 3)
@@ -229,7 +234,7 @@ def noise(model: Model, count: int, generator: torch.Generator) -> Tensor:
 
 def _packed(model: Model) -> tuple[int, int]:
     """Image tokens L and channels C of the model's latents."""
-    return (model.latent_side // 2) ** 2, model.transformer.config.in_channels
+    return (model.latent_side // 2) ** 2, model.channels
 
 
 def seeded_noise(model: Model, seeds: Sequence[int]) -> Tensor:
@@ -246,14 +251,7 @@ def velocity(model: Model, latents: Tensor, t: Tensor, text: Text, autocast: boo
     with torch.autocast(
         device.type, torch.bfloat16, enabled=autocast and not _faster_in_fp32(model.transformer, device)
     ):
-        (result,) = model.transformer(
-            hidden_states=latents,
-            timestep=t.to(device),
-            encoder_hidden_states=text.states.to(device),
-            **asked(model).inputs(model, text),
-            return_dict=False,
-        )
-    return result.float()
+        return asked(model).called(model, latents, t, text).float()
 
 
 def cpu_has_bf16() -> bool:

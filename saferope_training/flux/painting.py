@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .models import Model, Text, encode
-from .pipelines import asked
+from .pipelines import asked, own_states, packed, unpacked
 
 _PATCH = 4  # latents of a token, each with a channel of its own
 
@@ -25,31 +25,40 @@ def paint(model: Model, text: Text, noise: Tensor, steps: int, **choices: Any) -
     Where a second pass guides the family, and the model's guidance asks for it, that pass has the empty prompt.
     `choices` go to the pipeline.
     """
-    pipe, row, dtype = model.pipe, asked(model), model.transformer.dtype
-    side = model.latent_side // 2
+    pipe, row = model.pipe, asked(model)
     prompts = _prompts(model, text)
     if model.guidance > row.free_above and not model.transformer.config.get("guidance_embeds"):
         empty = _prompts(model, encode(model, [""] * len(noise)))
         prompts |= {f"negative_{name}": value for name, value in empty.items()}
         if "negative_prompt" in signature(pipe.__call__).parameters:
             prompts["negative_prompt"] = None  # Ovis-Image's is "" unless told
-    start = noise.to(dtype)
-    unpacked = model.geometry.family == "flux2"  # its pipelines pack noise themselves; klein's undoes all
     found = pipe(
         **prompts,
         **{row.scale: model.guidance},
         num_inference_steps=steps,
-        latents=rearrange(start, "b (h w) c -> b c h w", h=side) if unpacked else start,
+        latents=_start(model, noise),
         height=8 * model.latent_side,
         width=8 * model.latent_side,
         output_type="latent",
         **choices,
     ).images
+    if model.geometry.family == "z-image":  # in model space
+        return packed(found)
     return _to_model(pipe.vae, found) if found.ndim == 4 else found
 
 
-def _prompts(model: Model, text: Text) -> dict[str, Tensor | None]:
+def _start(model: Model, noise: Tensor) -> Tensor:
+    """The noise as the pipeline takes it."""
+    side, start = model.latent_side // 2, noise.to(model.transformer.dtype)
+    if model.geometry.family == "flux2":  # its pipelines pack noise themselves; klein's undoes all
+        return rearrange(start, "b (h w) c -> b c h w", h=side)
+    return unpacked(noise, side) if model.geometry.family == "z-image" else start  # whose latents stay in fp32
+
+
+def _prompts(model: Model, text: Text) -> dict[str, Any]:
     row, dtype = asked(model), model.transformer.dtype
+    if row.pads_to:
+        return {"prompt_embeds": [each.to(model.device, dtype) for each in own_states(text)]}
     found: dict[str, Tensor | None] = {"prompt_embeds": text.states.to(model.device, dtype)}
     if row.pooled:
         found[row.pooled] = text.pooled.to(model.device, torch.bool if row.pooled == "prompt_embeds_mask" else dtype)
@@ -70,9 +79,7 @@ def decode_pictures(model: Model, tokens: Tensor) -> Tensor:
     """Packed latents [B, L, C] in model space -> pictures [B, 3, h, w] in [-1, 1], fp32 on the CPU."""
     vae = model.pipe.vae
     mean, factor = _scaling(vae)
-    latents = rearrange(
-        tokens.float() / factor + mean, "b (h w) (c p q) -> b c (h p) (w q)", h=model.latent_side // 2, p=2, q=2
-    ).to(vae.dtype)
+    latents = unpacked(tokens.float() / factor + mean, model.latent_side // 2).to(vae.dtype)
     pixels = vae.decode(latents[:, :, None] if _of_videos(vae) else latents).sample
     return (pixels[:, :, 0] if _of_videos(vae) else pixels).float().clamp(-1, 1).cpu()
 
@@ -80,7 +87,7 @@ def decode_pictures(model: Model, tokens: Tensor) -> Tensor:
 def _to_model(vae: Any, latents: Tensor) -> Tensor:
     """An autoencoder's latents [B, C, h, w] -> packed, in model space."""
     mean, factor = _scaling(vae)
-    return (rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2) - mean) * factor
+    return (packed(latents) - mean) * factor
 
 
 def _scaling(vae: Any) -> tuple[Tensor | float, Tensor | float]:

@@ -1,8 +1,9 @@
 """The pipeline of each family: how to write and encode its text, and its transformer's inputs beside latents and a
 time. One row a family; FLUX.1's is the first.
 
-Encoded text is states [B, L, ...] and one more tensor, `pooled`: FLUX.1's pooled vectors or, where a pipeline masks
-text, the mask [B, L] of attended tokens. L is always the model's `text_length`.
+Of text there are states [B, L, ...] and one tensor more, `pooled`: FLUX.1's pooled vectors, or which tokens a prompt
+has, [B, L], where its pipeline masks text or gives each prompt a length of its own. L is always the model's
+`text_length`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from .attach import Turns
 
@@ -22,14 +25,30 @@ if TYPE_CHECKING:
 Written = tuple[str, int]  # a text in its template, and the place of its first character there
 
 
+def _called(model: Model, latents: Tensor, t: Tensor, text: Text) -> Tensor:
+    (found,) = model.transformer(
+        hidden_states=latents,
+        timestep=t.to(model.device),
+        encoder_hidden_states=text.states.to(model.device),
+        **asked(model).inputs(model, text),
+        return_dict=False,
+    )
+    return found
+
+
 class Asked(NamedTuple):
-    """One family's pipeline. The first `cut` tokens of the template are dropped. `encoders` are names of the pipeline's
-    attributes. `suffix` is the text behind the padding.
+    """One family's pipeline. `cut` tokens of the template's beginning are dropped; `encoders` are its
+    attributes' names; `suffix` is what stands behind the padding.
+
+    `pads_to`: 0 where all prompts have one length. Else each has its own, and the transformer pads it to a multiple of
+    so many tokens, which it attends to.
     """
 
     encode: Callable[[Any, list[str], int, torch.device], tuple[Tensor, Tensor]]
-    inputs: Callable[[Model, Text], dict[str, Any]]
-    turns: Callable[[Model], tuple[Turns | None, Turns]]  # of text and image tokens; None: text is not turned
+    inputs: Callable[[Model, Text], dict[str, Any]]  # beside latents, time and states
+    # of text and image tokens of these prompts; None: text is not turned
+    turns: Callable[[Model, Text], tuple[Turns | None, Turns]]
+    called: Callable[[Model, Tensor, Tensor, Text], Tensor] = _called  # velocity [B, L, C] of latents, times, prompts
     written: Callable[[Any, str], Written] = lambda pipe, text: (text, 0)
     cut: Callable[[Any], int] = lambda pipe: 0
     suffix: Callable[[Any], str] = lambda pipe: ""
@@ -39,6 +58,8 @@ class Asked(NamedTuple):
     free_above: float = 1.0  # above this scale it guides by a second pass, unless the transformer embeds guidance
     states: Callable[[dict], tuple[int, ...]] = lambda config: (config["joint_attention_dim"],)  # of a token
     pooled_width: Callable[[dict, int], int] = lambda config, length: length
+    channels: Callable[[Any], int] = lambda config: config["in_channels"]  # of packed latents
+    pads_to: int = 0
     encoders: tuple[str, ...] = ("text_encoder",)
 
 
@@ -58,6 +79,22 @@ def tokenizer_of(pipe: Any) -> Any:
     """The tokenizer in whose tokens a concept's words are found: the last one, and of a processor its own."""
     last = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
     return getattr(last, "tokenizer", last)
+
+
+def packed(latents: Tensor) -> Tensor:
+    """[B, C, h, w] -> tokens of 2 x 2 latents [B, L, 4 C], the channel outermost."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+
+
+def unpacked(tokens: Tensor, rows: int) -> Tensor:
+    """What `packed` made of latents with so many rows of tokens, as it was."""
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
+
+
+def own_states(text: Text) -> list[Tensor]:
+    """Every prompt's states [L of its own, C], without what they are padded with to one length."""
+    lengths = [int(sum(row)) for row in text.pooled.tolist()]
+    return [states[:length] for states, length in zip(text.states, lengths, strict=True)]
 
 
 def grid(model: Model, axes: int) -> Tensor:
@@ -123,8 +160,12 @@ def _flux2_written(pipe: Any, text: str) -> Written:
         said = format_input([text], pipe.system_message)[0]
         whole = pipe.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=False)
         return whole, whole.rindex(text)
+    return _chat(pipe, text, thinking=False)
+
+
+def _chat(pipe: Any, text: str, thinking: bool) -> Written:
     whole = pipe.tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
     )
     return whole, whole.index(text)
 
@@ -154,11 +195,11 @@ def _qwen_inputs(model: Model, text: Text) -> dict[str, Any]:
     return {"encoder_hidden_states_mask": mask, "img_shapes": [_qwen_shapes(model)] * len(mask)}
 
 
-def _qwen_turns(model: Model) -> tuple[Turns, Turns]:
-    image, text = model.transformer.pos_embed(
+def _qwen_turns(model: Model, text: Text) -> tuple[Turns, Turns]:
+    image, line = model.transformer.pos_embed(
         _qwen_shapes(model), max_txt_seq_len=model.text_length, device=model.device
     )
-    return _real(text), _real(image)
+    return _real(line), _real(image)
 
 
 def _real(turns: Tensor) -> Turns:
@@ -176,11 +217,43 @@ def _krea_inputs(model: Model, text: Text) -> dict[str, Any]:
     return {"position_ids": ids, "encoder_attention_mask": text.pooled.to(model.device).bool()}
 
 
+def _z_image(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    own, _ = pipe.encode_prompt(  # a list of its own: its template is written into that
+        list(texts), device=device, do_classifier_free_guidance=False, max_sequence_length=length
+    )
+    used = torch.arange(length, device=device) < torch.tensor([[len(each)] for each in own], device=device)
+    states = pad_sequence(own, batch_first=True)
+    return pad(states, (0, 0, 0, length - states.shape[1])), used.float()
+
+
+def _z_image_called(model: Model, latents: Tensor, t: Tensor, text: Text) -> Tensor:
+    """It takes lists, a time that grows towards the picture, and gives the way there; as its pipeline asks it."""
+    pictures = unpacked(latents, model.latent_side // 2)[:, :, None]  # videos of one frame
+    states = [each.to(model.device) for each in own_states(text)]
+    (found,) = model.transformer(list(pictures), 1 - t.to(model.device), states, return_dict=False)
+    return -packed(torch.stack(found)[:, :, 0])
+
+
+def _z_image_turns(model: Model, text: Text) -> tuple[Turns, Turns]:
+    """Text stands at 1, 2, ... on the first axis, its padding too, and the picture one behind that; the picture's
+    padding at 0. So a picture's turns [B, L, D] depend on its prompt's length.
+    """
+    to, rope = PIPELINES["z-image"].pads_to, model.transformer.rope_embedder
+    lengths = [-(-len(each) // to) * to for each in own_states(text)]
+    line, place = torch.zeros(max(lengths), 3, device=model.device), grid(model, 3)
+    line[:, 0] = torch.arange(1, len(line) + 1)
+    places = place.repeat(len(lengths), 1, 1)
+    places[..., 0] = torch.tensor(lengths, device=model.device)[:, None] + 1
+    places = pad(places, (0, 0, 0, -len(place) % to)).long()
+    cos, sin = (each.unflatten(0, places.shape[:2]) for each in _real(rope(places.flatten(0, 1))))
+    return _real(rope(line.long())), (cos, sin)
+
+
 PIPELINES = {
     "flux": Asked(
         _flux,
         _flux_inputs,
-        lambda model: (None, model.transformer.pos_embed(model.image_ids)),
+        lambda model, text: (None, model.transformer.pos_embed(model.image_ids)),
         encoders=("text_encoder", "text_encoder_2"),
         pooled="pooled_prompt_embeds",
         pooled_width=lambda config, length: config["pooled_projection_dim"],
@@ -188,21 +261,21 @@ PIPELINES = {
     "chroma": Asked(
         _chroma,
         _chroma_inputs,
-        lambda model: (None, model.transformer.pos_embed(model.image_ids)),
+        lambda model, text: (None, model.transformer.pos_embed(model.image_ids)),
         masked=True,
         pooled="prompt_attention_mask",
     ),
     "flux2": Asked(
         _flux2,
         _flux2_inputs,
-        lambda model: (model.transformer.pos_embed(_line(model, 4, 3)), model.transformer.pos_embed(grid(model, 4))),
+        lambda model, text: tuple(model.transformer.pos_embed(ids) for ids in (_line(model, 4, 3), grid(model, 4))),
         written=_flux2_written,
         pooled="",
     ),
     "ovis-image": Asked(
         _ovis,
         lambda model, text: {"txt_ids": _line(model, 3, 1, 2), "img_ids": model.image_ids},
-        lambda model: tuple(model.transformer.pos_embed(ids) for ids in (_line(model, 3, 1, 2), model.image_ids)),
+        lambda model, text: tuple(model.transformer.pos_embed(ids) for ids in (_line(model, 3, 1, 2), model.image_ids)),
         written=_ovis_written,
         cut=lambda pipe: pipe.user_prompt_begin_id,
         pooled="",
@@ -219,13 +292,26 @@ PIPELINES = {
     "krea2": Asked(
         _krea,
         _krea_inputs,
-        lambda model: (None, model.transformer.rotary_emb(grid(model, 3))),
+        lambda model, text: (None, model.transformer.rotary_emb(grid(model, 3))),
         written=lambda pipe, text: (pipe.prompt_template_encode_prefix + text, len(pipe.prompt_template_encode_prefix)),
         cut=lambda pipe: pipe.prompt_template_encode_start_idx,
         suffix=lambda pipe: pipe.prompt_template_encode_suffix,
         masked=True,
         free_above=0.0,
         states=lambda config: (config["num_text_layers"], config["text_hidden_dim"]),
+    ),
+    "z-image": Asked(
+        _z_image,
+        lambda model, text: {},
+        _z_image_turns,
+        _z_image_called,
+        written=lambda pipe, text: _chat(pipe, text, thinking=True),
+        masked=True,
+        pooled="",
+        free_above=0.0,
+        states=lambda config: (config["cap_feat_dim"],),
+        channels=lambda config: 4 * config["in_channels"],
+        pads_to=32,
     ),
 }
 
@@ -244,10 +330,13 @@ def tokens_of(pipe: Any, row: Asked, texts: Sequence[str], length: int) -> tuple
         max_length=length + cut - len(behind),
         truncation=True,
         return_offsets_mapping=True,
+        **({"padding_side": "right"} if row.pads_to else {}),  # whatever the tokenizer's: that padding is dropped
     )
-    used = [mask[cut:] + [1] * len(behind) for mask in batch["attention_mask"]]
+    used = torch.tensor([mask[cut:] + [1] * len(behind) for mask in batch["attention_mask"]], dtype=torch.bool)
+    if row.pads_to:
+        used = torch.arange(length) < -(-used.sum(1, keepdim=True) // row.pads_to) * row.pads_to
     places = []
     for (_, start), text, offsets in zip(written, texts, batch["offset_mapping"], strict=True):
         own = [(max(0, a - start), min(len(text), b - start)) for a, b in offsets[cut:]]
         places.append([each if each[0] < each[1] else (0, 0) for each in own] + [(0, 0)] * len(behind))
-    return torch.tensor(used, dtype=torch.bool), places
+    return used, places

@@ -5,6 +5,7 @@ Loads, fetches and writes nothing. A model's sizes are read from its files; FLUX
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ..flux import loading
 from ..flux.attach import geometry_from
 from ..flux.folder import INDEX
 from ..flux.models import TINYWORLD
+from ..flux.pipelines import asked_of
 from ..prompts import BENIGN, UNSAFE, PromptRecord, side
 from ..settings import CALIBRATE, EXTRACT, LATENTS, TRAIN, Settings
 from . import memory, pace, preview
@@ -135,11 +137,12 @@ def disk_of(task: Task, shape: Shape) -> dict[str, int]:
     """Bytes of each product; samples are taken to be full, and pictures not to be compressed."""
     s, text, tokens = task.settings, shape.sizes.text, shape.sizes.side
     geometry = geometry_from(shape.config)
+    row = asked_of(geometry.family)
     heads, width = geometry.blocks * geometry.heads, geometry.head_dim
     found = {}
     if s.model != TINYWORLD:
         texts = {record.text for record in task.records} | {record.instead or "" for record in task.records}
-        each = text * shape.config.get("joint_attention_dim", 4096) + shape.config.get("pooled_projection_dim", 0)
+        each = text * math.prod(row.states(shape.config)) + row.pooled_width(shape.config, text)
         found["embeddings"] = 4 * each * (len(texts) + 2 * preview.EACH * bool(task.every) + task.pictures // 2)
     if task.goal:
         found["statistics"] = statistics_bytes(s.reservoir, heads, width)
@@ -149,7 +152,7 @@ def disk_of(task: Task, shape: Shape) -> dict[str, int]:
         found["heads and concept file"] = (4 + 2) * bases + 2 * turns
     if task.goal == TRAIN:
         vectors = len(side(task.records, UNSAFE)) * (len(s.unlearn_at) - 1) + len(side(task.records, BENIGN))
-        found["latents"] = 4 * vectors * tokens**2 * shape.config["in_channels"]
+        found["latents"] = 4 * vectors * tokens**2 * row.channels(shape.config)
         looks = s.steps // task.every if task.every else 0
         across = max(_WIDEST_PREVIEW, tokens * memory._PATCH)
         found["training's state, best state and previews"] = (12 + 4) * turns + looks * 4 * preview.EACH * 3 * across**2

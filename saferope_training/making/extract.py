@@ -82,13 +82,14 @@ def _visit(
     texts, seeds = [record.text for record in records], [seed + place for place in places]
     kinds = text_tokens(model, texts, [record.subject for record in records])
     visit = gathering.visit(name, kinds, len(model.image_ids), seeds)
-    rope = positioned(*asked(model).turns(model))
+    text = encode(model, texts)
+    rope = positioned(*asked(model).turns(model, text))
 
     def at_time() -> Callable:
         visit.at_time()
         return lambda x, *where: visit.listen(x, rope(x, *where[-2:]), *where)
 
-    walk(model, encode(model, texts), seeded_noise(model, seeds), timesteps, at_time)
+    walk(model, text, seeded_noise(model, seeds), timesteps, at_time)
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def load_material(
     ValueError where the latents are not of these prompts, times and this resolution.
     """
     unsafe, benign = (prompts.side(records, name) for name in (prompts.UNSAFE, prompts.BENIGN))
-    size = (model.latent_side // 2) ** 2, model.transformer.config.in_channels
+    size = (model.latent_side // 2) ** 2, model.channels
     shapes: dict[str, tuple[int | None, ...]] = {_key(t): (len(unsafe), *size) for t in times if t < 1}
     shapes[BENIGN_LATENTS] = (len(benign), *size)
     tensors = load_tensors(path, shapes)

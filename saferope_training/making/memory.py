@@ -275,24 +275,17 @@ def _kept_of(described: str, text: int, image: int, batch: int, dtype: torch.dty
     config = json.loads(described)
     geometry, side = geometry_from(config), isqrt(image)
     row = asked_of(geometry.family)
+    pooled = torch.ones(batch, row.pooled_width(config, text))  # real: prompts are as long as it says
     with FakeTensorMode(allow_non_fake_inputs=True):
         with _default(dtype):
             model = loading.made_of(config).requires_grad_(False).eval()
         for site in sites(model):
             if site.stream != "image" or BLOCK_TYPES[geometry.image_blocks] == site.block_type:  # else at rest
                 site.module.register_forward_hook(_turned)
-        prompts = Text(
-            torch.empty(batch, text, *row.states(config)), torch.empty(batch, row.pooled_width(config, text))
-        )
-        inputs = {
-            "hidden_states": torch.empty(batch, side**2, config["in_channels"]),
-            "encoder_hidden_states": prompts.states,
-            "timestep": torch.empty(batch),
-            "return_dict": False,
-            **row.inputs(Model("", SimpleNamespace(transformer=model), geometry, text, 2 * side), prompts),
-        }
+        prompts = Text(torch.empty(batch, text, *row.states(config)), pooled)
+        latents, asked = torch.empty(batch, side**2, row.channels(config)), SimpleNamespace(transformer=model)
         with torch.autocast("cpu", torch.bfloat16), counting(storages(model)) as total:
-            model(**inputs)
+            row.called(Model("", asked, geometry, text, 2 * side), latents, torch.empty(batch), prompts)
     return total[0]
 
 

@@ -104,7 +104,8 @@ class TrainableRotation:
             factor = factor / self.full[name][index][:, None]
         scale = saturated(gated(latent_risk_score(x, risk), self.gate[name][index]), factor)
         if stream == "text" and self.spared is not None:
-            scale = scale.masked_fill(self.spared[:, None].to(scale.device), 0.0)
+            spared = self.spared[:, None, : scale.shape[2]]  # prompts may be shorter than the length of all
+            scale = scale.masked_fill(spared.to(scale.device), 0.0)
         return rotate_by_generator(x, basis, generator, scale, eigen)
 
 

@@ -13,7 +13,7 @@ from tests.support.diffusers_models import TINY
 from tinyworld import model as tiny
 
 LENGTH, SIDE = 24, 4  # tokens of text; rows and columns of the latent: 2 x 2 image tokens
-LENGTHS = {"flux2-dev": 64}  # where the template is longer
+LENGTHS = {"flux2-dev": 64, "z-image": 64}  # where the template is longer; where it is a multiple of 32
 TEMPLATE = (  # Qwen3's, less what one prompt does not need
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
@@ -114,6 +114,15 @@ def _krea(transformer):
     )
 
 
+def _z_image(transformer):
+    words = _words()
+    text = transformers.Qwen3Model(
+        transformers.Qwen3Config(**_TEXT, vocab_size=len(words), num_hidden_layers=3, head_dim=8)
+    )
+    vae = diffusers.AutoencoderKL(**_VAE, **_FOUR, shift_factor=0.1, scaling_factor=0.4)
+    return diffusers.ZImagePipeline(tiny.make_scheduler(), vae, text, words, transformer)
+
+
 _MAKERS = {
     "chroma": (_chroma, {"joint_attention_dim": tiny.TEXT_WIDTH}),
     "flux2": (_flux2, {"joint_attention_dim": 48, "guidance_embeds": False}),  # three layers of 16; klein's
@@ -121,6 +130,7 @@ _MAKERS = {
     "ovis-image": (_ovis, {"joint_attention_dim": 16}),
     "qwen-image": (_qwen, {"joint_attention_dim": 16}),
     "krea2": (_krea, {"text_hidden_dim": 16}),
+    "z-image": (_z_image, {"in_channels": 4, "cap_feat_dim": 16}),
 }
 FAMILIES = list(_MAKERS)
 

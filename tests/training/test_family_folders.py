@@ -24,6 +24,9 @@ from tests.support.pipelines import FAMILIES, SIDE, make_model, make_pipeline
 
 PROMPTS = ["a red star , center", "a blue circle"]
 PIXELS = 8 * SIDE
+MORE = {
+    "z-image": " , and a green ring to the right of it , and a blue circle to the left of it , on black"
+}  # 64 tokens
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -73,12 +76,16 @@ def test_pictures_are_the_pipelines_own(family, folder, scale):
     model = replace(load(folder), guidance=scale)
     noise = seeded_noise(model, [0, 1])
     ours = decode_pictures(model, paint(model, encode(model, PROMPTS), noise, 2))
-    start = noise.unflatten(1, (SIDE // 2, SIDE // 2)).permute(0, 3, 1, 2) if family.startswith("flux2") else noise
+    square = noise.unflatten(1, (SIDE // 2, SIDE // 2))
+    start = {
+        "flux2": square.permute(0, 3, 1, 2),
+        "z-image": square.unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(2, -1, SIDE, SIDE),
+    }.get(family.removesuffix("-dev"), noise)
     name = "true_cfg_scale" if family == "qwen-image" else "guidance_scale"
     guided = {} if family.startswith("flux2") else {"negative_prompt": ["", ""]}
     with torch.no_grad():
         theirs = model.pipe(
-            prompt=PROMPTS,
+            prompt=list(PROMPTS),  # Z-Image's writes into the list that it is given
             **{name: scale},
             **guided,
             latents=start,
@@ -114,9 +121,10 @@ def test_the_memory_plan_counts_its_blocks(folder):
     assert memory.activation_bytes(config, 24, 4, 4, True) < many, "checkpointing keeps less"
 
 
-def test_every_command(folder, tmp_path):
+def test_every_command(family, folder, tmp_path):
     """From prompts in files to a protected picture; a random model unlearns nothing, so only what changes is asked."""
-    for name, texts in (("unsafe", ["a red star , center", "one blue star"]), ("benign", ["a blue circle", "a ring"])):
+    red = "a red star , center" + MORE.get(family, "")
+    for name, texts in (("unsafe", [red, "one blue star"]), ("benign", ["a blue circle", "a ring"])):
         (tmp_path / f"{name}.txt").write_text("\n".join(texts))
     model = ["--model", str(folder), "--resolution", str(PIXELS)]
     files = ["--unsafe", str(tmp_path / "unsafe.txt"), "--benign", str(tmp_path / "benign.txt"), "--subjects", "star"]
@@ -171,5 +179,5 @@ def test_an_unknown_class_is_named_with_what_is_supported(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "model")
     said = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(said | {"_class_name": "HiDreamImagePipeline"}))
-    with pytest.raises(ValueError, match=r"got a 'HiDreamImagePipeline', expected one of FluxPipeline, Chroma.*Krea2"):
+    with pytest.raises(ValueError, match=r"got a 'HiDreamImagePipeline', expected one of FluxPipeline, Chroma.*ZImage"):
         load(copy)

@@ -80,13 +80,13 @@ def test_rope_is_the_transformers_own(model, monkeypatch):
         calls.append((query, key))
         return own(query, key, *args, **kwargs)
 
-    rope = positioned(*asked(model).turns(model))
+    text = encode(model, [TEXT, OTHER])
+    rope = positioned(*asked(model).turns(model, text))
 
     def listen(x, role, kind, block, text, image):
         if block == 0 and kind == ("single" if model.geometry.single_blocks else "double"):
             found.setdefault(role, []).append((rope(x, text, image), text[1] > 0))
 
-    text = encode(model, [TEXT, OTHER])
     monkeypatch.setattr(functional, "scaled_dot_product_attention", kept)
     with torch.no_grad(), listening(model.transformer, listen):
         velocity(model, seeded_noise(model, [0, 1]), torch.full((2,), 0.7), text, autocast=False)
@@ -122,16 +122,16 @@ def test_velocities_depend_on_the_prompt(model):
 def test_a_concept_is_made_and_turns(model):
     geometry = model.geometry
     gathering = Gathering(geometry, 64)
-    rope = positioned(*asked(model).turns(model))
     for name, text, span in ((UNSAFE, TEXT, WORD), (saferope_core.BENIGN, OTHER, None)):
-        kinds = text_tokens(model, [text] * 3, [span] * 3)
+        kinds, said = text_tokens(model, [text] * 3, [span] * 3), encode(model, [text] * 3)
+        rope = positioned(*asked(model).turns(model, said))
         visit = gathering.visit(name, kinds, 4, [1, 2, 3])
 
-        def heard(visit=visit):
+        def heard(visit=visit, rope=rope):
             visit.at_time()
             return lambda x, *where: visit.listen(x, rope(x, *where[-2:]), *where)
 
-        walk(model, encode(model, [text] * 3), seeded_noise(model, [1, 2, 3]), (1.0, 0.8), heard)
+        walk(model, said, seeded_noise(model, [1, 2, 3]), (1.0, 0.8), heard)
     table = saferope_core.read_heads(gathering.statistics(), Ranks(2, 1, 1), "svd", 0.7, -1.0, "fixed", 0.99)
     heads = critical_heads(table, geometry)
     concept = Concept(
