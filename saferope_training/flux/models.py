@@ -22,7 +22,8 @@ from saferope_core import seeded_noise as core_noise
 from .attach import geometry_of
 from .encoders import EmbeddingCache, EncoderSource, is_lent, lend, lends
 from .identity import encoders_fingerprint
-from .pipelines import asked, asked_of, grid, tokens_of
+from .pipelines import asked, asked_of, tokens_of
+from .tokens import grid
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline

@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from .models import Model, Text, encode
-from .pipelines import asked, own_states, packed, unpacked
+from .pipelines import asked
+from .tokens import own_states, packed, unpacked
 
 _PATCH = 4  # latents of a token, each with a channel of its own
 

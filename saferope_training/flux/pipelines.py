@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
+from . import z_image
 from .attach import Turns
+from .tokens import grid, line, real
 
 if TYPE_CHECKING:
     from .models import Model, Text
@@ -81,38 +81,6 @@ def tokenizer_of(pipe: Any) -> Any:
     return getattr(last, "tokenizer", last)
 
 
-def packed(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> tokens of 2 x 2 latents [B, L, 4 C], the channel outermost."""
-    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-
-
-def unpacked(tokens: Tensor, rows: int) -> Tensor:
-    """What `packed` made of latents with so many rows of tokens, as it was."""
-    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
-
-
-def own_states(text: Text) -> list[Tensor]:
-    """Every prompt's states [L of its own, C], without what they are padded with to one length."""
-    lengths = [int(sum(row)) for row in text.pooled.tolist()]
-    return [states[:length] for states, length in zip(text.states, lengths, strict=True)]
-
-
-def grid(model: Model, axes: int) -> Tensor:
-    """Positions [L, axes] of image tokens: row and column on the second and third axis."""
-    side = model.latent_side // 2
-    ids = torch.zeros(side, side, axes, device=model.device)
-    ids[..., 1] += torch.arange(side, device=model.device)[:, None]
-    ids[..., 2] += torch.arange(side, device=model.device)[None]
-    return ids.flatten(0, 1)
-
-
-def _line(model: Model, axes: int, *along: int) -> Tensor:
-    """Positions [L, axes] of text tokens: a token's number on the axes `along`."""
-    ids = torch.zeros(model.text_length, axes, device=model.device)
-    ids[:, along] = torch.arange(model.text_length, device=model.device, dtype=ids.dtype)[:, None]
-    return ids
-
-
 def _flux(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     states, pooled, _ = pipe.encode_prompt(texts, None, device=device, max_sequence_length=length)
     return states, pooled
@@ -150,7 +118,7 @@ def _flux2_inputs(model: Model, text: Text) -> dict[str, Any]:
     guidance = None
     if model.transformer.config.guidance_embeds:
         guidance = torch.full((len(text.states),), model.guidance, device=model.device)
-    return {"guidance": guidance, "txt_ids": _line(model, 4, 3), "img_ids": grid(model, 4)}
+    return {"guidance": guidance, "txt_ids": line(model, 4, 3), "img_ids": grid(model, 4)}
 
 
 def _flux2_written(pipe: Any, text: str) -> Written:
@@ -196,15 +164,10 @@ def _qwen_inputs(model: Model, text: Text) -> dict[str, Any]:
 
 
 def _qwen_turns(model: Model, text: Text) -> tuple[Turns, Turns]:
-    image, line = model.transformer.pos_embed(
+    image, words = model.transformer.pos_embed(
         _qwen_shapes(model), max_txt_seq_len=model.text_length, device=model.device
     )
-    return _real(line), _real(image)
-
-
-def _real(turns: Tensor) -> Turns:
-    """Cosines and sines of complex numbers [L, D / 2]."""
-    return turns.real.repeat_interleave(2, 1), turns.imag.repeat_interleave(2, 1)
+    return real(words), real(image)
 
 
 def _krea(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -215,38 +178,6 @@ def _krea(pipe: Any, texts: list[str], length: int, device: torch.device) -> tup
 def _krea_inputs(model: Model, text: Text) -> dict[str, Any]:
     ids = torch.cat([torch.zeros(text.states.shape[1], 3, device=model.device), grid(model, 3)])
     return {"position_ids": ids, "encoder_attention_mask": text.pooled.to(model.device).bool()}
-
-
-def _z_image(pipe: Any, texts: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    own, _ = pipe.encode_prompt(  # a list of its own: its template is written into that
-        list(texts), device=device, do_classifier_free_guidance=False, max_sequence_length=length
-    )
-    used = torch.arange(length, device=device) < torch.tensor([[len(each)] for each in own], device=device)
-    states = pad_sequence(own, batch_first=True)
-    return pad(states, (0, 0, 0, length - states.shape[1])), used.float()
-
-
-def _z_image_called(model: Model, latents: Tensor, t: Tensor, text: Text) -> Tensor:
-    """It takes lists, a time that grows towards the picture, and gives the way there; as its pipeline asks it."""
-    pictures = unpacked(latents, model.latent_side // 2)[:, :, None]  # videos of one frame
-    states = [each.to(model.device) for each in own_states(text)]
-    (found,) = model.transformer(list(pictures), 1 - t.to(model.device), states, return_dict=False)
-    return -packed(torch.stack(found)[:, :, 0])
-
-
-def _z_image_turns(model: Model, text: Text) -> tuple[Turns, Turns]:
-    """Text stands at 1, 2, ... on the first axis, its padding too, and the picture one behind that; the picture's
-    padding at 0. So a picture's turns [B, L, D] depend on its prompt's length.
-    """
-    to, rope = PIPELINES["z-image"].pads_to, model.transformer.rope_embedder
-    lengths = [-(-len(each) // to) * to for each in own_states(text)]
-    line, place = torch.zeros(max(lengths), 3, device=model.device), grid(model, 3)
-    line[:, 0] = torch.arange(1, len(line) + 1)
-    places = place.repeat(len(lengths), 1, 1)
-    places[..., 0] = torch.tensor(lengths, device=model.device)[:, None] + 1
-    places = pad(places, (0, 0, 0, -len(place) % to)).long()
-    cos, sin = (each.unflatten(0, places.shape[:2]) for each in _real(rope(places.flatten(0, 1))))
-    return _real(rope(line.long())), (cos, sin)
 
 
 PIPELINES = {
@@ -268,14 +199,14 @@ PIPELINES = {
     "flux2": Asked(
         _flux2,
         _flux2_inputs,
-        lambda model, text: tuple(model.transformer.pos_embed(ids) for ids in (_line(model, 4, 3), grid(model, 4))),
+        lambda model, text: tuple(model.transformer.pos_embed(ids) for ids in (line(model, 4, 3), grid(model, 4))),
         written=_flux2_written,
         pooled="",
     ),
     "ovis-image": Asked(
         _ovis,
-        lambda model, text: {"txt_ids": _line(model, 3, 1, 2), "img_ids": model.image_ids},
-        lambda model, text: tuple(model.transformer.pos_embed(ids) for ids in (_line(model, 3, 1, 2), model.image_ids)),
+        lambda model, text: {"txt_ids": line(model, 3, 1, 2), "img_ids": model.image_ids},
+        lambda model, text: tuple(model.transformer.pos_embed(ids) for ids in (line(model, 3, 1, 2), model.image_ids)),
         written=_ovis_written,
         cut=lambda pipe: pipe.user_prompt_begin_id,
         pooled="",
@@ -301,17 +232,17 @@ PIPELINES = {
         states=lambda config: (config["num_text_layers"], config["text_hidden_dim"]),
     ),
     "z-image": Asked(
-        _z_image,
+        z_image.encode,
         lambda model, text: {},
-        _z_image_turns,
-        _z_image_called,
+        z_image.turns,
+        z_image.called,
         written=lambda pipe, text: _chat(pipe, text, thinking=True),
         masked=True,
         pooled="",
         free_above=0.0,
         states=lambda config: (config["cap_feat_dim"],),
         channels=lambda config: 4 * config["in_channels"],
-        pads_to=32,
+        pads_to=z_image.PADS_TO,
     ),
 }
 

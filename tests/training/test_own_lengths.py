@@ -15,7 +15,8 @@ from saferope_core import BENIGN, ROLES, WORDS, CriticalHeads, Forward, Gatherin
 from saferope_training.flux.attach import _TextLength, attached, listening, positioned
 from saferope_training.flux.loading import load_model
 from saferope_training.flux.models import encode, seeded_noise, text_tokens, velocity
-from saferope_training.flux.pipelines import asked, own_states, packed, unpacked
+from saferope_training.flux.pipelines import asked
+from saferope_training.flux.tokens import own_states, packed, unpacked
 from saferope_training.making.rotation import TrainableRotation
 from tests.support import concepts as flat
 from tests.support.pipelines import SIDE, make_model, make_pipeline
