@@ -236,9 +236,9 @@ class _HostsNodes(importlib.abc.MetaPathFinder):
 def load_comfy(base: Path, *flags: str) -> ModuleType:
     """ComfyUI's `comfy` package in this process, with models, output etc. below `base`, and these options.
 
-    ComfyUI's folder goes to the end of the path: it has names such as `utils`, `app` and `tests`, which must not win
-    over anybody's. It reads its options from the command line when `comfy.cli_args` is first imported; that is the only
-    moment it sees ours. The path and the modules stay: whatever was imported cannot be taken back.
+    ComfyUI's folder goes to the end of the path: its `utils`, `app` and `tests` must not win over other packages of
+    these names. ComfyUI reads options from the command line when `comfy.cli_args` is first imported. Ours stand there
+    at that moment alone. The path and the modules stay, because Python cannot take an import back.
     """
     comfyui = find_comfyui()
     sys.path.append(str(comfyui))

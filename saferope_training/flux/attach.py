@@ -37,10 +37,11 @@ class Site(NamedTuple):
 class Layout(NamedTuple):
     """The names that a class of diffusers gives to its lists of blocks and to a block's attention.
 
-    `text` tells the length of the text in a forward: a module by its way, and the place of an argument [B, L, ...];
-    `ends`: text stands behind the picture in single blocks; `heads_first`: norms give [B, H, L, D].
-    `pictures`: a module that tells whether the pictures of a batch differ in size, or have references, see `_alike`.
-    Where there is one, the text's module tells whether its prompts differ in length.
+    - `text` finds the length of the text in a forward pass: a module's path, and the place of its argument [B, L, ...].
+    - `ends`: text follows the picture in single blocks.
+    - `heads_first`: norms give [B, H, L, D].
+    - `pictures`: path of a module that sees whether pictures of a batch differ in size, or have references (`_alike`).
+      Where there is one, the text's module sees whether prompts differ in length.
     """
 
     family: str
@@ -158,8 +159,8 @@ def _doubles(transformer: Any, layout: Layout) -> list[list[tuple[Any, str, str]
 def positioned(text_turns: Turns | None, image_turns: Turns) -> Callable[[Tensor, Span, Span], Tensor]:
     """A function that applies RoPE to x [B, H, L, D] with the spans of a visitor, as this attention does.
 
-    Turns are cosines and sines [L, D] of a stream's tokens, or [B, L, D] where prompts differ in them. None: they stand
-    at position 0, where RoPE turns nothing, as FLUX.1's text does.
+    Turns are cosines and sines [L, D] of a stream's tokens, or [B, L, D] where prompts differ in them. None: the tokens
+    stand at position 0, where RoPE turns nothing, as FLUX.1's text tokens do.
     """
 
     def apply(x: Tensor, text: Span, image: Span) -> Tensor:
@@ -184,13 +185,14 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attached(transformer: Any, rotate: Visitor) -> Iterator[None]:
     """Lets `rotate` replace the queries and keys of every block while the context is open.
 
-    `rotate(x [B, H, L, D], role, block_type, block_index, text, image)` has the signature of `Protection.rotate`; spans
-    count tokens of the `x` handed over, a stream that is not in it has the span (0, 0). Returning `x` itself or None
-    leaves the block untouched, bit for bit. Contexts may be nested: the inner one sees what the outer one made. The
-    hooks come off however the context is left. Where the prompts of a batch differ in length (Z-Image's), the text's
-    span is the longest one's; what stands behind a shorter one, which nothing attends to, is shown as 0.
+    `rotate(x [B, H, L, D], role, block_type, block_index, text, image)` has the signature of `Protection.rotate`. Spans
+    count the tokens of this `x`; a stream that is not in it has the span (0, 0). If `rotate` returns `x` itself or
+    None, the block stays untouched, bit for bit. Contexts may be nested: the inner one sees the outer one's result.
+    The hooks come off on every exit, also after an error.
 
-    RuntimeError in a forward pass whose pictures differ in size, or that has reference pictures among Z-Image's.
+    Where the prompts of a batch differ in length (Z-Image), the text's span is that of the longest one. No token
+    attends to the places behind a shorter prompt, and `rotate` sees 0 there. Z-Image with pictures of several sizes, or
+    with reference pictures, raises RuntimeError in its forward pass.
     """
     with ExitStack() as hooks:
         layout = layout_of(transformer)
@@ -216,7 +218,8 @@ def listening(transformer: Any, listen: Callable[[Tensor, str, str, int, Span, S
 
 
 def _alike(_module: nn.Module, args: tuple) -> None:
-    """Z-Image's picture blocks take marks of the tokens of pictures that differ in size, and of those with noise."""
+    """Raises RuntimeError where Z-Image's picture blocks get a mask of tokens, or marks of noisy tokens: its pictures
+    differ in size, or some are references."""
     if any(mark is not None for mark in (args[1], *args[4:5])):
         raise RuntimeError(
             "got pictures of several sizes, or reference pictures, in one batch of Z-Image, expected pictures of one "
@@ -225,9 +228,9 @@ def _alike(_module: nn.Module, args: tuple) -> None:
 
 
 class _TextLength:
-    """How many text tokens the forward pass under way has; the single blocks' norms cannot tell.
+    """The number of text tokens in the running forward pass. The norms of single blocks do not see it.
 
-    `behind` [B, L], bool, of a batch whose prompts differ in length: what stands behind the shorter ones.
+    `behind` [B, L], bool, marks the places behind the shorter prompts of a batch whose prompts differ in length.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -241,7 +244,7 @@ class _TextLength:
         self.behind = ~args[1] if self.layout.pictures and args[1] is not None else None
 
     def shown(self, x: Tensor) -> Tensor:
-        """x [B, H, L, D] of pictures and the text behind them, where what no prompt has is 0."""
+        """x [B, H, L, D] of pictures and the text behind them, with 0 in the places that no prompt has."""
         if self.behind is None:
             return x
         return x.masked_fill(pad(self.behind, (x.shape[2] - self.behind.shape[1], 0))[:, None, :, None], 0.0)
@@ -251,7 +254,7 @@ def _hook(site: Site, visit: Visitor, text_length: _TextLength) -> Callable:
     def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
         x = output if text_length.layout.heads_first else rearrange(output, "b l h d -> b h l d")
         text, image = _spans(site.stream, x.shape[2], text_length)
-        # a visitor may write into what it is shown: where that is a copy, it counts even if it comes back itself
+        # a visitor may write into its x: where that is a copy, the result counts even if it is x itself
         turned = visit(text_length.shown(x), site.role, site.block_type, site.block_index, text, image)
         if turned is None or turned is x:
             return None

@@ -1,8 +1,8 @@
 """The pipeline of each family: how to write and encode its text, and its transformer's inputs beside latents and a
 time. One row a family; FLUX.1's is the first.
 
-Of text there are states [B, L, ...] and one tensor more, `pooled`: FLUX.1's pooled vectors, or which tokens a prompt
-has, [B, L], where its pipeline masks text or gives each prompt a length of its own. L is always the model's
+Encoded text is states [B, L, ...] and one more tensor, `pooled`. It has FLUX.1's pooled vectors. Where a pipeline masks
+text or gives each prompt its own length, it is the mask [B, L] of a prompt's tokens. L is always the model's
 `text_length`.
 """
 
@@ -37,11 +37,11 @@ def _called(model: Model, latents: Tensor, t: Tensor, text: Text) -> Tensor:
 
 
 class Asked(NamedTuple):
-    """One family's pipeline. `cut` tokens of the template's beginning are dropped; `encoders` are its
-    attributes' names; `suffix` is what stands behind the padding.
+    """One family's pipeline. The first `cut` tokens of the template are dropped. `encoders` are names of the pipeline's
+    attributes. `suffix` is the text behind the padding.
 
-    `pads_to`: 0 where all prompts have one length. Else each has its own, and the transformer pads it to a multiple of
-    so many tokens, which it attends to.
+    `pads_to` is 0 where all prompts have one length. Else each prompt has its own, and the transformer pads it to a
+    multiple of so many tokens, and attends to them.
     """
 
     encode: Callable[[Any, list[str], int, torch.device], tuple[Tensor, Tensor]]
@@ -261,7 +261,7 @@ def tokens_of(pipe: Any, row: Asked, texts: Sequence[str], length: int) -> tuple
         max_length=length + cut - len(behind),
         truncation=True,
         return_offsets_mapping=True,
-        **({"padding_side": "right"} if row.pads_to else {}),  # whatever the tokenizer's: that padding is dropped
+        **({"padding_side": "right"} if row.pads_to else {}),  # on the right for all: it is dropped
     )
     used = torch.tensor([mask[cut:] + [1] * len(behind) for mask in batch["attention_mask"]], dtype=torch.bool)
     if row.pads_to:

@@ -1,4 +1,4 @@
-"""Tokens of pictures and texts, whatever the family: how latents are packed, and where tokens stand."""
+"""Tokens of pictures and texts in every family: how latents are packed, and where tokens stand."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def packed(latents: Tensor) -> Tensor:
 
 
 def unpacked(tokens: Tensor, rows: int) -> Tensor:
-    """What `packed` made of latents with so many rows of tokens, as it was."""
+    """The inverse of `packed`, for latents with so many rows of tokens."""
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
 
 
 def own_states(text: Text) -> list[Tensor]:
-    """Every prompt's states [L of its own, C], without what they are padded with to one length."""
+    """Every prompt's states [L of its own, C], without the padding to one length."""
     lengths = [int(sum(row)) for row in text.pooled.tolist()]
     return [states[:length] for states, length in zip(text.states, lengths, strict=True)]
 

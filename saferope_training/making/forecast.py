@@ -1,7 +1,7 @@
 """The time of a whole run: told when its first stage starts, and corrected while it runs.
 
-A stage that was timed goes on at its own pace. Stages to come take their estimate times r, where r is what the timed
-units took over what they were expected to take.
+A timed stage keeps its own pace. A later stage takes its estimate times r, the seconds of the timed units over the
+seconds that were expected of them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Spent(NamedTuple):
 class Forecast:
     """A stage's progress, passed on to `show` with the time that is left of the whole run, in words.
 
-    `known`: seconds a unit of stages, from before. Where there are none, `a_pass` measures the seconds of a prompt's
-    forward pass. The first report of a stage tells where it begins; of one that is fresh it is the only one. Of a stage
-    that is run again, as in hardening, nothing is foretold.
+    `known` has seconds a unit of stages, from earlier runs. Where it lacks one, `a_pass` measures the seconds of a
+    prompt's forward pass. The first report of a stage tells where it begins. A stage that runs again, as in hardening,
+    gets no forecast.
     """
 
     work: Sequence[Work]
@@ -58,7 +58,7 @@ class Forecast:
         found = unit_seconds(self.work, self.known)
         unknown = None in found.values()
         self._expected = expected(self.work, self.known, self.a_pass() if unknown else 0.0)
-        if stage != PICTURES:  # whoever paints them tells their time
+        if stage != PICTURES:  # the verdict tells their time itself
             parts = left_of(self._units, self._expected, {})
             told = ", ".join(f"{name} {in_words(taken)}" for name, taken in parts.items() if taken)
             source = "one measured pass" if unknown else "passes measured before"
@@ -72,13 +72,13 @@ def expected(work: Sequence[Work], known: Mapping[str, float], a_pass: float) ->
 
 
 def correction(expected: Mapping[str, float], spent: Mapping[str, Spent]) -> float:
-    """What timed units took over what they were expected to take; 1 before any."""
+    """Seconds of the timed units over the seconds that were expected of them; 1 before any."""
     told = sum(expected[stage] * units for stage, (units, _) in spent.items())
     return sum(seconds for _, seconds in spent.values()) / told if told else 1.0
 
 
 def left_of(units: Mapping[str, float], expected: Mapping[str, float], spent: Mapping[str, Spent]) -> dict[str, float]:
-    """Seconds that are left of each stage, for the units that are left of it."""
+    """Seconds left of each stage, for the units left of it."""
     factor = correction(expected, spent)
     own = {stage: seconds / count for stage, (count, seconds) in spent.items()}
     return {stage: count * own.get(stage, factor * expected[stage]) for stage, count in units.items()}

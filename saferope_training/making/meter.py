@@ -1,4 +1,4 @@
-"""What a stage holds of a GPU while it runs, against the plan that was counted before."""
+"""Memory of a GPU that a stage holds while it runs, against the plan that was counted before."""
 
 from __future__ import annotations
 
