@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saferope_training.console import say
+from saferope_training.flux.models import TINYWORLD
 from saferope_training.settings import CALIBRATE, PROMPTS, TRAIN, Settings
 
 if TYPE_CHECKING:
-    from saferope_training.making.estimate import Shape, Task
+    from saferope_training.making.estimate import Shape, Task, Work
 
+WEIGHTS = 12  # of a block for each token, in squares of the width: FLUX.1's, the least of all families
 LEFT = "left to the run: whether the text encoder knows the prompts' words, and whether the weights are sound"
 
 
@@ -57,7 +59,8 @@ def tell(task: Task, shape: Shape, out: Path, device: str, training: bool, notes
     lines += ["RAM:", *_sizes({"at most": ram}), f"disk, in {out}:", *_sizes(disk)]
     lines += _sizes({"to download, into the hub's cache": shape.download} if shape.download else {})
     time = estimate.time_lines(estimate.work_of(task), out, task.settings, device)
-    lines += ["time:", *(f"  {line}" for line in time), *notes, LEFT]
+    cards = least_time(estimate.work_of(task), shape) if task.settings.model != TINYWORLD else []
+    lines += ["time:", *(f"  {line}" for line in (*time, *cards)), *notes, LEFT]
     free_ram, free_disk = estimate.free_of(out)
     room = {device: (memory.available(device), plan.peak), "RAM": (free_ram, ram)}
     room["disk"] = free_disk, sum(disk.values())
@@ -68,6 +71,22 @@ def tell(task: Task, shape: Shape, out: Path, device: str, training: bool, notes
     ]
     lacking += [memory.WAYS_OUT] if plan.peak > room[device][0] else []
     say("\n".join([*lines, *(lacking or ["it fits on this machine now"]), "dry run: nothing was loaded or written"]))
+
+
+def least_time(work: Sequence[Work], shape: Shape) -> list[str]:
+    """A line a class of cards: the time of all forward and backward passes at the card's full rate.
+
+    Counted as `saferope bench --count` counts a step. Loading, encoding prompts and quantised weights come on top.
+    """
+    from saferope_benchmark.costs.counting import CARDS, Model
+    from saferope_training.flux.attach import geometry_from
+    from saferope_training.making.pace import in_words
+
+    at = geometry_from(shape.config)
+    blocks = at.double_blocks, at.single_blocks
+    model = Model(*blocks, at.heads, WEIGHTS, shape.sizes.text, shape.sizes.side**2, at.head_dim)
+    operations = 2 * model.products * sum(each.units * each.passes for each in work)
+    return [f"{name}: at least {in_words(operations / card.rate)}, counted" for name, card in CARDS.items()]
 
 
 def _sizes(parts: Mapping[str, int]) -> list[str]:

@@ -17,6 +17,7 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from saferope import cli
+from saferope.commands import dry
 from saferope_benchmark.suites.contenders import settings_for
 from saferope_core import Geometry, load_concepts, save_concepts
 from saferope_training import processes
@@ -250,6 +251,18 @@ def test_a_dry_run_fetches_nothing(at_rest, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
     other = at_rest(*words, "someone/else")
     assert other.exit_code == 2 and "its sizes are not known; fetch it first" in " ".join(other.output.split())
+
+
+@pytest.mark.parametrize(("pixels", "operations"), [(512, 21.47e12), (1024, 74.33e12)])
+def test_a_dry_run_counts_the_least_time_of_named_cards(at_rest, monkeypatch, pixels, operations):
+    """A forward pass of FLUX.1-dev is 57 x 2 (12 L h² + 2 L² h) operations, L = 512 + 1,024 or 4,096, h = 3,072."""
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    words = ["extract", "nudity", "--out", "x", "--dry-run", "--model", DEV, "--resolution", str(pixels)]
+    passes, shape = 288 * 6, estimate._known(Settings(model=DEV, resolution=pixels), DEV)
+    lines = dry.least_time([estimate.Work("extract", 288, 6)], shape)
+    assert all(line in at_rest(*words).output for line in lines)
+    assert f"4090 class: at least {pace.in_words(passes * operations / 165e12)}, counted" in lines
+    assert "at least" not in at_rest("extract", "star", "--out", "x", "--dry-run").output, "negative control"
 
 
 def test_a_dry_run_reads_every_picture(real, tmp_path):
