@@ -8,6 +8,7 @@
     python -m dev.measure demo          # the star of `make demo`, evaluated
     python -m dev.measure hardened      # an hour or two: concepts hardened by two rounds, evaluated and attacked;
                                         # `hardened star` does one of them
+    python -m dev.measure hour          # seconds: the least time of first-hour.md's commands on FLUX.1-dev, counted
     python -m dev.measure double-only   # the four concepts in the second tiny model, which is made first where it is
                                         # not there; `double-only star` does one of them
     python -m dev.measure detectors     # a minute: the tiny world's two detectors where the truth is known
@@ -105,6 +106,8 @@ CELL = re.compile(
 # a model like the tiny one -> how `tinyworld.train` makes it: 3 heads, 3 + 6 blocks, another seed
 SCALED = {"wide": ("--heads", "3"), "deep": ("--double", "3", "--single", "6"), "seed": ("--seed", "1")}
 SCALE = WORK / "scale"
+FLUX = "black-forest-labs/FLUX.1-dev"
+HOUR = ("4090 class", "H100 class")  # classes of cards that a dry run names
 ROUNDS = ("cost", "cost/side", "cost/share", "cost/concepts", "cost/rank", "cost/batch")  # tables of bench.md, in order
 
 
@@ -279,6 +282,17 @@ def count() -> dict[str, dict]:
     return {name: entry(table, command) for name, table in zip(("count", "rounding", "compiled"), tables, strict=True)}
 
 
+def hour() -> dict[str, dict]:
+    """The least time of first-hour.md's longest commands on FLUX.1-dev, counted."""
+    rows, command = [["", *HOUR]], ()
+    for what in ("calibrate", "train"):
+        command = (*SAFEROPE, what, "nudity", *shlex.split(f"--model {FLUX} --checkpointing --passes-of 1 --dry-run"))
+        text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        told = dict(re.findall(r"^  (.+? class): at least (.*), counted$", text, re.MULTILINE))
+        rows.append([f"`saferope {what}`", *(told[card] for card in HOUR)])
+    return {"hour": entry(rows, command)}
+
+
 def memory() -> dict[str, dict]:
     """The memory of training FLUX.1-dev, counted: a prompt a pass, checkpointed, every head critical."""
     import torch
@@ -440,6 +454,7 @@ MEASURES |= {
     "detectors": detectors,
     "double-only": double_only,
     "hardened": hardened,
+    "hour": hour,
     "memory": memory,
     "scale": scale,
     "tiny-world": tiny_world,
