@@ -43,16 +43,8 @@ def main() -> None:
     small, flux = "--trainer" not in sys.argv, diffusers_flux()
     geometry = geometry_of(flux)
     gathering = Gathering(geometry, CAPACITY[small], small=small)
-    given = {
-        "hidden_states": torch.randn(PROMPTS, SIDE**2, 64),
-        "encoder_hidden_states": torch.randn(PROMPTS, TEXT, 4096),
-        "pooled_projections": torch.randn(PROMPTS, 768),
-        "timestep": torch.ones(PROMPTS),
-        "guidance": torch.full((PROMPTS,), 3.5),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), *2 * [torch.arange(float(SIDE))]),
-        "txt_ids": torch.zeros(TEXT, 3),
-    }
-    rope = positioned(None, flux.pos_embed(given["img_ids"]))
+    given = {side: _prompts() for side in (UNSAFE, BENIGN)}
+    rope = positioned(None, flux.pos_embed(given[UNSAFE]["img_ids"]))
     found: list = []
 
     def listen() -> None:
@@ -62,7 +54,7 @@ def main() -> None:
             visit = gathering.visit(side, token_kinds(used, subject), SIDE**2, list(range(PROMPTS)))
             visit.at_time()
             with listening(flux, lambda x, *where: visit.listen(x, rope(x, *where[-2:]), *where)):  # noqa: B023
-                flux(**given, return_dict=False)
+                flux(**given[side], return_dict=False)
         found.append(gathering.statistics())
 
     with torch.no_grad():
@@ -83,12 +75,25 @@ def main() -> None:
         )
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "full.safetensors"
-            save_concepts(file, [concept])
+            save_concepts(file, [concept], torch.float16)  # as Save Concept does
             size = file.stat().st_size
     sys.stdout.write(
         f"model {weights(flux) / GIB:.2f} GiB; over it {peak / GIB:.2f} GiB at most while it is listened to; "
-        f"heads read in {seconds:.1f} s of one CPU; {len(concept.heads)} heads in a file of {size / 1e6:.1f} MB\n"
+        f"heads read in {seconds:.1f} s of CPU; {len(concept.heads)} heads in a file of {size / 1e6:.1f} MB, float16\n"
     )
+
+
+def _prompts() -> dict[str, torch.Tensor]:
+    """Random inputs of the model, for prompts of one side."""
+    return {
+        "hidden_states": torch.randn(PROMPTS, SIDE**2, 64),
+        "encoder_hidden_states": torch.randn(PROMPTS, TEXT, 4096),
+        "pooled_projections": torch.randn(PROMPTS, 768),
+        "timestep": torch.ones(PROMPTS),
+        "guidance": torch.full((PROMPTS,), 3.5),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), *2 * [torch.arange(float(SIDE))]),
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
 
 
 def _held(gathering: Gathering) -> list[torch.Tensor]:

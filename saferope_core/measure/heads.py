@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from ..concept.stream import ROLES, Roles, Stream
 from ..maths.calibration import calibrate_gate
 from ..maths.risk import discrimination, head_discrimination_score, latent_risk_score
 from ..maths.subspace import contrast, contrastive_basis, extended, relative_basis, unsafe_basis
+from .spread import each_row
 from .statistics import BENIGN, IMAGE, PADDING, SUBJECT, UNSAFE, WORDS, Statistics, Vectors
 
 FULL = 2.0  # times its gate: the LRS, in relative dimensions, at which an image token turns fully
@@ -164,7 +165,7 @@ def read_heads(
     if ranks.image:
         for role in ROLES:
             own = bases[f"{IMAGE}_{role}"] = _image_bases(statistics, role, ranks)
-            safe = _lrs(statistics.vectors[BENIGN, IMAGE].sample[role], own[..., : ranks.image_risk])
+            safe = _lrs(statistics.vectors[BENIGN, IMAGE].sample[role].__getitem__, own[..., : ranks.image_risk])
             gates[f"{IMAGE}_{role}"] = _gates(safe, threshold, gate, quantile)
     risks = {role: {name: _for_queries(risk, heads, 2) for name, risk in risks[role].items()} for role in ROLES}
     bases, gates = ({name: _for_queries(each, heads, 1) for name, each in some.items()} for some in (bases, gates))
@@ -207,7 +208,7 @@ def _bases(statistics: Statistics, role: str, ranks: Ranks, kind: str) -> Tensor
     benign ones, the reach.
     """
     rows = range(len(statistics.met[role]))
-    return torch.stack([_basis(statistics, role, row, ranks, kind) for row in rows]).float()
+    return torch.stack(each_row(lambda row: _basis(statistics, role, row, ranks, kind).float(), rows))
 
 
 def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str) -> Tensor:
@@ -234,17 +235,19 @@ def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str)
 
 def _image_bases(statistics: Statistics, role: str, ranks: Ranks) -> Tensor:
     """[blocks, H, D, image + S]: the directions that set image tokens under unsafe prompts apart, and the reach."""
-    unsafe, benign = (statistics.vectors[name, IMAGE].gram[role] for name in (UNSAFE, BENIGN))
-    bases = []
-    for row, met in enumerate(statistics.met[role]):
-        if ranks.relative:
-            count = _count(statistics.vectors[BENIGN, IMAGE], role, row)
-            first = relative_basis(unsafe[row], benign[row], ranks.relative, count)
-            own = extended(first, contrast(unsafe[row], benign[row]), ranks.image)
-        else:
-            own = contrastive_basis(unsafe[row], benign[row], ranks.image)
-        bases.append(extended(own, met, ranks.image_risk + ranks.outside - own.shape[-1]))
-    return torch.stack(bases).float()
+    rows = range(len(statistics.met[role]))
+    return torch.stack(each_row(lambda row: _image_basis(statistics, role, row, ranks).float(), rows))
+
+
+def _image_basis(statistics: Statistics, role: str, row: int, ranks: Ranks) -> Tensor:
+    unsafe, benign = (statistics.vectors[name, IMAGE].gram[role][row] for name in (UNSAFE, BENIGN))
+    if ranks.relative:
+        count = _count(statistics.vectors[BENIGN, IMAGE], role, row)
+        first = relative_basis(unsafe, benign, ranks.relative, count)
+        own = extended(first, contrast(unsafe, benign), ranks.image)
+    else:
+        own = contrastive_basis(unsafe, benign, ranks.image)
+    return extended(own, statistics.met[role][row], ranks.image_risk + ranks.outside - own.shape[-1])
 
 
 def _count(vectors: Vectors, role: str, row: int) -> Tensor:
@@ -256,16 +259,17 @@ def _count(vectors: Vectors, role: str, row: int) -> Tensor:
 
 def _risks(statistics: Statistics, name: str, role: str, bases: Tensor) -> Tensor:
     """LRS [blocks, n, H] of a side's sampled vectors in the unsafe subspaces [blocks, H, D, R]."""
-    kinds = zip(*(statistics.vectors[each].sample[role] for each in SIDES[name]), strict=True)
-    return _lrs((torch.cat(own) for own in kinds), bases)
+    kinds = [statistics.vectors[each].sample[role] for each in SIDES[name]]
+    return _lrs(lambda row: torch.cat([own[row] for own in kinds]), bases)
 
 
-def _lrs(samples: Iterable[Tensor], bases: Tensor) -> Tensor:
-    """LRS [blocks, n, H] of samples [blocks, n, H, D] in subspaces [blocks, H, D, R]."""
-    risks = (
-        latent_risk_score(vectors.float().transpose(0, 1), basis) for vectors, basis in zip(samples, bases, strict=True)
-    )
-    return torch.stack([risk.T for risk in risks])
+def _lrs(sample: Callable[[int], Tensor], bases: Tensor) -> Tensor:
+    """LRS [blocks, n, H] of a block's sample [n, H, D] in subspaces [blocks, H, D, R]."""
+
+    def of_row(row: int) -> Tensor:
+        return latent_risk_score(sample(row).float().transpose(0, 1), bases[row]).T
+
+    return torch.stack(each_row(of_row, range(len(bases))))
 
 
 def _gates(risks: Tensor, threshold: float, kind: str, quantile: float) -> Tensor:
@@ -298,11 +302,13 @@ def _discrimination(risks: dict[str, dict[str, Tensor]], gates: dict[str, Tensor
 
 def _energies(statistics: Statistics, bases: Tensor) -> Tensor:
     """‖Uᵀ X‖ of every column of U, [blocks, H, R], X the subject's keys: the singular values where U is their SVD's."""
-    grams, bases = statistics.vectors[UNSAFE, SUBJECT].gram["k"], bases.double()
-    squares = [
-        torch.einsum("hdr,hde,her->hr", *(own, gram.double(), own)) for own, gram in zip(bases, grams, strict=True)
-    ]
-    return torch.stack(squares).clamp(min=0).sqrt().float()
+    grams = statistics.vectors[UNSAFE, SUBJECT].gram["k"]
+
+    def of_row(row: int) -> Tensor:
+        own = bases[row].double()
+        return (own * (grams[row].double() @ own)).sum(-2)
+
+    return torch.stack(each_row(of_row, range(len(bases)))).clamp(min=0).sqrt().float()
 
 
 def histogram(delta: Tensor) -> str:
