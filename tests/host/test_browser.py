@@ -226,7 +226,7 @@ OFFERED = """([id, name]) => {
 @pytest.mark.parametrize("nodes_2", [False, True])
 def test_lists_tell_the_model_of_a_file_and_speak_the_users_language(open_page, nodes_2):
     with open_page(Comfy__Locale="zh", Comfy__VueNodes__Enabled=nodes_2) as editor:
-        editor.open_template("SafeRoPE", "SafeRoPE tiny world")
+        editor.page.evaluate(LOAD, json.loads(BUNDLED.read_text(encoding="utf-8")))
         load, apply = (node_named(editor, title) for title in ("What to suppress", "Protect the model"))
         offered = editor.page.evaluate(OFFERED, [load, "concept"])
         assert {"star · 微型世界", "swirl · 微型世界"} <= set(offered)
