@@ -13,6 +13,17 @@ LATENTS, TRAIN, CALIBRATE, HARDEN = "latents", "train", "calibrate", "harden"
 # The suites of `saferope evaluate --suite`; see saferope_benchmark.suites
 SUITES = ("tinyworld", "quick", "paper-flux", "ablations", "crossed", "positions", "rotations", "dial")
 
+# The paper's form: its subspace, its gate (0.7 everywhere, from its code), its losses and their times
+PAPER: dict[str, Any] = {"relative_rank": 0, "rank": 5, "padding_rank": 0, "words_rank": 0, "image_rank": 0, "reach": 0}
+PAPER |= {"acts_on": "qk", "blind": 0.0, "image_init": 0.01, "unlearn_at": (1.0,), "unlearn_scale": 1.0}
+PAPER |= {"gate": "fixed", "objective": "away", "strengths": (1.0, 1.0), "max_angle": 0.0}
+# `--recipe`: settings that an option has not named. The paper's form with the numbers of its code for training too.
+DEFAULT = "default"
+RECIPES: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    "paper": {**PAPER, "blind_text": 0.0, "learning_rate": 1e-3, "phase": 10},
+}
+
 _LARGEST_SEED = 2**62  # seeds of single prompts are sums with it, and torch takes 63 bits
 _PATCH = 16  # pixels of an image token
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
 import typer
 
 from saferope_training.console import plain, say
-from saferope_training.settings import MODEL, Settings, settings_of
+from saferope_training.settings import DEFAULT, HEADS, MODEL, RECIPES, Settings, settings_of
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -34,6 +34,11 @@ Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda
 ConceptFiles = Annotated[
     list[str] | None,
     typer.Option("--concept", help="Concept file, or FILE:STRENGTH (0 off, 1 as trained). May be repeated."),
+]
+
+
+Recipe = Annotated[
+    str, typer.Option(help="`paper`: the form and numbers of the paper, for every setting that you do not give.")
 ]
 
 
@@ -57,7 +62,8 @@ def command(*stages: str, **defaults: Any) -> Callable[[Callable], Callable]:
         def run(**given: Any) -> Any:
             with told():
                 if names:
-                    given["settings"] = Settings(**{name: given.pop(name) for name in names})
+                    recipe = _recipe(given.pop("recipe", DEFAULT), given.pop("context", None))
+                    given["settings"] = Settings(**{name: given.pop(name) for name in names} | recipe)
                 return function(**given)
 
         # not get_type_hints: on Python 3.10 it hides the options' names and help behind an Optional
@@ -67,12 +73,27 @@ def command(*stages: str, **defaults: Any) -> Callable[[Callable], Callable]:
         parameters += [
             _parameter(entry, kinds[entry.name], defaults) for entry in fields(Settings) if entry.name in names
         ]
+        if HEADS in stages:
+            extra = {"recipe": (DEFAULT, Recipe), "context": (inspect.Parameter.empty, typer.Context)}
+            parameters += [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+                for name, (default, kind) in extra.items()
+            ]
         parameters.sort(key=lambda p: p.name != "concept")  # the one positional argument comes first
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # Typer reads it
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
     return decorate
+
+
+def _recipe(name: str, context: typer.Context | None) -> dict[str, Any]:
+    """A recipe's values for the settings of the running command that no option gives. ValueError for another name."""
+    if name not in RECIPES:
+        raise ValueError(f"--recipe: got {name!r}, expected one of {', '.join(RECIPES)}")
+    sources = {} if context is None else {each: context.get_parameter_source(each) for each in context.params}
+    free = {each for each, source in sources.items() if source is not None and source.name != "COMMANDLINE"}
+    return {setting: value for setting, value in RECIPES[name].items() if setting in free}
 
 
 def _parameter(entry: Field, hint: type, defaults: dict) -> inspect.Parameter:

@@ -11,24 +11,12 @@ from pathlib import Path
 from saferope_training import processes
 from saferope_training.flux.models import Model
 from saferope_training.making.recipe import PROMPT_FILE, STATISTICS, Recipe
+from saferope_training.settings import PAPER
 from saferope_training.stages import RECORD, Progress
 
 from ..evaluation.methods import Method, concept_file
 from .contenders import settings_for
 
-# The paper's method: its subspace, its gate (0.7 everywhere, from its code), its losses and the times they are taken at
-PAPER = {
-    "relative_rank": 0,
-    "rank": 5,
-    "padding_rank": 0,
-    "words_rank": 0,
-    "image_rank": 0,
-    "reach": 0,
-    "acts_on": "qk",
-    "blind": 0.0,
-}
-PAPER |= {"image_init": 0.01, "unlearn_at": (1.0,), "unlearn_scale": 1.0, "gate": "fixed"}
-PAPER |= {"objective": "away", "strengths": (1.0, 1.0), "max_angle": 0.0}
 CALIBRATED = {**PAPER, "gate": "calibrated"}
 SHARING = {
     "independent": {},

@@ -21,10 +21,10 @@ from saferope_training.flux.models import Model
 from saferope_training.making.extract import load_statistics
 from saferope_training.making.heads import ranks_of
 from saferope_training.making.recipe import STATISTICS, Recipe
+from saferope_training.settings import PAPER
 from saferope_training.stages import Progress
 
 from ..evaluation.methods import Method
-from .ablations import PAPER
 from .contenders import settings_for
 
 TELLING, ALL, OTHERS = "heads of high Δ", "all heads", "other heads"

@@ -25,7 +25,7 @@ from saferope_training.flux import folder as hub
 from saferope_training.flux import loading, quantise
 from saferope_training.making import checks, estimate, memory, pace
 from saferope_training.making.recipe import CONFIG, PROMPT_FILE, STATISTICS, Recipe
-from saferope_training.settings import Settings
+from saferope_training.settings import HEADS, RECIPES, Settings, settings_of
 from tests.cli.test_docs import PAGES, ROOT, commands
 from tests.support import concepts as flat
 from tests.training.test_loading import DEV_CONFIG
@@ -63,6 +63,7 @@ WRONG = {
     "train star --strengths 1,inf": "'strengths': got (1.0, inf), expected finite numbers",
     "train star --learning-rate -1": "'learning_rate': got -1.0, expected at least 0",
     "train star --rank 1000": "got 1022 dimensions for text tokens, expected at most a head's 128; lower them",
+    "train star --recipe papper": "--recipe: got 'papper', expected one of default, paper",
     "train star --seed -1": "'seed': got -1, expected a number from 0",
     "train star --resolution 500": "'resolution': got 500, expected a multiple of 16",
     "train star --similarity 2": "'similarity': got 2.0, expected a cosine",
@@ -86,6 +87,25 @@ def test_mistakes_are_told_before_anything_starts(at_rest, words):
     assert "transformer, frozen" not in told, "not even planned"
     dry = at_rest(*shlex.split(words), "--out", "x", "--dry-run")
     assert dry.exit_code == 2 and WRONG[words] in " ".join(dry.output.split()), dry.output
+
+
+@pytest.mark.parametrize("what", ["train", "calibrate"])
+def test_the_papers_recipe_leaves_given_options_alone(at_rest, monkeypatch, what):
+    found = []
+    monkeypatch.setattr(dry, "making", lambda settings, *_, **__: found.append(settings))
+    for words in (
+        [],
+        ["--recipe", "default"],
+        ["--recipe", "paper"],
+        ["--recipe", "paper", "--rank", "7", "--gate", "fixed"],
+    ):
+        result = at_rest(what, "star", "--out", "x", "--dry-run", *words)
+        assert result.exit_code == 0, (result.output, result.exception)
+    plain, default, paper, wider = found
+    own = {name: value for name, value in RECIPES["paper"].items() if name in settings_of(HEADS, what)}
+    assert own.keys() > {"rank", "gate", "objective"}
+    assert paper == replace(plain, **own) and wider == replace(plain, **own | {"rank": 7})
+    assert plain == default != paper, "negative control"
 
 
 def test_a_command_without_mistakes_asks_for_the_model(at_rest):
