@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saferope_training.console import say
-from saferope_training.flux.models import TINYWORLD
 from saferope_training.settings import CALIBRATE, PROMPTS, TRAIN, Settings
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ def making(settings: Settings, out: Path, device: str, goal: str, every: int = 0
 
 def tell(task: Task, shape: Shape, out: Path, device: str, training: bool, notes: Sequence[str] = ()) -> None:
     """Prints the tables of a task: memory by phase, RAM, disk and time, and all that does not fit on this machine."""
+    from saferope_training.flux.models import TINYWORLD
     from saferope_training.making import estimate, memory
 
     paints = bool(task.every or not task.goal)
