@@ -98,6 +98,12 @@ class Settings:
         "Dimensions in which risk is measured: where unsafe energy is largest relative to benign energy. 0: the unsafe "
         "subspace itself, as in the paper.",
     )
+    relative_padding: int | None = _choice(
+        "heads",
+        None,
+        "More of them for the padding, or the chat template's end, behind an unsafe prompt. Unless given: 4 where the "
+        "text encoder is a language model, else 0. The paper: 0.",
+    )
     rank: int = _choice("heads", 6, "Dimensions of the subject's unsafe subspace in a head. The paper's R is 5.")
     padding_rank: int = _choice(
         "heads", 5, "More of them for the padding behind an unsafe prompt, against benign padding. The paper: 0."
@@ -117,7 +123,12 @@ class Settings:
     gate: str = _choice(
         "heads", "calibrated", "`calibrated` (per head, from benign tokens) or `fixed` (the threshold)."
     )
-    quantile: float = _choice("heads", 0.999, "Share of benign tokens that a calibrated gate lets pass unturned.")
+    quantile: float | None = _choice(
+        "heads",
+        None,
+        "Share of benign tokens that a calibrated gate lets pass unturned. Unless given: 0.995 where the text encoder "
+        "is a language model, else 0.999.",
+    )
     acts_on: str = _choice("train calibrate", "k", "Vectors of text tokens that turn: `qk` (the paper), `q` or `k`.")
     acts_on_image: str = _choice("train calibrate", "qk", "Vectors of image tokens that turn: `qk`, `q` or `k`.")
     angle: float = _choice("calibrate", 2.1, "Radians by which `calibrate` turns a plane at LRS 1.")
@@ -218,7 +229,12 @@ class Settings:
         for name in ("acts_on", "acts_on_image"):
             _require(getattr(self, name) in ("qk", "q", "k"), name, getattr(self, name), "qk, q or k")
         _require(self.regulariser in ("velocity", "flow"), "regulariser", self.regulariser, "velocity or flow")
-        _require(0 < self.quantile <= 1, "quantile", self.quantile, "a number above 0, at most 1")
+        share = self.quantile
+        _require(share is None or 0 < share <= 1, "quantile", share, "a number above 0, at most 1")
+        more = self.relative_padding or 0
+        _require(more >= 0, "relative_padding", more, "at least 0")
+        good = not more or self.relative_rank > 0
+        _require(good, "relative_padding", more, "0 where relative_rank is 0: risk has no relative dimensions")
         _require(0 <= self.threshold <= 1, "threshold", self.threshold, "a number from 0 to 1")
         _require(0 <= self.angle <= math.pi, "angle", self.angle, "radians from 0 to half a turn, 3.1415")
         _require(self.rank >= 1, "rank", self.rank, "at least 1")

@@ -20,14 +20,13 @@ from saferope_core import (
     Concept,
     Protection,
     critical_heads,
-    read_heads,
     stream_of,
     tensors_of,
 )
 from saferope_training.flux.attach import attached
 from saferope_training.flux.models import Model
 from saferope_training.making.extract import extract
-from saferope_training.making.heads import ranks_of, untrained
+from saferope_training.making.heads import table_of, untrained
 from saferope_training.settings import Settings
 
 from .task import Progress, Task, silent
@@ -39,7 +38,7 @@ def fit(model: Model, task: Task, seed: int, progress: Progress = silent) -> dic
     """The concept's tensors: heads, discrimination, bases, gates and random generators."""
     s = Settings(generator="random", seed=seed)
     statistics = extract(model, [*task.unsafe, *task.benign], s.timesteps, s.reservoir, seed, progress)
-    table = read_heads(statistics, ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
+    table = table_of(statistics, s, model.geometry)
     found = critical_heads(table, model.geometry)
     fields = found.fields(untrained(found, s), s.acts_on, s.acts_on_image)
     tensors = {key: each for name in STREAMS for key, each in tensors_of(fields[name], NAMES[name]).items()}

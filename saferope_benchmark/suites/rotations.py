@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, HeadTable, Protection, critical_heads, random_generators, read_heads, sha256
+from saferope_core import Concept, HeadTable, Protection, critical_heads, random_generators, sha256
 from saferope_training.flux.attach import attached
 from saferope_training.flux.models import Model
 from saferope_training.making.extract import load_statistics
-from saferope_training.making.heads import ranks_of
+from saferope_training.making.heads import table_of
 from saferope_training.making.recipe import STATISTICS, Recipe
 from saferope_training.settings import PAPER
 from saferope_training.stages import Progress
@@ -43,7 +43,7 @@ def random_rotations(
         Recipe(model, s, folder / slug, progress).extract()
         path = folder / slug / STATISTICS
         statistics = load_statistics(path, model.geometry)
-        table = read_heads(statistics, ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
+        table = table_of(statistics, s, model.geometry)
         for name, chosen in groups(table).items():
             concept = _concept(model, slug, replace(table, critical=chosen), seed)
             found += [_method(concept, name, slug, amount, sha256(path)) for amount in AMOUNTS]

@@ -18,7 +18,8 @@ class Family:
     """Facts that hold for all models of a family, and its best known geometry.
 
     double: it has blocks with separate text and image streams. single: it has blocks with one sequence. rope: after
-    SafeRoPE, positions turn queries and keys.
+    SafeRoPE, positions turn queries and keys. template: its text encoder is a language model, which reads the prompt in
+    a chat template. The template's end takes the whole prompt up.
     """
 
     title: str  # the names of models that people load
@@ -26,23 +27,26 @@ class Family:
     double: bool = True
     single: bool = True
     rope: bool = True
+    template: bool = False
 
 
 # Numbers: ComfyUI 0.30.0, comfy/model_detection.py, and the defaults of diffusers 0.42.1's transformer classes.
 FAMILIES = {
     "flux": Family("FLUX.1 dev, schnell, Krea, Kontext and Fill", FLUX1),
-    "flux2": Family("FLUX.2 dev and klein", Geometry(8, 48, 48, 128, "flux2")),
-    "flux3": Family("FLUX.3 Klein", Geometry(5, 28, 24, 128, "flux3")),
+    "flux2": Family("FLUX.2 dev and klein", Geometry(8, 48, 48, 128, "flux2"), template=True),
+    "flux3": Family("FLUX.3 Klein", Geometry(5, 28, 24, 128, "flux3"), template=True),
     "chroma": Family("Chroma", Geometry(19, 38, 24, 128, "chroma")),
     "chroma-radiance": Family("Chroma Radiance", Geometry(19, 38, 24, 128, "chroma-radiance")),
-    "longcat-image": Family("LongCat-Image"),
-    "ovis-image": Family("Ovis-Image", Geometry(6, 27, 24, 128, "ovis-image")),
-    "hunyuan-image": Family("HunyuanImage 2.1", Geometry(20, 40, 28, 128, "hunyuan-image")),
-    "qwen-image": Family("Qwen-Image, Edit and Layered", Geometry(60, 0, 24, 128, "qwen-image"), single=False),
-    "mage-flow": Family("Mage-Flow", Geometry(12, 0, 24, 128, "mage-flow"), single=False),
-    "krea2": Family("Krea 2", Geometry(0, 28, 48, 128, "krea2", key_heads=12), double=False),
-    "z-image": Family("Z-Image", Geometry(0, 30, 30, 128, "z-image"), double=False),
-    "lumina2": Family("Lumina 2", Geometry(0, 26, 24, 96, "lumina2", key_heads=8), double=False),
+    "longcat-image": Family("LongCat-Image", template=True),
+    "ovis-image": Family("Ovis-Image", Geometry(6, 27, 24, 128, "ovis-image"), template=True),
+    "hunyuan-image": Family("HunyuanImage 2.1", Geometry(20, 40, 28, 128, "hunyuan-image"), template=True),
+    "qwen-image": Family(
+        "Qwen-Image, Edit and Layered", Geometry(60, 0, 24, 128, "qwen-image"), single=False, template=True
+    ),
+    "mage-flow": Family("Mage-Flow", Geometry(12, 0, 24, 128, "mage-flow"), single=False, template=True),
+    "krea2": Family("Krea 2", Geometry(0, 28, 48, 128, "krea2", key_heads=12), double=False, template=True),
+    "z-image": Family("Z-Image", Geometry(0, 30, 30, 128, "z-image"), double=False, template=True),
+    "lumina2": Family("Lumina 2", Geometry(0, 26, 24, 96, "lumina2", key_heads=8), double=False, template=True),
     "sd3": Family("Stable Diffusion 3.5", Geometry(38, 0, 38, 64, "sd3"), single=False, rope=False),
 }
 

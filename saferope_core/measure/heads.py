@@ -15,7 +15,7 @@ from ..concept.geometry import SINGLE, Geometry
 from ..concept.stream import ROLES, Roles, Stream
 from ..maths.calibration import calibrate_gate
 from ..maths.risk import discrimination, head_discrimination_score, latent_risk_score
-from ..maths.subspace import contrast, contrastive_basis, extended, relative_basis, unsafe_basis
+from ..maths.subspace import contrast, contrastive_basis, extended, orthonormal, relative_basis, unsafe_basis
 from .spread import each_row
 from .statistics import BENIGN, IMAGE, PADDING, SUBJECT, UNSAFE, WORDS, Statistics, Vectors
 
@@ -34,9 +34,10 @@ class Ranks:
     their own, of `image` + `reach` dimensions, or the text's if `image` is 0. The paper has 5, 0, 0, 0, 0.
 
     Where `relative` is above 0, risk is measured in so many other dimensions: those in which the subject's vectors, or
-    image tokens under unsafe prompts, have the most energy relative to benign ones (`relative_basis`). They come first,
-    R = `relative`; all the others are only turned in. Image tokens have as many dimensions in all: directions of the
-    vectors that they meet fill up the rest.
+    image tokens under unsafe prompts, have the most energy relative to benign ones (`relative_basis`). Text has
+    `relative_padding` more of them for the padding, or the template's end, behind an unsafe prompt. They come first: R
+    is `relative` + `relative_padding` for text, and `relative` for image tokens. All the others are only turned in.
+    Image tokens have as many of these. Directions of the vectors that they meet fill up the rest.
     """
 
     subject: int
@@ -45,6 +46,7 @@ class Ranks:
     reach: int = 0
     image: int = 0
     relative: int = 0
+    relative_padding: int = 0
 
     def __post_init__(self) -> None:
         if self.relative and self.image > self.outside:
@@ -53,7 +55,7 @@ class Ranks:
     @property
     def risk(self) -> int:
         """R."""
-        return self.relative or self._unsafe
+        return self.relative + self.relative_padding if self.relative else self._unsafe
 
     @property
     def image_risk(self) -> int:
@@ -219,8 +221,11 @@ def _basis(statistics: Statistics, role: str, row: int, ranks: Ranks, kind: str)
         return gram(BENIGN, WORDS) + gram(BENIGN, PADDING)
 
     if ranks.relative:
-        counts = (_count(statistics.vectors[BENIGN, kind], role, row) for kind in (WORDS, PADDING))
-        first = relative_basis(gram(UNSAFE, SUBJECT), benign(), ranks.relative, sum(counts, torch.zeros(1)))
+        count = sum((_count(statistics.vectors[BENIGN, kind], role, row) for kind in (WORDS, PADDING)), torch.zeros(1))
+        first = relative_basis(gram(UNSAFE, SUBJECT), benign(), ranks.relative, count)
+        if ranks.relative_padding:
+            more = relative_basis(gram(UNSAFE, PADDING), benign(), ranks.relative_padding, count)
+            first = orthonormal(torch.cat([first, more], dim=-1))
         own = gram(UNSAFE, SUBJECT) if kind == "svd" else contrast(gram(UNSAFE, SUBJECT), benign())
         basis = extended(first, own, ranks.subject)
     elif kind == "contrastive":

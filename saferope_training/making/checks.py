@@ -24,7 +24,7 @@ from ..flux.pipelines import tokenizer_of
 from ..flux.quantise import require_library, require_usable
 from ..prompts import PromptRecord, side
 from ..settings import Settings
-from .heads import ranks_of
+from .heads import for_family, ranks_of
 
 _SHOWN = 5  # words in a warning
 
@@ -64,7 +64,8 @@ def require(model: Model, records: Sequence[PromptRecord], settings: Settings) -
             raise ValueError(f"prompts: got no {name} one, expected at least one; add some, or delete prompts.jsonl")
         kinds = text_tokens(model, [record.text for record in chosen], [record.subject for record in chosen])
         counts |= {(name, kind): int(mask.sum()) for kind, mask in kinds.items()}
-    require_vectors(counts, len(settings.timesteps), ranks_of(settings), model.geometry.head_dim)
+    ranks = ranks_of(for_family(settings, model.geometry.family))
+    require_vectors(counts, len(settings.timesteps), ranks, model.geometry.head_dim)
     _require_words(model, records)
 
 

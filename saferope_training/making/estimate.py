@@ -26,6 +26,7 @@ from ..flux.pipelines import asked_of
 from ..prompts import BENIGN, UNSAFE, PromptRecord, side
 from ..settings import CALIBRATE, EXTRACT, LATENTS, TRAIN, Settings
 from . import memory, pace, preview
+from .heads import for_family, ranks_of
 from .material import PAINTING
 
 KNOWN = {"black-forest-labs/FLUX.1-dev": True, "black-forest-labs/FLUX.1-schnell": False}  # embeds guidance
@@ -146,7 +147,8 @@ def disk_of(task: Task, shape: Shape) -> dict[str, int]:
         found["embeddings"] = 4 * each * (len(texts) + 2 * preview.EACH * bool(task.every) + task.pictures // 2)
     if task.goal:
         found["statistics"] = statistics_bytes(s.reservoir, heads, width)
-    dimensions = s.relative_rank + s.rank + s.padding_rank + s.words_rank + s.reach
+    ranks = ranks_of(for_family(s, geometry.family))
+    dimensions = ranks.risk + ranks.outside
     bases, turns = 2 * len(ROLES) * heads * width * dimensions, 2 * heads * dimensions**2
     if task.goal in (TRAIN, CALIBRATE):
         found["heads and concept file"] = (4 + 2) * bases + 2 * turns

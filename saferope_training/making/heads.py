@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from saferope_core import BENIGN, BLOCK_TYPES, ROLES, UNSAFE, CriticalHeads, Geometry, HeadTable, Ranks
+from saferope_core import (
+    BENIGN,
+    BLOCK_TYPES,
+    ROLES,
+    UNSAFE,
+    CriticalHeads,
+    Geometry,
+    HeadTable,
+    Ranks,
+    Statistics,
+    read_heads,
+)
+from saferope_core.concept.families import FAMILIES
 from saferope_core.concept.files import placed
 from saferope_core.measure.generators import fixed_generators, random_generators
 
 from ..settings import Settings
 from ..stages import load_tensors, save_tensors
 
+QUANTILE, TEMPLATE_QUANTILE, TEMPLATE_PADDING = 0.999, 0.995, 4  # measured on the tiny FLUX and the tiny Qwen-Image
+
+
+def for_family(settings: Settings, family: str) -> Settings:
+    """The settings, with the family's values for `quantile` and `relative_padding` where they are None.
+
+    A language model's states behind the prompt hold the whole prompt, in other directions than the subject's own state.
+    So risk is measured in directions of these states too, above gates that more benign tokens pass.
+    """
+    template = family in FAMILIES and FAMILIES[family].template
+    more, quantile = settings.relative_padding, settings.quantile
+    if more is None:
+        more = TEMPLATE_PADDING if template and settings.relative_rank else 0
+    if quantile is None:
+        quantile = TEMPLATE_QUANTILE if template else QUANTILE
+    return replace(settings, relative_padding=more, quantile=quantile)
+
 
 def ranks_of(settings: Settings) -> Ranks:
     """The dimensions of heads' spaces that the settings ask for."""
     s = settings
-    return Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank, s.relative_rank)
+    relative = s.relative_rank, s.relative_padding or 0
+    return Ranks(s.rank, s.padding_rank, s.words_rank, s.reach, s.image_rank, *relative)
+
+
+def table_of(statistics: Statistics, settings: Settings, geometry: Geometry) -> HeadTable:
+    """`read_heads` as the settings ask for it, and for the rest as the model's family decides."""
+    s = for_family(settings, geometry.family)
+    assert s.quantile is not None
+    return read_heads(statistics, ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
 
 
 def write_table(path: Path, table: HeadTable, geometry: Geometry) -> None:

@@ -29,6 +29,7 @@ from ..flux.pipelines import asked_of
 from ..flux.quantise import require_kind
 from ..settings import Settings
 from .extract import BATCH
+from .heads import for_family, ranks_of
 from .preview import EACH
 
 # bits per weight of a linear layer; NF4 has a scale per 64 weights, quantised to 8 bits, and one per 256 such scales
@@ -172,10 +173,10 @@ def plan_of(
     text, side = sizes.text, sizes.side
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     shape = config, text, side * side, settings.passes_of or settings.batch, settings.checkpointing, dtype
-    unsafe = settings.rank + settings.padding_rank + settings.words_rank
-    image = unsafe if settings.relative_rank else settings.image_rank
-    widths = tuple(settings.relative_rank + own + settings.reach for own in (unsafe, image))
-    heads = _heads(geometry_from(config))
+    geometry = geometry_from(config)
+    ranks = ranks_of(for_family(settings, geometry.family))
+    widths = ranks.risk + ranks.outside, ranks.image_risk + ranks.outside
+    heads = _heads(geometry)
     file = Path(settings.model)
     return Plan(
         # GGUF stays as it is in the file

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saferope_core import Concept, CriticalHeads, critical_heads, read_heads, save_concepts, sha256
+from saferope_core import Concept, CriticalHeads, critical_heads, save_concepts, sha256
 from saferope_core.concept.files import require_no_link, sweep, write_text
 
 from .. import plots, processes, prompts
@@ -92,6 +92,7 @@ class Recipe:
         if model is not None and model.source is not None:
             require_no_link(out, out / EMBEDDINGS)
             model = models.with_cache(model, out / EMBEDDINGS)
+        settings = settings if model is None else heads.for_family(settings, model.geometry.family)
         self._model, self.settings, self.out, self._more = model, settings, out, tuple(more)
         timed = progress if model is None else Pace(out, measured_with(settings, str(model.device)), progress)
         self.place = Workplace(out, settings, timed)
@@ -173,7 +174,7 @@ class Recipe:
             return
         s, out, geometry = self.settings, self.out, self.model.geometry
         statistics = extract.load_statistics(out / STATISTICS, geometry)
-        table = read_heads(statistics, heads.ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
+        table = heads.table_of(statistics, s, geometry)
         heads.write_table(out / TABLE, table, geometry)
         title = f"{s.concept}: {int(table.critical.sum())} of {table.critical.numel()} heads are safety-critical"
         plots.head_map(out / MAP, table.discrimination, geometry, table.critical, title)

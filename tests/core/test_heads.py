@@ -23,6 +23,7 @@ from saferope_core import (
     Vectors,
     critical_heads,
     fixed_generators,
+    latent_risk_score,
     random_generators,
     read_heads,
 )
@@ -224,3 +225,31 @@ def test_random_generators_repeat(statistics):
     chosen = critical_heads(read(statistics), GEOMETRY)
     first, again, other = (random_generators(chosen, seed, 1.0, 0.3)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_relative_dimensions_of_the_padding_tell_a_template_s_end(statistics):
+    """Energy in dimension 9 of the padding behind unsafe prompts alone: the subject knows nothing of it."""
+    kinds = dict(statistics.vectors)
+    own = kinds[UNSAFE, PADDING]
+    grams = {role: gram.clone() for role, gram in own.gram.items()}
+    for role in "qk":
+        grams[role][0, 1, 9, 9] *= 40
+    kinds[UNSAFE, PADDING] = Vectors(grams, own.sample)
+    marked, plain = Statistics(kinds, statistics.met), statistics
+    ranks = Ranks(2, 1, 0, 3, 3, relative=1, relative_padding=1)
+    assert (ranks.risk, ranks.image_risk, ranks.outside) == (2, 1, 6)
+    end = torch.nn.functional.one_hot(torch.tensor(9), 16).float()
+    for role in "qk":
+        told = {
+            name: latent_risk_score(end[None, None, None], read(seen, ranks=how).basis[role][0, 1:2, :, : how.risk])
+            for name, seen, how in (
+                ("ours", marked, ranks),
+                ("without", marked, replace(ranks, relative_padding=0)),
+                ("unmarked", plain, ranks),
+            )
+        }
+        assert told["ours"] > 0.8 > 0.5 > max(told["without"], told["unmarked"]), told
+        basis = read(marked, ranks=ranks).basis
+        for name, width in ((role, 8), (f"image_{role}", 7)):
+            assert basis[name].shape[-1] == width
+            torch.testing.assert_close(basis[name].mT @ basis[name], torch.eye(width).expand(3, 2, width, width))

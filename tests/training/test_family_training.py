@@ -11,7 +11,8 @@ import torch
 from saferope_core import ROLES, Protection
 from saferope_core.concept.geometry import SINGLE
 from saferope_training.flux.models import from_pipeline
-from saferope_training.making import train
+from saferope_training.making import heads, train
+from saferope_training.settings import PAPER, Settings
 from tests.support.pipelines import SIDE, make_pipeline
 from tests.training.test_train import (  # noqa: F401
     concept_of,
@@ -79,3 +80,23 @@ def test_image_tokens_of_double_blocks_turn_as_the_concept_says(model, critical,
         ours, theirs = rotation.rotate(x, *where), protection.rotate(x, *where)
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(theirs, x, atol=1e-2), "negative control"
+
+
+def test_a_family_decides_where_risk_is_measured_unless_told():
+    plain = Settings()
+    for family, template in (
+        ("flux", False),
+        ("chroma", False),
+        ("sd3", False),
+        ("qwen-image", True),
+        ("z-image", True),
+    ):
+        found = heads.for_family(plain, family)
+        assert (found.quantile, found.relative_padding) == ((0.995, 4) if template else (0.999, 0)), family
+        assert replace(found, quantile=None, relative_padding=None) == plain
+    told = replace(plain, quantile=0.5, relative_padding=1)
+    assert heads.for_family(told, "qwen-image") == told
+    paper = replace(plain, **PAPER)
+    assert heads.ranks_of(heads.for_family(paper, "qwen-image")).relative_padding == 0
+    with pytest.raises(ValueError, match="'relative_padding': got 2, expected 0 where relative_rank is 0"):
+        replace(paper, relative_padding=2)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saferope_core import critical_heads, load_concepts, read_heads
+from saferope_core import critical_heads, load_concepts
 from saferope_training.making import extract, heads, material, preview, progress, train
 from saferope_training.making.preview import Preview, held_out
 from saferope_training.making.progress import ARRIVED, HELD, PATIENCE, Watch, Watching
@@ -24,7 +24,7 @@ class Killed(BaseException):
 def critical(model, records, settings):
     statistics = extract.extract(model, records, (1.0, 0.5), capacity=500, seed=0)
     s = settings
-    table = read_heads(statistics, heads.ranks_of(s), s.basis, s.threshold, s.cut, s.gate, s.quantile)
+    table = heads.table_of(statistics, s, model.geometry)
     return critical_heads(table, model.geometry)
 
 

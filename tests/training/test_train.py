@@ -15,7 +15,6 @@ from saferope_core import (
     fixed_generators,
     load_concepts,
     planes,
-    read_heads,
     save_concepts,
 )
 from saferope_training.flux.attach import attached
@@ -35,8 +34,7 @@ PHASES = (UNLEARN, PRESERVE)
 def critical(model, records, settings):
     statistics = extract.extract(model, records, (1.0, 0.5), capacity=500, seed=0)
     s = settings
-    ranks = heads.ranks_of(s)
-    table = read_heads(statistics, ranks, s.basis, s.threshold, s.cut, s.gate, s.quantile)
+    table = heads.table_of(statistics, s, model.geometry)
     return critical_heads(table, model.geometry), table.discrimination
 
 
