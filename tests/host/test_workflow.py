@@ -101,7 +101,9 @@ def test_what_does_not_act_is_written_on_its_node(comfyui, graph, random_concept
     idle, acting = (fill(graph, TEXT, 7, random_concept, strength) for strength in (2.0, 1.0))
     idle[apply]["inputs"]["end_percent"] = 0.5
     idle[sampler]["inputs"]["denoise"] = 0.3
+    (loader,) = (node for node, each in graph.items() if each["class_type"] == "SafeRoPE_LoadConcept")
     told = texts(comfyui, idle)
+    told.pop(loader, None)  # the file's own line, unless ComfyUI has the node's result from another test
     assert set(told) == {apply, sampler}
     assert "none of the steps of this run lies in the part from 0 to 0.5" in told[sampler]
     assert "concept 'random': strength 2 acts as 1." in told[apply]

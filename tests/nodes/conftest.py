@@ -37,9 +37,12 @@ def node_classes(pack):
     return {node.GET_SCHEMA().node_id: node for node in asyncio.run(load())}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def compiled(comfy):
-    """As ComfyUI's TorchCompileModel, which drops the guards on what it hands to blocks; backend eager."""
+    """As ComfyUI's TorchCompileModel, which drops the guards on what it hands to blocks; backend eager. No graph of
+    another test is there.
+    """
+    torch._dynamo.reset()
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 

@@ -102,7 +102,7 @@ def test_guidance_with_a_negative_prompt_is_protected_too(apply, flux, sample, c
 @pytest.mark.parametrize("name", ["strength", "threshold", "start_percent", "end_percent"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 2.1])
 def test_values_out_of_range_are_refused(apply, flux, concept, name, value):
-    with pytest.raises(ValueError, match=rf"{name} is .*expected a number from .*Check what is linked"):
+    with pytest.raises(ValueError, match=rf"{name} is .*expected a number from .*Check the linked node"):
         apply(flux, [concept], **{"strength": 1.0, name: value})
 
 
