@@ -29,7 +29,7 @@ from .render import SIZE
 from .train import SCENES
 from .world import vocabulary
 
-STEPS, DISTILLATION_STEPS = 2000, 250
+STEPS, DISTILLATION_STEPS = 4200, 300
 SEED = 21
 TURN = "<|im_start|>", "<|im_end|>"
 _TEMPLATE = (  # the words of QwenImagePipeline's own
