@@ -39,6 +39,8 @@ def for_family(settings: Settings, family: str) -> Settings:
     """
     template = family in FAMILIES and FAMILIES[family].template
     more, quantile = settings.relative_padding, settings.quantile
+    if more is not None and quantile is not None:
+        return settings
     if more is None:
         more = TEMPLATE_PADDING if template and settings.relative_rank else 0
     if quantile is None:

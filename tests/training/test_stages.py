@@ -33,7 +33,7 @@ CHANGED = {
     "words_rank": 4, "image_rank": 0, "reach": 7, "basis": "contrastive", "threshold": 0.6, "cut": 0.4, "gate": "fixed",
     "quantile": 0.9, "acts_on": "qk", "acts_on_image": "k", "angle": 2.0, "generator": "random", "blind": 0.25,
     "instead": ("ring",), "objective": "away", "strengths": (1.0, 1.5), "max_angle": 1.0, "blind_text": 0.2,
-    "beyond": 1.0, "fit": 3, "relative_rank": 3, "harden": 1, "category": "x",
+    "beyond": 1.0, "fit": 3, "relative_rank": 3, "relative_padding": 2, "harden": 1, "category": "x",
     "image_scale": 0.1, "steps": 3, "phase": 2, "batch": 3, "passes_of": 1, "checkpointing": True, "learning_rate": 0.1,
     "unlearn_at": (1.0, 0.9), "unlearn_scale": 2.0, "preserve_weight": 2.0, "text_init": 0.5, "image_init": 0.5,
     "regulariser": "flow", "sharing": "shared", "quantise": "torchao-int8", "resolution": 112,
