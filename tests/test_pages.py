@@ -95,7 +95,7 @@ def test_every_result_has_a_source_and_a_reader():
     shown = "".join(texts)
     for name, table in RESULTS["tables"].items():
         assert all(table[key] for key in ("command", "commit", "date", "machine")), name
-        group = name.partition("/")[0]
+        group = name.rpartition("/")[0]
         assert f'"{name}"' in shown or f'"{group}/" ~' in shown, name
     for name, figure in RESULTS["figures"].items():
         assert figure["command"] and figure["commit"] and f'figure("{name}")' in shown, name
