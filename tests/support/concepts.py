@@ -6,11 +6,35 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 
 def concept_of(core: Any, **flat: Any) -> Any:
     """A Concept of `core` (there may be two copies of it) with `basis_q`, `gate_image_k`, `acts_on` and
     so on by name."""
     return core.Concept(**_streams(core, flat, {"text": {}, "image": {}}, {"text": "qk", "image": None}))
+
+
+def in_all_heads(core: Any, geometry: Any) -> Any:
+    """Random planes in all heads; open gates, where turning has no jump for rounding to decide about."""
+    torch.manual_seed(0)
+    blocks = [(0, i) for i in range(geometry.double_blocks)] + [(1, i) for i in range(geometry.single_blocks)]
+    heads = [(*block, head) for block in blocks for head in range(geometry.heads)]
+    basis = torch.linalg.qr(torch.randn(2, len(heads), geometry.head_dim, 4)).Q
+    return concept_of(
+        core,
+        slug="star",
+        name="Star",
+        description="",
+        geometry=geometry,
+        heads=torch.tensor(heads, dtype=torch.int32),
+        basis_q=basis[0],
+        basis_k=basis[1],
+        generator_text=core.skew(5 * torch.randn(len(heads), 4, 4)),
+        generator_image=core.skew(5 * torch.randn(len(heads), 4, 4)),
+        discrimination=torch.zeros(geometry.blocks, geometry.heads),
+        threshold=0.0,
+    )
 
 
 def changed(concept: Any, **flat: Any) -> Any:

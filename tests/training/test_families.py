@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import saferope_core
-from saferope_core import FAMILIES, Geometry, Protection, skew
+from saferope_core import FAMILIES, Geometry, Protection
 from saferope_training.flux.attach import LAYOUTS, attached, geometry_of, listening
 from tests.support import concepts as flat
 from tests.support.diffusers_models import IMAGE, TEXT, TINY
@@ -42,25 +42,7 @@ def geometry(family, tiny):
 
 @pytest.fixture
 def concept(geometry):
-    """Random planes in all heads; gates open."""
-    torch.manual_seed(0)
-    blocks = [(0, i) for i in range(geometry.double_blocks)] + [(1, i) for i in range(geometry.single_blocks)]
-    heads = [(*block, head) for block in blocks for head in range(geometry.heads)]
-    basis = torch.linalg.qr(torch.randn(2, len(heads), geometry.head_dim, 4)).Q
-    return flat.concept_of(
-        saferope_core,
-        slug="star",
-        name="Star",
-        description="",
-        geometry=geometry,
-        heads=torch.tensor(heads, dtype=torch.int32),
-        basis_q=basis[0],
-        basis_k=basis[1],
-        generator_text=skew(5 * torch.randn(len(heads), 4, 4)),
-        generator_image=skew(5 * torch.randn(len(heads), 4, 4)),
-        discrimination=torch.zeros(geometry.blocks, geometry.heads),
-        threshold=0.0,
-    )
+    return flat.in_all_heads(saferope_core, geometry)
 
 
 def run(model, inputs):

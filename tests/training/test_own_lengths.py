@@ -11,7 +11,7 @@ import torch
 
 import saferope_core
 from saferope import protect
-from saferope_core import BENIGN, ROLES, WORDS, CriticalHeads, Forward, Gathering, Protection, Run, skew
+from saferope_core import BENIGN, ROLES, WORDS, CriticalHeads, Forward, Gathering, Protection, Run
 from saferope_training.flux.attach import _TextLength, attached, listening, positioned
 from saferope_training.flux.loading import load_model
 from saferope_training.flux.models import encode, seeded_noise, text_tokens, velocity
@@ -45,25 +45,7 @@ def text(model):
 
 @pytest.fixture
 def concept(model):
-    """Random planes in all heads; open gates, where turning has no jump for rounding to decide about."""
-    torch.manual_seed(0)
-    geometry = model.geometry
-    heads = [(1, block, head) for block in range(geometry.blocks) for head in range(geometry.heads)]
-    basis = torch.linalg.qr(torch.randn(2, len(heads), geometry.head_dim, 4)).Q
-    return flat.concept_of(
-        saferope_core,
-        slug="star",
-        name="Star",
-        description="",
-        geometry=geometry,
-        heads=torch.tensor(heads, dtype=torch.int32),
-        basis_q=basis[0],
-        basis_k=basis[1],
-        generator_text=skew(5 * torch.randn(len(heads), 4, 4)),
-        generator_image=skew(5 * torch.randn(len(heads), 4, 4)),
-        discrimination=torch.zeros(geometry.blocks, geometry.heads),
-        threshold=0.0,
-    )
+    return flat.in_all_heads(saferope_core, model.geometry)
 
 
 def asked_for(model, text, at=slice(None)):
