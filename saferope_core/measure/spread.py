@@ -1,7 +1,6 @@
 """Work on block after block, shared out to a few threads of one core each.
 
-LAPACK gains nothing from threads on matrices as small as a head's Gram matrix. Its threads spin while they wait, and on
-two loaded cores most of the processor's time went there.
+LAPACK gains nothing from threads on matrices as small as a head's Gram matrix. Its threads spin while they wait.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def test_template_opens_and_shows_two_pictures(open_page, comfyui, shoot, nodes_
         assert [picture.size for picture in shown] == [(SIDE, SIDE)] * 2
         assert ImageChops.difference(*shown).getbbox()
         assert editor.complaints() == []
-        graph = [node_named(editor, title) for title in ("Read me", "Unprotected", "Protected")]
+        graph = [node_named(editor, title) for title in ("Read me", "Protect the model", "Unprotected", "Protected")]
         shoot(editor, "comfyui-nodes2.png" if nodes_2 else "comfyui.png", clip=editor.box(graph))
     made = comfyui.images(comfyui.get("/history?max_items=1").popitem()[1]["outputs"])
     assert [ImageChops.difference(*pair).getbbox() for pair in zip(shown, made, strict=True)] == [None, None]
